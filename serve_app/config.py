@@ -1,7 +1,7 @@
 """Configuration, frozen after parsing; unknown keys are refused.
 
 `AppConfig` is the `args:` of the application in `serve_config.yaml`: what a deployment *is* (changing it restarts
-replicas). `IngressSettings`, `TokenizerSettings` and `ModelSettings` are the `user_config:` of the deployments: what
+replicas). `IngressSettings` and `ModelSettings` are the `user_config:` of the deployments: what
 an operator tunes while they run (changing a number applies without a restart).
 """
 
@@ -63,6 +63,11 @@ class ModelConfig(_Frozen):
     )
     num_threads: PositiveInt = Field(
         1, description="Intra-op threads of one model replica on CPU. Keep threads x replicas at or below the cores."
+    )
+    tokenizer_threads: PositiveInt = Field(
+        2,
+        description="Calls that one tokenizer replica tokenizes at once, each on one thread; more than one, so that "
+        "a short call need not wait for a long one.",
     )
     max_input_tokens: PositiveInt | None = Field(
         None,
@@ -151,12 +156,6 @@ class IngressSettings(_Frozen):
         description="Characters after which a coalesced batch is closed (about 4 to a token), so that one "
         "batch does not fill one model replica while another is idle.",
     )
-
-
-class TokenizerSettings(_Frozen):
-    """`user_config` of a `<model>-tokenizer` deployment."""
-
-    num_threads: PositiveInt = Field(1, description="Threads that tokenize one call in parallel.")
 
 
 class ModelSettings(_Frozen):

@@ -1,0 +1,1 @@
+"""One module per task: prepare (text in), head (on the device), postprocess (answer out)."""

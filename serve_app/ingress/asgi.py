@@ -1,0 +1,134 @@
+"""The HTTP edge as one ASGI application: a request in, its route found, a reply out. It knows nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import re
+import uuid
+
+from starlette.types import Receive, Scope, Send
+
+from serve_app.errors import MethodNotAllowedError, ServeAppError, ServerError
+from serve_app.ingress.encoding import encode
+from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
+from serve_app.ingress.protocols import tei
+from serve_app.ingress.routes import Dialect, Route, RouteTable, route_path
+from serve_app.ingress.service import Service, SettingsRef
+from serve_app.ingress.statuses import kind_of
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_LINGER_S = 2.0
+"""How long the rest of a refused body is read and thrown away before the connection is closed. Closing at once would
+reset the connection and take the reply from clients that are still sending."""
+
+
+def create_app(service: Service, settings: SettingsRef, *, writes_request_id: bool = True) -> App:
+    """The application over `service`.
+
+    `writes_request_id` is False behind a server that writes `x-request-id` on every response itself, as Ray Serve's
+    HTTP server does.
+    """
+    return App(service, settings, writes_request_id)
+
+
+class App:
+    """ASGI 3: http and lifespan; a websocket is refused."""
+
+    def __init__(self, service: Service, settings: SettingsRef, writes_request_id: bool) -> None:
+        self._service = service
+        self._settings = settings
+        self._writes_request_id = writes_request_id
+        self._table = RouteTable(tei.routes())
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """Ray Serve reads these to name the route of each request in its metrics."""
+        return self._table.routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = self._exchange(scope, receive)
+        try:
+            reply = await self._reply(exchange)
+        except ClientDisconnectedError:
+            return
+        await self._send(exchange, reply, send)
+
+    def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        asked = headers.get(b"x-request-id", b"")
+        request_id = asked.decode() if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        return Exchange(request_id, scope, receive, headers, self._service, self._settings.current)
+
+    async def _reply(self, exchange: Exchange) -> Reply:
+        """The route's reply, or the error's in the shape of its protocol. Raises ClientDisconnectedError."""
+        path = route_path(exchange.scope)
+        dialect = dialect_of(path)
+        try:
+            route, exchange.path_model = self._table.find(exchange.scope["method"], path)
+            dialect = route.dialect
+            return await route.endpoint(exchange)
+        except MethodNotAllowedError as error:
+            allow = self._table.allowed(path).encode()
+            return error_reply(error, dialect, exchange.id, (b"allow", allow))
+        except ServeAppError as error:
+            return error_reply(error, dialect, exchange.id)
+        except ClientDisconnectedError:
+            raise
+        except Exception:
+            logger.exception("unexpected error in request %s", exchange.id)
+            unexpected = ServerError("an unexpected error; the server's log has it under this request id")
+            return error_reply(unexpected, dialect, exchange.id)
+
+    async def _send(self, exchange: Exchange, reply: Reply, send: Send) -> None:
+        headers = [(b"content-type", reply.content_type), (b"content-length", b"%d" % len(reply.body)), *reply.headers]
+        if self._writes_request_id:
+            headers.append((b"x-request-id", exchange.id.encode()))
+        lingers = exchange.body_is_unread
+        if lingers:
+            headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        await send({"type": "http.response.body", "body": reply.body, "more_body": lingers})
+        if lingers:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_drain(exchange.receive), _LINGER_S)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def error_reply(error: ServeAppError, dialect: Dialect, request_id: str, *headers: Header) -> Reply:
+    kind = kind_of(error)
+    if error.retry_after_s is not None:
+        headers = (*headers, (b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+    return Reply(encode(dialect.write_error(error, kind, request_id)), kind.status, headers=headers)
+
+
+def dialect_of(path: str) -> Dialect:
+    """The protocol that a path without a route most likely meant."""
+    return tei.DIALECT
+
+
+async def _drain(receive: Receive) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

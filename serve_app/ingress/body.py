@@ -1,0 +1,107 @@
+"""The request body: read within its limits, then validated in one step from bytes to a model."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
+from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
+
+_JSON_HINTS = (
+    ("hex escape", r"a \u escape is half of a surrogate pair or cut short; send whole characters"),
+    ("unicode code point", "it is not valid UTF-8"),
+    ("recursion limit", "it is nested too deeply"),
+)
+"""What the parser's words mean for a client, where they do not say it themselves."""
+
+
+async def read_body(exchange: Exchange) -> bytes:
+    """The whole body.
+
+    Raises UnsupportedMediaError, BodyTooLargeError (before reading where Content-Length tells, else as soon as the
+    limit is passed), BodyTimeoutError or ClientDisconnectedError.
+    """
+    _check_media(exchange)
+    settings = exchange.settings
+    _check_declared_length(exchange.headers.get(b"content-length"), settings.max_body_bytes)
+    try:
+        return await asyncio.wait_for(_collect(exchange, settings.max_body_bytes), settings.body_timeout_s)
+    except asyncio.TimeoutError:
+        raise BodyTimeoutError(
+            f"the body did not arrive within {settings.body_timeout_s:g} s; send it faster or in smaller requests"
+        ) from None
+
+
+async def _collect(exchange: Exchange, limit: int) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await exchange.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            exchange.body_read = True
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _check_media(exchange: Exchange) -> None:
+    media = exchange.headers.get(b"content-type")
+    if media is not None and media != b"application/json" and not _is_json(media):
+        raise UnsupportedMediaError("send JSON, with the header content-type: application/json")
+    if exchange.headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise UnsupportedMediaError("send the body uncompressed, without the header content-encoding")
+
+
+def _is_json(media: bytes) -> bool:
+    kind = media.partition(b";")[0].strip().lower()
+    return kind in (b"", b"application/json", b"text/json") or (
+        kind.startswith(b"application/") and kind.endswith(b"+json")
+    )
+
+
+def _check_declared_length(declared: bytes | None, limit: int) -> None:
+    if declared is not None and declared.isdigit() and int(declared[:20]) > limit:
+        raise _too_large(limit)
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is larger than the {limit} bytes that one request may have; split it")
+
+
+def parse_body(model: type[BodyT], raw: bytes) -> BodyT:
+    """`raw` as a validated `model`. Raises MalformedRequestError that names the first wrong field, never its value."""
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        raise MalformedRequestError(_explain(problem)) from None
+
+
+def _explain(problem: ErrorDetails) -> str:
+    kind, message = problem["type"], problem["msg"]
+    if kind == "json_invalid":
+        return _explain_json(message.removeprefix("Invalid JSON: "))
+    where = ".".join(str(part) for part in problem["loc"])
+    if not where:
+        return "the body must be a JSON object"
+    if kind == "missing":
+        return f"`{where}` is missing"
+    return f"`{where}`: {message[:1].lower()}{message[1:]}"
+
+
+def _explain_json(message: str) -> str:
+    for words, meaning in _JSON_HINTS:
+        if words in message:
+            return f"the body is not valid JSON: {meaning} ({message})"
+    return f"the body is not valid JSON: {message}"

@@ -1,0 +1,79 @@
+"""The way of every request that is computed: body → Request → Answer → reply."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from serve_app.errors import MalformedRequestError, ModelNotFoundError
+from serve_app.ingress.body import parse_body, read_body
+from serve_app.ingress.exchange import Exchange, Header, Reply, while_connected
+from serve_app.ingress.limits import check_limits
+from serve_app.ingress.protocols.fields import InferenceBody
+from serve_app.types import Answer, Request, Timings
+
+BodyT = TypeVar("BodyT", bound=InferenceBody)
+
+
+@dataclass(frozen=True, slots=True)
+class Inference(Generic[BodyT]):
+    """An endpoint: how one protocol's body becomes a Request, and an Answer its reply."""
+
+    body: type[BodyT]
+    write: Callable[[BodyT, Request, Answer], bytes]
+
+    async def __call__(self, exchange: Exchange) -> Reply:
+        body = parse_body(self.body, await read_body(exchange))
+        request = body.to_request(exchange.id, choose_model(exchange, body.model))
+        characters = check_limits(request, exchange.settings)
+        timeout_s = exchange.settings.request_timeout_s
+        answer = await while_connected(exchange.receive, exchange.service.answer(request), timeout_s)
+        compute_type = exchange.service.compute_type(request.model)
+        total_s = time.perf_counter() - exchange.started
+        headers = cost_headers(compute_type, characters, answer.tokens, answer.timings, total_s)
+        return Reply(self.write(body, request, answer), headers=headers)
+
+
+def choose_model(exchange: Exchange, asked: str | None) -> str:
+    """The model that the path names, or the body, or the only one.
+
+    Raises ModelNotFoundError if it is not served or the path and the body differ, MalformedRequestError if nothing
+    names one of several.
+    """
+    models = exchange.service.models
+    chosen = exchange.path_model or asked
+    if chosen is None:
+        if len(models) == 1:
+            return models[0]
+        raise MalformedRequestError(
+            f"several models are served: {', '.join(models)}. Name one in `model`, or post to /models/<name>/…"
+        )
+    if chosen not in models:
+        raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
+    if asked not in (None, chosen):
+        raise ModelNotFoundError(
+            f"this path is of model {chosen}, and `model` in the body names another; make them agree"
+        )
+    return chosen
+
+
+def cost_headers(
+    compute_type: str, characters: int, tokens: int, timings: Timings, total_s: float
+) -> tuple[Header, ...]:
+    """TEI's headers, times in whole milliseconds as there, and the same times with decimals in `server-timing`."""
+    total, tokenize = total_s * 1e3, timings.tokenize_s * 1e3
+    queue, forward = timings.queue_s * 1e3, timings.forward_s * 1e3
+    timing = f"total;dur={total:.2f}, tokenize;dur={tokenize:.2f}, queue;dur={queue:.2f}, forward;dur={forward:.2f}"
+    return (
+        (b"x-compute-type", compute_type.encode()),
+        (b"x-compute-time", b"%d" % total),
+        (b"x-compute-characters", b"%d" % characters),
+        (b"x-compute-tokens", b"%d" % tokens),
+        (b"x-total-time", b"%d" % total),
+        (b"x-tokenization-time", b"%d" % tokenize),
+        (b"x-queue-time", b"%d" % queue),
+        (b"x-inference-time", b"%d" % forward),
+        (b"server-timing", timing.encode()),
+    )

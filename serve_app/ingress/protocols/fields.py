@@ -1,0 +1,160 @@
+"""Fields that the bodies of several protocols have, decided once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
+
+from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.types import Request, Side, TextInput, TokenIds
+
+_MAX_TOKEN_ID = 2**31 - 1
+_EXPECTED = "send a text, a list of token ids, or a list of texts and lists of token ids"
+
+
+class Body(BaseModel):
+    """Strict about the types of the fields it knows; like TEI and OpenAI it ignores fields that it does not know."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+class InferenceBody(Body, ABC):
+    """A body that asks one model for something."""
+
+    model: str | None = Field(
+        None, description="Name of the model. May be left out where the path names it or only one is served."
+    )
+
+    @abstractmethod
+    def to_request(self, request_id: str, model: str) -> Request:
+        """This body as a request of one task. Raises RequestError."""
+
+
+def read_inputs(value: Any, info: ValidationInfo) -> tuple[TextInput, ...]:
+    """A text, token ids, or a list of these, as a tuple of inputs.
+
+    Raises EmptyInputError or MalformedRequestError, in one sentence that names the field and the place.
+    """
+    name = info.field_name or "inputs"
+    if type(value) is str:
+        return (_text(value, name),)
+    if type(value) is not list:
+        raise MalformedRequestError(f"`{name}` is {_kind(value)}; {_EXPECTED}")
+    if not value:
+        raise EmptyInputError(f"`{name}` is empty; {_EXPECTED}")
+    kinds = set(map(type, value))
+    if kinds == {str} and "" not in value:
+        return tuple(value)
+    if kinds == {int}:
+        return (_token_ids(value, name),)
+    return tuple(_one_of_several(item, f"{name}[{index}]") for index, item in enumerate(value))
+
+
+def read_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    """A list of texts, as a tuple. Raises EmptyInputError or MalformedRequestError."""
+    name = info.field_name or "sentences"
+    if type(value) is not list:
+        raise MalformedRequestError(f"`{name}` is {_kind(value)}; send a list of texts")
+    if not value:
+        raise EmptyInputError(f"`{name}` is empty; send at least one text")
+    return tuple(_text(item, f"{name}[{index}]") for index, item in enumerate(value))
+
+
+def read_text(value: Any, info: ValidationInfo) -> str:
+    """A text that is not empty. Raises EmptyInputError or MalformedRequestError."""
+    return _text(value, info.field_name or "text")
+
+
+def _one_of_several(item: Any, where: str) -> TextInput:
+    if type(item) is list:
+        return _token_ids(item, where)
+    return _text(item, where)
+
+
+def _text(value: Any, where: str) -> str:
+    if type(value) is not str:
+        raise MalformedRequestError(f"`{where}` is {_kind(value)}; send a text")
+    if not value:
+        raise EmptyInputError(f"`{where}` is an empty text; leave it out")
+    return value
+
+
+def _token_ids(values: list[Any], where: str) -> TokenIds:
+    if not values:
+        raise EmptyInputError(f"`{where}` is an empty list; leave it out")
+    if set(map(type, values)) != {int}:
+        raise MalformedRequestError(f"`{where}` is a list that is not all token ids, which are whole numbers")
+    if min(values) < 0 or max(values) > _MAX_TOKEN_ID:
+        raise MalformedRequestError(f"`{where}` has a token id outside 0 to {_MAX_TOKEN_ID}")
+    return tuple(values)
+
+
+_KINDS = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _kind(value: object) -> str:
+    """A JSON value's kind in words, so that a message never has to repeat the value."""
+    return _KINDS.get(type(value), "of the wrong type")
+
+
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MAX_TOKEN_ID}, "minItems": 1}
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+
+INPUTS_SCHEMA: dict[str, Any] = {
+    "description": "A text, the token ids of a text, or a list of texts and lists of token ids.",
+    "anyOf": [
+        _TEXT_SCHEMA,
+        _IDS_SCHEMA,
+        {"type": "array", "items": {"anyOf": [_TEXT_SCHEMA, _IDS_SCHEMA]}, "minItems": 1},
+    ],
+    "examples": ["What is Deep Learning?", ["What is Deep Learning?", "What is a replica?"]],
+}
+
+Inputs = Annotated[tuple[TextInput, ...], PlainValidator(read_inputs), WithJsonSchema(INPUTS_SCHEMA)]
+Text = Annotated[str, PlainValidator(read_text), WithJsonSchema(_TEXT_SCHEMA)]
+Texts = Annotated[
+    tuple[str, ...],
+    PlainValidator(read_texts),
+    WithJsonSchema({"type": "array", "items": _TEXT_SCHEMA, "minItems": 1}),
+]
+
+
+def _lower(value: object) -> object:
+    return cast("object", value.lower()) if value in ("Left", "Right") and isinstance(value, str) else value
+
+
+Direction = Annotated[Side, BeforeValidator(_lower)]
+"""TEI takes both "right" and "Right"."""
+
+Truncate = Annotated[
+    bool | None,
+    Field(
+        description="Cut inputs that are too long (true) or refuse them (false); as the model is configured where it "
+        "is left out or null."
+    ),
+]
+TruncationDirection = Annotated[
+    Direction | None, Field(description="The side that is cut off; right where it is left out.")
+]
+PromptName = Annotated[
+    str | None,
+    Field(description="Which of the model's prompts to put before each text; the model's default where left out."),
+]
+Dimensions = Annotated[
+    int | None,
+    Field(
+        description="Keep only the first so many numbers of each vector, then normalize: 1 to the model's hidden size.",
+        json_schema_extra={"minimum": 1},
+    ),
+]
+EncodingFormat = Literal["float", "base64"]

@@ -1,0 +1,130 @@
+"""The table of routes, and the way from a path to one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel
+from starlette.routing import Match
+from starlette.types import Scope
+
+from serve_app.errors import MethodNotAllowedError, RouteNotFoundError, ServeAppError
+from serve_app.ingress.exchange import Exchange, Reply
+from serve_app.ingress.statuses import ErrorKind
+
+Endpoint: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
+Method: TypeAlias = Literal["GET", "POST"]
+
+_PARAMETER = "{name}"
+ANY_MODEL = ("", f"/models/{_PARAMETER}")
+"""Where a route about one model is found: at the root, for the only model, and below each model's own path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What all routes of one protocol share: its name, and how it writes an error."""
+
+    name: str
+    write_error: Callable[[ServeAppError, ErrorKind, str], Mapping[str, Any]]
+    """The JSON object for an error, its kind and the request id."""
+    error_model: type[BaseModel]
+    """The same, as a schema for the documentation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One method of one path; all of it but `endpoint` is also what the documentation is made of.
+
+    `path` may have one parameter, the model, as a whole segment: `/models/{name}/embed`.
+    """
+
+    method: Method
+    path: str
+    endpoint: Endpoint
+    dialect: Dialect
+    summary: str
+    answer: Any = None
+    """Type of the JSON answer; None where the answer is not JSON."""
+    body: type[BaseModel] | None = None
+    media: str = "application/json"
+    can_fail: bool = True
+    """Whether there are errors beyond the ones that any request can get."""
+
+    @property
+    def methods(self) -> frozenset[str]:
+        return frozenset({self.method, "HEAD"} if self.method == "GET" else {self.method})
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """As Starlette's routes do: Ray Serve names the route of each request by it, in its metrics."""
+        prefix, _, suffix = self.path.partition(_PARAMETER)
+        path = route_path(scope)
+        if path != self.path and not (_PARAMETER in self.path and _parameter(path, prefix, suffix)):
+            return Match.NONE, {}
+        return (Match.FULL if scope["method"] in self.methods else Match.PARTIAL), {}
+
+
+Methods: TypeAlias = dict[str, Route]
+
+
+class RouteTable:
+    """Finds the route of a request in a time that does not grow with the number of routes."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self.routes = tuple(routes)
+        self._fixed: dict[str, Methods] = {}
+        self._named: dict[str, dict[str, Methods]] = {}
+        for route in self.routes:
+            self._add(route)
+
+    def _add(self, route: Route) -> None:
+        prefix, parameter, suffix = route.path.partition(_PARAMETER)
+        where = self._named.setdefault(prefix, {}) if parameter else self._fixed
+        methods = where.setdefault(suffix if parameter else prefix, {})
+        if not methods.keys().isdisjoint(route.methods):
+            raise ValueError(f"{route.method} {route.path} is in the table twice")
+        methods.update(dict.fromkeys(route.methods, route))
+
+    def find(self, method: str, path: str) -> tuple[Route, str | None]:
+        """The route, and the model that the path names. Raises RouteNotFoundError or MethodNotAllowedError."""
+        methods, name = self._methods(path)
+        if not methods:
+            raise RouteNotFoundError("there is no such path here; /docs lists those there are")
+        route = methods.get(method)
+        if route is None:
+            raise MethodNotAllowedError(f"this path takes {self.allowed(path)} only")
+        return route, name
+
+    def allowed(self, path: str) -> str:
+        """The methods of a path, as the header `Allow` has them; empty if there is no such path."""
+        return ", ".join(sorted(self._methods(path)[0]))
+
+    def _methods(self, path: str) -> tuple[Methods, str | None]:
+        methods = self._fixed.get(path)
+        if methods is not None:
+            return methods, None
+        for prefix, suffixes in self._named.items():
+            if path.startswith(prefix):
+                name, slash, rest = path[len(prefix) :].partition("/")
+                methods = suffixes.get(slash + rest)
+                if methods is not None and name:
+                    return methods, name
+        return {}, None
+
+
+def route_path(scope: Scope) -> str:
+    """The path below the application's root, without a slash at the end."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and path.startswith(root):
+        path = path[len(root) :]
+    return path.rstrip("/") or "/"
+
+
+def _parameter(path: str, prefix: str, suffix: str) -> str:
+    """What stands between prefix and suffix if that is one whole segment, else the empty string."""
+    if not (path.startswith(prefix) and path.endswith(suffix) and len(path) > len(prefix) + len(suffix)):
+        return ""
+    name = path[len(prefix) : len(path) - len(suffix)]
+    return "" if "/" in name else name

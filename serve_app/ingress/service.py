@@ -1,0 +1,57 @@
+"""What the HTTP edge asks of the rest of the application, and all that it knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.config import IngressSettings
+from serve_app.types import Answer, ModelCard, ModelState, Request
+
+
+@dataclass(slots=True)
+class SettingsRef:
+    """The settings in force: whoever reconfigures replaces `current`, and each HTTP request reads it once."""
+
+    current: IngressSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One model as `/info` tells it; `state` is None while no replica of the model has answered yet."""
+
+    card: ModelCard
+    state: ModelState | None = None
+
+
+class Service(Protocol):
+    """The models behind the edge. Every method may be called concurrently, and its caller may be cancelled."""
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Names of the models that are served, in the order of the configuration; known from the start."""
+
+    async def card(self, name: str) -> ModelCard:
+        """Raises ModelNotFoundError, or UnavailableError while the model's files have not been read."""
+
+    async def answer(self, request: Request) -> Answer:
+        """Compute one request. `output` is (n, d) float32 for task "embedding", (n - 1,) for "similarity".
+
+        Raises ServeAppError. Cancelling the caller cancels the work.
+        """
+
+    async def ready(self, name: str | None = None) -> None:
+        """Return once that model, or every model, has answered a real forward pass; do not wait for one that cannot.
+
+        Raises UnavailableError with the reason, or ModelNotFoundError.
+        """
+
+    async def info(self, name: str) -> ModelInfo:
+        """Raises ModelNotFoundError, or UnavailableError as `card` does."""
+
+    def compute_type(self, name: str) -> str:
+        """What the model runs on, "cpu" or "gpu", as far as is known; for the header `x-compute-type`."""
+
+    async def metrics_text(self) -> bytes:
+        """Prometheus text exposition, format 0.0.4."""

@@ -19,7 +19,7 @@ from serve_app.errors import DeadlineExceededError, InputTooLongError, Overloade
 from serve_app.types import FloatArray, Priority, TokenBatch
 
 BULK_EVERY = 4
-"""While both classes wait, every 4th batch is led by bulk: it cannot starve, and interactive keeps most of the device."""
+"""While both classes wait, every 4th batch is led by bulk: it never starves, interactive keeps most of the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,13 @@ class Job:
     taken: int = 0
     """Sequences handed out by `take` so far."""
     finished: int = 0
+    longest: int = field(init=False)
     rows: FloatArray | None = None
     error: ServeAppError | None = None
     done: bool = False
+
+    def __post_init__(self) -> None:
+        self.longest = int(self.tokens.lengths().max(initial=0))
 
     @property
     def waiting(self) -> int:
@@ -76,6 +80,11 @@ class Part:
     job: Job
     first: int
     last: int
+
+    @property
+    def num_tokens(self) -> int:
+        cu = self.job.tokens.cu_seqlens
+        return int(cu[self.last] - cu[self.first])
 
     def tokens(self) -> TokenBatch:
         return self.job.tokens.select(self.first, self.last)
@@ -116,7 +125,8 @@ class Scheduler:
         with self._changed:
             if self._closed is not None:
                 raise self._closed
-            self._refuse_what_cannot_fit(job)
+            if job.longest > self._limits.max_batch_tokens:
+                raise self._too_long(job)
             if self._queued_tokens and self._queued_tokens + job.waiting_tokens > self._limits.max_queued_tokens:
                 raise OverloadedError(
                     f"{self._queued_tokens} tokens are waiting in this replica; try again later", retry_after_s=1.0
@@ -125,13 +135,11 @@ class Scheduler:
             self._queued_tokens += job.waiting_tokens
             self._changed.notify()
 
-    def _refuse_what_cannot_fit(self, job: Job) -> None:
-        longest = int(job.tokens.lengths().max(initial=0))
-        if longest > self._limits.max_batch_tokens:
-            raise InputTooLongError(
-                f"an input has {longest} tokens, and this replica computes at most "
-                f"{self._limits.max_batch_tokens} at a time; shorten it or raise max_batch_tokens"
-            )
+    def _too_long(self, job: Job) -> InputTooLongError:
+        return InputTooLongError(
+            f"an input has {job.longest} tokens, and this replica computes at most {self._limits.max_batch_tokens} "
+            "at a time; shorten it"
+        )
 
     def cancel(self, job: Job) -> None:
         """Take back what was not started; a running forward is not interrupted. `on_done` is not called after this."""
@@ -147,10 +155,10 @@ class Scheduler:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closed is not None or self._waiting(), timeout_s)
-            expired = list(self._drop_expired())
+            hopeless = list(self._drop_hopeless())
             parts = self._fill()
             over = self._closed is not None and not parts
-        for job, error in expired:
+        for job, error in hopeless:
             finish(job, error)
         return None if over else parts
 
@@ -173,12 +181,20 @@ class Scheduler:
         self._queues[job.priority].remove(job)
         self._queued_tokens -= job.waiting_tokens
 
-    def _drop_expired(self) -> Iterator[tuple[Job, ServeAppError]]:
+    def _drop_hopeless(self) -> Iterator[tuple[Job, ServeAppError | None]]:
+        """Jobs that nobody waits for any more, or that the limits (which may have shrunk) now exclude."""
         now = time.monotonic()
         for queue in self._queues.values():
-            for job in [j for j in queue if j.deadline is not None and j.deadline <= now]:
+            for job in [j for j in queue if j.done or self._reason_to_drop(j, now) is not None]:
                 self._remove(job)
-                yield job, DeadlineExceededError("the request's time ran out while it waited for the model")
+                yield job, self._reason_to_drop(job, now)
+
+    def _reason_to_drop(self, job: Job, now: float) -> ServeAppError | None:
+        if job.deadline is not None and job.deadline <= now:
+            return DeadlineExceededError("the request's time ran out while it waited for the model")
+        if job.longest > self._limits.max_batch_tokens:
+            return self._too_long(job)
+        return None
 
     def _fill(self) -> list[Part]:
         parts: list[Part] = []
@@ -190,7 +206,7 @@ class Scheduler:
                     return parts
                 parts.append(part)
                 head = part.job.head
-                tokens_left -= part.tokens().input_ids.size
+                tokens_left -= part.num_tokens
                 sequences_left -= part.last - part.first
                 if not part.job.waiting:
                     queue.popleft()
@@ -210,7 +226,7 @@ class Scheduler:
         if last <= job.taken:
             return None
         part = Part(job, job.taken, last)
-        self._queued_tokens -= int(cu[last] - cu[job.taken])
+        self._queued_tokens -= part.num_tokens
         job.taken = last
         return part
 

@@ -1,0 +1,54 @@
+"""The application graph: the only place where deployments are bound together."""
+
+from __future__ import annotations
+
+from ray import serve
+from ray.serve import Application
+
+from serve_app.cache.prewarm import warmer_actors
+from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings
+from serve_app.ingress.deployment import Ingress, ModelHandles
+from serve_app.model.deployment import ModelReplica
+from serve_app.tokenizer.deployment import TokenizerReplica
+
+MAX_ONGOING_REQUESTS = 1024
+"""Wide, because the bounds that matter are the ingress's gate and the model replica's queue, both in our units."""
+
+HEALTH_CHECK_PERIOD_S = 5.0
+
+
+def build(args: AppConfig) -> Application:
+    """The graph ingress -> <model>-tokenizer -> <model>-model. Pure: starts nothing, and may run more than once.
+
+    What stands under `deployments:` in serve_config.yaml overrides the options given here.
+    """
+    handles = {model.name: _model_tiers(model, args) for model in args.models}
+    ingress = serve.deployment(
+        serve.ingress(None)(Ingress),
+        name="ingress",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        user_config=IngressSettings().model_dump(),
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+    )
+    return ingress.bind(args, handles)
+
+
+def _model_tiers(model: ModelConfig, args: AppConfig) -> ModelHandles:
+    warm = warmer_actors(args.models, args.cache)
+    tokenizer = serve.deployment(
+        TokenizerReplica,
+        name=f"{model.name}-tokenizer",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        deployment_actors=warm,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+    )
+    tier = serve.deployment(
+        ModelReplica,
+        name=f"{model.name}-model",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        deployment_actors=warm,
+        user_config=ModelSettings().model_dump(),
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        ray_actor_options={"num_gpus": 1} if model.device == "cuda" else {},
+    )
+    return ModelHandles(tokenizer.bind(model, args.cache), tier.bind(model, args.cache))

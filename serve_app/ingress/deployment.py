@@ -1,0 +1,152 @@
+"""The `ingress` deployment: HTTP in, answers out, nothing computed on its event loop but small things."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from serve_app.ingress.asgi import create_app
+
+from serve_app.config import AppConfig, IngressSettings, parse
+from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppError, UnavailableError
+from serve_app.ingress.coalescer import Coalescer
+from serve_app.ingress.prometheus import scrape_cluster
+from serve_app.ingress.service import ModelInfo, SettingsRef
+from serve_app.metrics import IngressMetrics
+from serve_app.tasks.registry import ANSWERED_BY, TASKS
+from serve_app.types import Answer, EmbeddingOptions, ModelCard, ModelState, Request
+
+READY_FOR_S = 5.0
+"""A forward that succeeded this recently proves readiness; without one, a probe runs a forward of its own."""
+
+PROBE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHandles:
+    """Handles to one model's two deployments."""
+
+    tokenizer: Any
+    model: Any
+
+
+class Ingress:
+    """Implements `serve_app.ingress.service.Service` on deployment handles."""
+
+    def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
+        self._handles = dict(handles)
+        self._tasks = {model.name: ANSWERED_BY[model.task] for model in config.models}
+        self._settings = SettingsRef(IngressSettings())
+        self._metrics = IngressMetrics()
+        self._coalescers = {
+            name: Coalescer(name, h.tokenizer, h.model, self._settings.current, self._metrics)
+            for name, h in self._handles.items()
+        }
+        self._cards: dict[str, ModelCard] = {}
+        self._states: dict[str, ModelState] = {}
+        self._answered_at: dict[str, float] = {}
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return create_app(self, self._settings)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        self._settings.current = parse(IngressSettings, user_config, "user_config")
+        for coalescer in self._coalescers.values():
+            coalescer.reconfigure(self._settings.current)
+
+    @property
+    def models(self) -> Sequence[str]:
+        return tuple(self._handles)
+
+    async def card(self, name: str) -> ModelCard:
+        self._check_name(name)
+        card = self._cards.get(name)
+        if card is None:
+            card = self._cards[name] = await self._ask(self._handles[name].tokenizer.card, name)
+        return card
+
+    async def answer(self, request: Request) -> Answer:
+        started = time.perf_counter()
+        try:
+            answer = await self._answer(request, started)
+        except ServeAppError as error:
+            self._count(request, error.code)
+            raise
+        self._count(request, "ok", answer)
+        return answer
+
+    async def _answer(self, request: Request, started: float) -> Answer:
+        card = await self.card(request.model)
+        if request.task not in self._tasks[request.model]:
+            can = ", ".join(sorted(self._tasks[request.model]))
+            raise InvalidInputError(f"model {request.model} does not answer task {request.task}; it answers: {can}")
+        task = TASKS[request.task]
+        computed = await self._coalescers[request.model].compute(
+            task.prepare(request, card), task.head, request.priority, self._settings.current.request_timeout_s
+        )
+        self._answered_at[request.model] = time.monotonic()
+        output = task.postprocess(request, card, computed.rows)
+        timings = replace(computed.timings, total_s=time.perf_counter() - started)
+        return Answer(output, computed.tokens, timings, computed.truncated)
+
+    async def ready(self, name: str | None = None) -> None:
+        if name is not None:
+            self._check_name(name)
+        for model in self.models if name is None else [name]:
+            if time.monotonic() - self._answered_at.get(model, -READY_FOR_S) >= READY_FOR_S:
+                await self._probe(model)
+
+    async def _probe(self, model: str) -> None:
+        """One token through the whole graph."""
+        probe = Request("ready", model, "embedding", ("ok",), EmbeddingOptions())
+        try:
+            await asyncio.wait_for(self.answer(probe), PROBE_TIMEOUT_S)
+        except asyncio.TimeoutError as error:
+            raise UnavailableError(f"model {model} has not answered a probe yet", retry_after_s=1.0) from error
+        except ServeAppError as error:
+            raise UnavailableError(f"model {model} does not answer: {error.message}", retry_after_s=1.0) from error
+
+    async def info(self, name: str) -> ModelInfo:
+        card = await self.card(name)
+        try:
+            self._states[name] = await self._ask(self._handles[name].model.describe, name)
+        except UnavailableError:
+            return ModelInfo(card, self._states.get(name))
+        return ModelInfo(card, self._states[name])
+
+    def compute_type(self, name: str) -> str:
+        state = self._states.get(name)
+        return "gpu" if state is not None and state.device.startswith("cuda") else "cpu"
+
+    async def metrics_text(self) -> bytes:
+        return await scrape_cluster()
+
+    async def _ask(self, method: Any, name: str) -> Any:
+        try:
+            return await asyncio.wait_for(method.remote(), PROBE_TIMEOUT_S)
+        except asyncio.TimeoutError as error:
+            raise UnavailableError(f"model {name} is starting", retry_after_s=1.0) from error
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._handles:
+            raise ModelNotFoundError(f"no model {name!r} is served; there is: {', '.join(self.models)}")
+
+    def _count(self, request: Request, code: str, answer: Answer | None = None) -> None:
+        model = {"model": request.model}
+        self._metrics.requests.inc(1, {**model, "task": request.task, "code": code})
+        if answer is None:
+            return
+        self._metrics.tokens.inc(answer.tokens, model)
+        if answer.truncated:
+            self._metrics.truncated_inputs.inc(answer.truncated, model)
+        times = answer.timings
+        for stage, seconds in (
+            ("tokenize", times.tokenize_s),
+            ("queue", times.queue_s),
+            ("forward", times.forward_s),
+            ("total", times.total_s),
+        ):
+            self._metrics.stage_seconds.observe(seconds, {**model, "stage": stage})

@@ -1,0 +1,82 @@
+"""Every metric of the application: name, unit, labels and buckets stand here and nowhere else.
+
+Exported by Ray with the prefix `ray_`; Serve adds the labels `application`, `deployment` and `replica`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
+BATCH_TOKENS = [32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
+BATCH_SEQUENCES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+
+
+@dataclass(frozen=True, slots=True)
+class IngressMetrics:
+    """What the edge sees. `code` is "ok" or the code of the error that was answered."""
+
+    requests: Counter = field(
+        default_factory=lambda: Counter(
+            "serve_app_requests", "Requests answered, by model, task and outcome.", ("model", "task", "code")
+        )
+    )
+    stage_seconds: Histogram = field(
+        default_factory=lambda: Histogram(
+            "serve_app_stage_seconds",
+            "Seconds of a request in each stage: tokenize, queue (in the model replica), forward, total.",
+            SECONDS,
+            ("model", "stage"),
+        )
+    )
+    tokens: Counter = field(
+        default_factory=lambda: Counter("serve_app_tokens", "Tokens computed for answered requests.", ("model",))
+    )
+    truncated_inputs: Counter = field(
+        default_factory=lambda: Counter("serve_app_truncated_inputs", "Inputs cut to the model's limit.", ("model",))
+    )
+    coalesced_requests: Histogram = field(
+        default_factory=lambda: Histogram(
+            "serve_app_coalesced_requests",
+            "Requests that shared one call to the tokenizer and model tiers.",
+            BATCH_SEQUENCES,
+            ("model",),
+        )
+    )
+    retries: Counter = field(
+        default_factory=lambda: Counter("serve_app_retries", "Batches sent again after a replica was lost.", ("model",))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """What a model replica sees."""
+
+    batch_tokens: Histogram = field(
+        default_factory=lambda: Histogram(
+            "serve_app_batch_tokens", "Real tokens in one forward pass.", BATCH_TOKENS, ("model",)
+        )
+    )
+    batch_sequences: Histogram = field(
+        default_factory=lambda: Histogram(
+            "serve_app_batch_sequences", "Sequences in one forward pass.", BATCH_SEQUENCES, ("model",)
+        )
+    )
+    forward_seconds: Histogram = field(
+        default_factory=lambda: Histogram("serve_app_forward_seconds", "Seconds of one forward.", SECONDS, ("model",))
+    )
+    queued_tokens: Gauge = field(
+        default_factory=lambda: Gauge("serve_app_queued_tokens", "Tokens waiting in a model replica.", ("model",))
+    )
+    out_of_memory: Counter = field(
+        default_factory=lambda: Counter(
+            "serve_app_out_of_memory", "Forward passes that ran out of memory and were split.", ("model",)
+        )
+    )
+    failed_inputs: Counter = field(
+        default_factory=lambda: Counter(
+            "serve_app_failed_inputs", "Inputs that failed alone in the model (errors, NaN, no memory).", ("model",)
+        )
+    )

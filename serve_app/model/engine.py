@@ -1,0 +1,245 @@
+"""One device thread between an event loop and a model: calls in, rows out.
+
+parts = scheduler.take()            # oldest first, within the token budget, when the device is free
+outcome = recovery.run(tokens)      # one forward, or the ladder of failures
+scatter(parts, outcome)             # rows to the jobs they belong to, finished jobs to the event loop
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from serve_app.errors import ServeAppError, UnavailableError
+from serve_app.model.recovery import DeviceBrokenError, Outcome, Recovery, TokenBudget
+from serve_app.model.scheduler import Job, Limits, Part, Scheduler, finish
+from serve_app.types import FloatArray, ForwardCall, Rows, TokenBatch, concatenate
+
+logger = logging.getLogger(__name__)
+
+HeadForward = Callable[[str, TokenBatch], FloatArray]
+"""(head, batch) -> rows (n, d) float32, computed on the calling thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """One forward pass, for metrics."""
+
+    tokens: int
+    sequences: int
+    forward_s: float
+    queued_tokens: int
+    out_of_memory: int
+    failures: int
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A ForwardCall under way: its event loop's future is resolved when its last job is done."""
+
+    future: asyncio.Future[None]
+    jobs: dict[int, Job] = field(default_factory=dict)
+    open_jobs: int = 0
+
+
+class Engine:
+    """Owns the queue and the device thread. `submit` belongs to one event loop; `close` may come from any thread."""
+
+    def __init__(
+        self,
+        forward: HeadForward,
+        limits: Limits,
+        max_input_tokens: int,
+        observe: Callable[[BatchReport], None] = lambda report: None,
+        prepare_thread: Callable[[], None] = lambda: None,
+        on_broken: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`prepare_thread` runs first on the device thread (thread counts, the CUDA device); `on_broken` runs there
+        when the device's context is corrupt and the process must be replaced.
+        """
+        self._forward = forward
+        self._observe = observe
+        self._prepare_thread = prepare_thread
+        self._on_broken = on_broken
+        self._configured = limits
+        self._budget = TokenBudget(limits.max_batch_tokens, max_input_tokens)
+        self._scheduler = Scheduler(limits)
+        self._calls: dict[Job, _Call] = {}
+        self._finished: deque[Job] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._broken: str | None = None
+        self._thread = threading.Thread(target=self._serve, name="device", daemon=True)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the device thread; answers are delivered on `loop`."""
+        self._loop = loop
+        self._thread.start()
+
+    def close(self) -> None:
+        """Fail what waits, let the running forward end, and stop the thread."""
+        self._scheduler.close()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._flush()
+
+    def check(self) -> None:
+        """Raise UnavailableError if this engine can no longer answer."""
+        if self._broken is not None:
+            raise UnavailableError(f"the device of this replica is broken: {self._broken}", retry_after_s=1.0)
+        if not self._thread.is_alive():
+            raise UnavailableError("the device thread of this replica has ended", retry_after_s=1.0)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Apply new limits from the next batch on."""
+        self._configured = limits
+        self._budget.rebound(limits.max_batch_tokens)
+        self._apply_budget()
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """The budget in force: the configured one, or less while memory is short."""
+        return self._budget.current
+
+    async def submit(self, call: ForwardCall) -> Rows:
+        """Compute every request of the call. Failures are per request, in the answer; UnavailableError is raised."""
+        self.check()
+        indices = np.flatnonzero(np.diff(call.tokens.cu_requests))
+        under_way = _Call(asyncio.get_running_loop().create_future(), open_jobs=len(indices))
+        for index in indices:
+            self._submit_one(call, int(index), under_way)
+        try:
+            if len(indices):
+                await under_way.future
+        finally:
+            for job in under_way.jobs.values():
+                if self._calls.pop(job, None) is not None:
+                    self._scheduler.cancel(job)
+        return _rows(call.tokens, under_way)
+
+    def _submit_one(self, call: ForwardCall, index: int, under_way: _Call) -> None:
+        rows = call.tokens.sequences_of(index)
+        left_s = call.time_left_s[index]
+        job = Job(
+            tokens=call.tokens.select(rows.start, rows.stop),
+            head=call.head,
+            on_done=self._finished.append,
+            priority=call.priorities[index] if call.priorities else "interactive",
+            deadline=None if left_s is None else time.monotonic() + left_s,
+        )
+        under_way.jobs[index] = job
+        self._calls[job] = under_way
+        try:
+            self._scheduler.submit(job)
+        except ServeAppError as error:
+            job.error, job.done = error, True
+            self._deliver([job])
+
+    def _serve(self) -> None:
+        self._prepare_thread()
+        try:
+            while (parts := self._scheduler.take()) is not None:
+                if parts:
+                    self._compute(parts)
+                self._flush()
+        except DeviceBrokenError as error:
+            self._broken = str(error)
+            logger.critical("the device is broken, this replica must be replaced: %s", error)
+            self._on_broken()
+        finally:
+            self._scheduler.close(UnavailableError("this replica's device thread has ended", retry_after_s=1.0))
+            self._flush()
+
+    def _compute(self, parts: list[Part]) -> None:
+        started = time.monotonic()
+        batch = concatenate([part.tokens() for part in parts])
+        head = parts[0].job.head
+        recovery = Recovery(lambda tokens: self._forward(head, tokens), self._budget)
+        try:
+            outcome = recovery.run(batch)
+        except BaseException:
+            lost = UnavailableError("the device failed while it computed this request", retry_after_s=1.0)
+            for part in parts:
+                finish(part.job, lost)
+            raise
+        forward_s = time.monotonic() - started
+        scatter(parts, outcome, started, forward_s)
+        self._apply_budget()
+        self._report(batch, outcome, recovery, forward_s)
+
+    def _apply_budget(self) -> None:
+        self._scheduler.limits = replace(self._configured, max_batch_tokens=self._budget.current)
+
+    def _report(self, batch: TokenBatch, outcome: Outcome, recovery: Recovery, forward_s: float) -> None:
+        self._observe(
+            BatchReport(
+                tokens=int(batch.cu_seqlens[-1]),
+                sequences=batch.num_sequences,
+                forward_s=forward_s,
+                queued_tokens=self._scheduler.queued_tokens,
+                out_of_memory=recovery.out_of_memory,
+                failures=len(outcome.failures),
+            )
+        )
+
+    def _flush(self) -> None:
+        """Hand finished jobs to the event loop, all at once: one wake-up a batch."""
+        jobs = []
+        while self._finished:
+            jobs.append(self._finished.popleft())
+        if not jobs or self._loop is None or self._loop.is_closed():
+            return
+        self._loop.call_soon_threadsafe(self._deliver, jobs)
+
+    def _deliver(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            call = self._calls.pop(job, None)
+            if call is None:
+                continue
+            call.open_jobs -= 1
+            if not call.open_jobs and not call.future.done():
+                call.future.set_result(None)
+
+
+def scatter(parts: list[Part], outcome: Outcome, started: float, forward_s: float) -> None:
+    """Give each job its rows; finish the jobs that are complete and those of which a sequence failed."""
+    at = 0
+    for part in parts:
+        job, count = part.job, part.last - part.first
+        job.started = started if job.started is None else job.started
+        job.forward_s += forward_s
+        failed = next((outcome.failures[i] for i in range(at, at + count) if i in outcome.failures), None)
+        if failed is not None:
+            finish(job, failed)
+        else:
+            _store(job, part, outcome.rows[at : at + count])
+        at += count
+
+
+def _store(job: Job, part: Part, rows: FloatArray) -> None:
+    if job.rows is None:
+        job.rows = np.empty((job.tokens.num_sequences, rows.shape[1]), np.float32)
+    job.rows[part.first : part.last] = rows
+    job.finished += len(rows)
+    if job.finished == job.tokens.num_sequences:
+        finish(job)
+
+
+def _rows(tokens: TokenBatch, call: _Call) -> Rows:
+    width = max((job.rows.shape[1] for job in call.jobs.values() if job.rows is not None), default=0)
+    values = np.zeros((tokens.num_sequences, width), np.float32)
+    queue_s, forward_s = np.zeros(tokens.num_requests), np.zeros(tokens.num_requests)
+    failures: dict[int, ServeAppError] = {}
+    for index, job in call.jobs.items():
+        queue_s[index], forward_s[index] = job.queue_s, job.forward_s
+        if job.error is not None:
+            failures[index] = job.error
+        elif job.rows is not None:
+            values[tokens.sequences_of(index)] = job.rows
+    return Rows(values, queue_s, forward_s, failures)

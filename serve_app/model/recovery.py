@@ -1,0 +1,164 @@
+"""What happens when a forward fails: only the offender pays.
+
+Out of memory: split by tokens, retry in order, and compute less at a time until memory has held for a while.
+Broken device: nothing computed here can be trusted again; the replica must be replaced.
+Anything else: bisect until the input that fails stands alone. Rows that are not finite fail alone.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from serve_app.errors import InputTooLongError, ModelFailureError, ServeAppError
+from serve_app.types import FloatArray, TokenBatch
+
+Forward = Callable[[TokenBatch], FloatArray]
+
+
+class DeviceBrokenError(Exception):
+    """The device's context is corrupt (a sticky CUDA error): every later call would fail too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Rows (n, d) float32, zeros where `failures` (by sequence) has an error."""
+
+    rows: FloatArray
+    failures: Mapping[int, ServeAppError]
+
+
+class TokenBudget:
+    """How many tokens to compute at a time: the configured bound, less after running out of memory.
+
+    Shrinks to three quarters of what just failed and grows back by a sixteenth of the bound after every 64 batches
+    without such a failure, never below `floor` (the longest input that must stay possible).
+    """
+
+    RECOVER_AFTER = 64
+
+    def __init__(self, bound: int, floor: int) -> None:
+        self._bound, self._floor = bound, min(floor, bound)
+        self._current, self._calm = bound, 0
+
+    @property
+    def current(self) -> int:
+        return self._current
+
+    def rebound(self, bound: int) -> None:
+        """The configured bound changed; what was learned below it is kept."""
+        lowered = self._current < self._bound
+        self._bound, self._floor = bound, min(self._floor, bound)
+        self._current = min(self._current, bound) if lowered else bound
+
+    def ran_out(self, tokens: int) -> None:
+        self._current = max(self._floor, min(self._current, tokens * 3 // 4))
+        self._calm = 0
+
+    def held(self) -> None:
+        self._calm += 1
+        if self._calm >= self.RECOVER_AFTER and self._current < self._bound:
+            self._current = min(self._bound, self._current + max(1, self._bound // 16))
+            self._calm = 0
+
+
+class Recovery:
+    """Runs batches through `forward`, and failures through the ladder above."""
+
+    def __init__(self, forward: Forward, budget: TokenBudget) -> None:
+        self._forward = forward
+        self._budget = budget
+        self.out_of_memory = 0
+        self.non_finite_rows = 0
+
+    def run(self, batch: TokenBatch) -> Outcome:
+        """Raises DeviceBrokenError; every other failure is in the outcome, with the sequence it belongs to."""
+        rows, error = self._attempt(batch)
+        if rows is not None:
+            self._budget.held()
+            return self._without_non_finite(rows)
+        # Outside of any `except` block: a traceback in flight would keep the failed pass's tensors alive.
+        if _is_out_of_memory(error):
+            self.out_of_memory += 1
+            self._budget.ran_out(int(batch.cu_seqlens[-1]))
+            _free_cached_memory()
+        if batch.num_sequences == 1:
+            return Outcome(np.zeros((1, 0), np.float32), {0: _as_answer(error, batch)})
+        return self._halves(batch)
+
+    def _attempt(self, batch: TokenBatch) -> tuple[FloatArray | None, str]:
+        try:
+            return self._forward(batch), ""
+        except Exception as error:
+            if is_device_broken(error):
+                raise DeviceBrokenError(str(error).split("\n")[0]) from error
+            return None, _describe(error)
+
+    def _halves(self, batch: TokenBatch) -> Outcome:
+        cut = halfway(batch)
+        first = self.run(batch.select(0, cut))
+        second = self.run(batch.select(cut, batch.num_sequences))
+        failures = {**first.failures, **{cut + i: error for i, error in second.failures.items()}}
+        return Outcome(_stack(first.rows, second.rows), failures)
+
+    def _without_non_finite(self, rows: FloatArray) -> Outcome:
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if not bad.size:
+            return Outcome(rows, {})
+        self.non_finite_rows += bad.size
+        rows[bad] = 0
+        error = ModelFailureError("the model's output for an input is not finite (NaN or infinity); try float32")
+        return Outcome(rows, {int(i): error for i in bad})
+
+
+def halfway(batch: TokenBatch) -> int:
+    """Index of the sequence that starts nearest to half of the tokens, with at least one on either side."""
+    cut = int(np.searchsorted(batch.cu_seqlens, batch.cu_seqlens[-1] / 2))
+    return min(max(cut, 1), batch.num_sequences - 1)
+
+
+def is_device_broken(error: BaseException) -> bool:
+    """Whether this is a sticky CUDA error. Out of memory is not: the context survives it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    if accelerator_error is not None and isinstance(error, accelerator_error):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+
+
+_OUT_OF_MEMORY = "out of memory"
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return _OUT_OF_MEMORY
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
+def _is_out_of_memory(description: str) -> bool:
+    return description == _OUT_OF_MEMORY
+
+
+def _as_answer(description: str, batch: TokenBatch) -> ServeAppError:
+    tokens = int(batch.cu_seqlens[-1])
+    if _is_out_of_memory(description):
+        return InputTooLongError(f"an input of {tokens} tokens does not fit this replica's memory; shorten it")
+    return ModelFailureError(f"the model failed for an input of {tokens} tokens ({description})")
+
+
+def _stack(first: FloatArray, second: FloatArray) -> FloatArray:
+    """Both halves' rows; a half in which everything failed has no width of its own."""
+    width = max(first.shape[1], second.shape[1])
+    halves = [h if h.shape[1] == width else np.zeros((len(h), width), np.float32) for h in (first, second)]
+    return np.concatenate(halves)
+
+
+def _free_cached_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,166 @@
+"""The gate: no waiting while a slot is free, everything that waited goes together when one becomes free."""
+
+import asyncio
+
+import pytest
+
+from serve_app.ingress.gate import Gate, GateLimits, Group
+
+WIDE = GateLimits(max_groups=2, max_requests=100, max_characters=10_000)
+
+
+class Batches:
+    """Requests that hold their place until their group is told to finish."""
+
+    def __init__(self, limits: GateLimits) -> None:
+        self.gate = Gate(limits)
+        self.groups: list[Group] = []
+        self._done: dict[int, asyncio.Event] = {}
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def send(self, characters: int = 10) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(self._hold(characters))
+        self.tasks.append(task)
+        return task
+
+    async def _hold(self, characters: int) -> None:
+        async with self.gate.admitted(characters) as group:
+            if group not in self.groups:
+                self.groups.append(group)
+            await self._done.setdefault(id(group), asyncio.Event()).wait()
+
+    async def settle(self) -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    async def start(self) -> None:
+        """What the batch function does first."""
+        await self.settle()
+        for group in self.groups:
+            group.sealed = True
+
+    async def finish(self, group: Group) -> None:
+        self._done[id(group)].set()
+        await self.settle()
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+@pytest.fixture
+async def batches(request: pytest.FixtureRequest):
+    made = Batches(getattr(request, "param", WIDE))
+    yield made
+    await made.close()
+
+
+async def test_a_request_passes_at_once_while_a_slot_is_free(batches: Batches):
+    batches.send()
+    await batches.start()
+    batches.send()
+    await batches.start()
+    assert len(batches.groups) == 2
+    assert batches.gate.waiting == 0
+
+
+async def test_with_every_slot_busy_requests_wait_and_then_go_as_one_group(batches: Batches):
+    for _ in range(2):
+        batches.send()
+        await batches.start()
+    for _ in range(5):
+        batches.send()
+        await batches.settle()
+    assert batches.gate.waiting == 5
+    await batches.finish(batches.groups[0])
+    assert batches.gate.waiting == 2, "a share of what is outstanding goes; the rest waits for the other slot"
+    assert batches.groups[2].requests == 3
+    await batches.finish(batches.groups[1])
+    assert batches.gate.waiting == 0
+    assert batches.groups[3].requests == 2
+
+
+@pytest.mark.parametrize("batches", [GateLimits(1, 3, 10_000)], indirect=True)
+async def test_a_group_holds_no_more_requests_than_its_bound(batches: Batches):
+    batches.send()
+    await batches.start()
+    for _ in range(7):
+        batches.send()
+    await batches.settle()
+    await batches.finish(batches.groups[0])
+    assert batches.groups[1].requests == 3
+    assert batches.gate.waiting == 4
+
+
+@pytest.mark.parametrize("batches", [GateLimits(1, 100, 100)], indirect=True)
+async def test_a_group_holds_no_more_characters_than_its_bound_but_always_one_request(batches: Batches):
+    batches.send()
+    await batches.start()
+    for characters in (500, 60, 40, 10):
+        batches.send(characters)
+    await batches.settle()
+    await batches.finish(batches.groups[0])
+    assert (batches.groups[1].requests, batches.groups[1].characters) == (1, 500)
+    await batches.finish(batches.groups[1])
+    assert (batches.groups[2].requests, batches.groups[2].characters) == (2, 100)
+
+
+async def test_cancelled_waiters_leave_no_trace(batches: Batches):
+    for _ in range(2):
+        batches.send()
+        await batches.start()
+    waiting = [batches.send() for _ in range(3)]
+    await batches.settle()
+    for task in waiting:
+        task.cancel()
+    await batches.settle()
+    assert batches.gate.waiting == 0
+    await batches.finish(batches.groups[0])
+    await batches.finish(batches.groups[1])
+    batches.send()
+    await batches.settle()
+    assert len(batches.groups) == 3
+
+
+async def test_a_request_cancelled_as_it_is_let_go_frees_its_slot(batches: Batches):
+    for _ in range(2):
+        batches.send()
+        await batches.start()
+    late = batches.send()
+    await batches.settle()
+    batches._done[id(batches.groups[0])].set()
+    batches._done[id(batches.groups[1])].set()
+    while batches.gate.waiting:
+        await asyncio.sleep(0)
+    late.cancel()
+    await batches.settle()
+    for _ in range(2):
+        batches.send()
+        await batches.start()
+    assert batches.gate.waiting == 0, "both slots are free again"
+
+
+async def test_wider_limits_apply_to_what_waits_already(batches: Batches):
+    for _ in range(2):
+        batches.send()
+        await batches.start()
+    batches.send()
+    await batches.settle()
+    assert batches.gate.waiting == 1
+    batches.gate.set_limits(GateLimits(3, 100, 10_000))
+    await batches.settle()
+    assert batches.gate.waiting == 0
+
+
+async def test_nobody_is_overtaken_by_a_later_request(batches: Batches):
+    order: list[int] = []
+    gate = Gate(GateLimits(1, 1, 10_000))
+
+    async def one(number: int) -> None:
+        async with gate.admitted(1):
+            order.append(number)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(one(number) for number in range(50)))
+    assert order == list(range(50))

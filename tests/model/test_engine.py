@@ -1,0 +1,219 @@
+"""Calls in, rows out, on one device thread, and nobody waits for ever."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from serve_app.errors import (
+    DeadlineExceededError,
+    InputTooLongError,
+    ModelFailureError,
+    OverloadedError,
+    UnavailableError,
+)
+from serve_app.model.engine import Engine
+from serve_app.model.scheduler import Limits
+from serve_app.types import ForwardCall
+from tests.model.batches import forward_call, marks_forward, token_batch
+
+LIMITS = Limits(max_batch_tokens=64, max_batch_sequences=16, max_queued_tokens=100_000)
+
+
+class Model:
+    """A fake model that can be held at a barrier and counts what it computed."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.entered = threading.Event()
+        self.batches: list[int] = []
+        self.sequences = 0
+        self.fail_with: BaseException | None = None
+
+    def __call__(self, head, batch):
+        self.entered.set()
+        assert self.go.wait(30)
+        self.batches.append(int(batch.cu_seqlens[-1]))
+        self.sequences += batch.num_sequences
+        if self.fail_with is not None:
+            raise self.fail_with
+        return marks_forward(batch)
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+async def engine(model: Model):
+    made = Engine(model, LIMITS, max_input_tokens=32)
+    made.start(asyncio.get_running_loop())
+    yield made
+    model.go.set()
+    made.close()
+
+
+async def test_every_sequence_gets_its_own_row_in_order(engine: Engine):
+    call = forward_call([[5], [7, 9], [1] * 40])
+    rows = await engine.submit(call)
+    np.testing.assert_array_equal(rows.values, marks_forward(call.tokens))
+    assert rows.failures == {}
+    assert (rows.forward_s >= 0).all()
+
+
+async def test_concurrent_calls_do_not_mix(engine: Engine):
+    rng = np.random.default_rng(0)
+    calls = [forward_call([rng.integers(1, 30, 3).tolist()], rng.integers(0, 1000, 3).tolist()) for _ in range(200)]
+    answers = await asyncio.gather(*(engine.submit(call) for call in calls))
+    for call, rows in zip(calls, answers, strict=True):
+        np.testing.assert_array_equal(rows.values, marks_forward(call.tokens))
+
+
+async def test_what_arrives_during_a_forward_shares_the_next_one(engine: Engine, model: Model):
+    model.go.clear()
+    first = asyncio.create_task(engine.submit(forward_call([[4]])))
+    await asyncio.to_thread(model.entered.wait, 10)
+    rest = [asyncio.create_task(engine.submit(forward_call([[4]]))) for _ in range(10)]
+    await asyncio.sleep(0.05)
+    model.go.set()
+    await asyncio.gather(first, *rest)
+    assert model.batches == [4, 40]
+
+
+async def test_a_call_without_sequences_is_answered_without_a_forward(engine: Engine, model: Model):
+    rows = await engine.submit(forward_call([[], []]))
+    assert len(rows.values) == 0
+    assert model.batches == []
+
+
+async def test_failures_belong_to_their_request_only(engine: Engine, model: Model):
+    call = forward_call([[5], [65], [5]])
+    rows = await engine.submit(call)
+    assert list(rows.failures) == [1]
+    assert isinstance(rows.failures[1], InputTooLongError)
+    np.testing.assert_array_equal(rows.values[[0, 2]], [[0, 5], [2, 5]])
+
+
+async def test_a_failing_model_answers_every_request_with_the_failure(engine: Engine, model: Model):
+    model.fail_with = ValueError("bad")
+    rows = await engine.submit(forward_call([[5], [5, 6]]))
+    assert {type(error) for error in rows.failures.values()} == {ModelFailureError}
+    assert sorted(rows.failures) == [0, 1]
+
+
+async def test_an_expired_request_is_not_computed(engine: Engine, model: Model):
+    model.go.clear()
+    running = asyncio.create_task(engine.submit(forward_call([[4]])))
+    await asyncio.to_thread(model.entered.wait, 10)
+    call = ForwardCall(token_batch([[3], [3]]), "pooled", (0.0, 60.0))
+    waiting = asyncio.create_task(engine.submit(call))
+    await asyncio.sleep(0.05)
+    model.go.set()
+    rows = await waiting
+    await running
+    assert isinstance(rows.failures[0], DeadlineExceededError)
+    assert model.batches == [4, 3]
+
+
+async def test_a_cancelled_call_is_not_computed(engine: Engine, model: Model):
+    model.go.clear()
+    running = asyncio.create_task(engine.submit(forward_call([[4]])))
+    await asyncio.to_thread(model.entered.wait, 10)
+    doomed = asyncio.create_task(engine.submit(forward_call([[9]] * 5)))
+    await asyncio.sleep(0.05)
+    doomed.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await doomed
+    model.go.set()
+    await running
+    await engine.submit(forward_call([[2]]))
+    assert model.batches == [4, 2]
+
+
+async def test_a_full_queue_refuses_the_request_and_not_its_neighbours(model: Model):
+    engine = Engine(model, Limits(64, 16, 100), max_input_tokens=32)
+    engine.start(asyncio.get_running_loop())
+    model.go.clear()
+    running = asyncio.create_task(engine.submit(forward_call([[4]])))
+    await asyncio.to_thread(model.entered.wait, 10)
+    call = asyncio.create_task(engine.submit(forward_call([[60], [60], [10]])))
+    await asyncio.sleep(0.05)
+    model.go.set()
+    rows = await call
+    await running
+    engine.close()
+    assert [type(rows.failures.get(i)) for i in range(3)] == [type(None), OverloadedError, type(None)]
+
+
+async def test_a_broken_device_fails_the_batch_and_every_later_call(model: Model):
+    broken = threading.Event()
+    engine = Engine(model, LIMITS, max_input_tokens=32, on_broken=broken.set)
+    engine.start(asyncio.get_running_loop())
+    model.fail_with = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    rows = await engine.submit(forward_call([[5], [6]]))
+    assert {type(error) for error in rows.failures.values()} == {UnavailableError}
+    assert await asyncio.to_thread(broken.wait, 10)
+    with pytest.raises(UnavailableError, match="broken"):
+        engine.check()
+    with pytest.raises(UnavailableError):
+        await engine.submit(forward_call([[5]]))
+    engine.close()
+
+
+async def test_a_bug_in_the_device_thread_hangs_nobody(model: Model, monkeypatch: pytest.MonkeyPatch):
+    seen: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(args.exc_value))
+
+    def observe(report):
+        raise RuntimeError("a bug of ours")
+
+    engine = Engine(model, LIMITS, max_input_tokens=32, observe=observe)
+    engine.start(asyncio.get_running_loop())
+    model.go.clear()
+    first = asyncio.create_task(engine.submit(forward_call([[5]])))
+    await asyncio.to_thread(model.entered.wait, 10)
+    queued = asyncio.create_task(engine.submit(forward_call([[6]])))
+    await asyncio.sleep(0.05)
+    model.go.set()
+    await asyncio.wait_for(first, 10)
+    rows = await asyncio.wait_for(queued, 10)
+    assert isinstance(rows.failures[0], UnavailableError)
+    assert [str(error) for error in seen] == ["a bug of ours"]
+    engine.close()
+
+
+async def test_closing_answers_what_waits(engine: Engine, model: Model):
+    model.go.clear()
+    running = asyncio.create_task(engine.submit(forward_call([[4]])))
+    await asyncio.to_thread(model.entered.wait, 10)
+    waiting = asyncio.create_task(engine.submit(forward_call([[5]])))
+    await asyncio.sleep(0.05)
+    threading.Timer(0.1, model.go.set).start()
+    await asyncio.to_thread(engine.close)
+    assert (await running).failures == {}
+    assert isinstance((await waiting).failures[0], UnavailableError)
+
+
+async def test_new_limits_apply_from_the_next_batch_on(engine: Engine, model: Model):
+    engine.set_limits(Limits(32, 16, 100_000))
+    await engine.submit(forward_call([[8] * 8]))
+    assert model.batches == [32, 32]
+
+
+async def test_running_out_of_memory_lowers_the_budget_in_force(model: Model):
+    def forward(head, batch):
+        if batch.cu_seqlens[-1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return marks_forward(batch)
+
+    engine = Engine(forward, LIMITS, max_input_tokens=32)
+    engine.start(asyncio.get_running_loop())
+    call = forward_call([[8] * 8])
+    rows = await engine.submit(call)
+    np.testing.assert_array_equal(rows.values, marks_forward(call.tokens))
+    assert engine.max_batch_tokens == 48
+    engine.close()

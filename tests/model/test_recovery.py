@@ -1,0 +1,149 @@
+"""When a forward fails, only the offender pays."""
+
+import numpy as np
+import pytest
+import torch
+
+from serve_app.errors import InputTooLongError, ModelFailureError
+from serve_app.model.recovery import DeviceBrokenError, Recovery, TokenBudget, halfway
+from tests.model.batches import marks_forward, token_batch
+
+POISON = 666
+
+
+class Fails:
+    """Fails above a number of tokens, or where a poisoned sequence is in the batch."""
+
+    def __init__(self, max_tokens: int = 10**9, error: type[Exception] = torch.OutOfMemoryError) -> None:
+        self.max_tokens, self.error = max_tokens, error
+        self.calls: list[int] = []
+
+    def __call__(self, batch):
+        tokens = int(batch.cu_seqlens[-1])
+        self.calls.append(tokens)
+        if tokens > self.max_tokens:
+            raise self.error("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if POISON in batch.input_ids:
+            raise RuntimeError("index out of range in self")
+        return marks_forward(batch)
+
+
+def budget() -> TokenBudget:
+    return TokenBudget(bound=1000, floor=100)
+
+
+@pytest.mark.parametrize("max_tokens", [10, 25, 64, 99, 1000])
+def test_out_of_memory_splits_by_tokens_and_keeps_the_order(max_tokens: int):
+    batch = token_batch([[10] * 10, [3, 5, 7]])
+    forward = Fails(max_tokens)
+    outcome = Recovery(forward, budget()).run(batch)
+    np.testing.assert_array_equal(outcome.rows, marks_forward(batch))
+    assert outcome.failures == {}
+
+
+def test_the_single_input_that_cannot_fit_is_refused_and_its_neighbours_are_answered():
+    batch = token_batch([[10], [80], [10]])
+    outcome = Recovery(Fails(40), budget()).run(batch)
+    assert list(outcome.failures) == [1]
+    assert isinstance(outcome.failures[1], InputTooLongError)
+    assert "80 tokens" in outcome.failures[1].message
+    np.testing.assert_array_equal(outcome.rows[[0, 2]], [[0, 10], [2, 10]])
+
+
+def test_out_of_memory_lowers_the_budget_and_calm_batches_raise_it_again():
+    learned = budget()
+    Recovery(Fails(300), learned).run(token_batch([[100] * 8]))
+    low = learned.current
+    assert 100 <= low <= 600
+    for _ in range(TokenBudget.RECOVER_AFTER * 20):
+        learned.held()
+    assert low < learned.current == 1000
+
+
+def test_the_budget_never_excludes_the_longest_input():
+    learned = budget()
+    for _ in range(50):
+        learned.ran_out(10)
+    assert learned.current == 100
+
+
+def test_a_new_bound_keeps_what_was_learned_below_it():
+    learned = budget()
+    learned.ran_out(400)
+    learned.rebound(2000)
+    assert learned.current == 300
+    fresh = budget()
+    fresh.rebound(2000)
+    assert fresh.current == 2000
+
+
+@pytest.mark.parametrize("position", range(9))
+def test_a_poisoned_input_fails_alone(position: int):
+    marks = [POISON if i == position else i for i in range(9)]
+    batch = token_batch([[4]] * 9, marks)
+    forward = Fails()
+    outcome = Recovery(forward, budget()).run(batch)
+    assert list(outcome.failures) == [position]
+    assert isinstance(outcome.failures[position], ModelFailureError)
+    good = [i for i in range(9) if i != position]
+    np.testing.assert_array_equal(outcome.rows[good], marks_forward(batch)[good])
+    assert len(forward.calls) <= 2 * 4 + 1, "bisection, not one by one"
+
+
+def test_rows_that_are_not_finite_fail_alone():
+    def forward(batch):
+        rows = marks_forward(batch)
+        rows[1] = np.nan
+        rows[3, 1] = np.inf
+        return rows
+
+    recovery = Recovery(forward, budget())
+    outcome = recovery.run(token_batch([[2]] * 5))
+    assert sorted(outcome.failures) == [1, 3]
+    assert np.isfinite(outcome.rows).all()
+    assert recovery.non_finite_rows == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+    ids=["accelerator-error", "runtime-error"],
+)
+def test_a_broken_device_is_not_retried(error: Exception):
+    calls = []
+
+    def forward(batch):
+        calls.append(batch)
+        raise error
+
+    with pytest.raises(DeviceBrokenError):
+        Recovery(forward, budget()).run(token_batch([[4]] * 8))
+    assert len(calls) == 1
+
+
+def test_failed_passes_leave_no_tensors_alive_while_their_halves_run():
+    import gc
+    import weakref
+
+    alive: list[weakref.ref] = []
+
+    def forward(batch):
+        gc.collect()
+        assert not [r for r in alive if r() is not None], "the traceback of the failed pass still holds its tensors"
+        activations = torch.zeros(8)
+        alive.append(weakref.ref(activations))
+        if batch.num_sequences > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return marks_forward(batch)
+
+    outcome = Recovery(forward, budget()).run(token_batch([[4]] * 4))
+    assert outcome.failures == {}
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [100, 1], [1, 100], [5, 5, 5, 100], [100, 5, 5]])
+def test_halves_are_never_empty(lengths: list[int]):
+    batch = token_batch([lengths])
+    assert 1 <= halfway(batch) <= len(lengths) - 1

@@ -1,0 +1,1 @@
+"""The console script `serve-app`: what is done to an application from outside it."""

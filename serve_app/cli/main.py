@@ -1,0 +1,47 @@
+"""`serve-app <command>`: each command is a module with `add_arguments(parser)` and `run(args)`, loaded when chosen."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from serve_app.errors import ServeAppError
+
+COMMANDS = {
+    "check": ("serve_app.cli.check", "check a serve_config.yaml in seconds, without starting anything"),
+    "bench": ("serve_app.cli.bench.command", "measure a running server against what its hardware can do"),
+    "profile": ("serve_app.cli.profile", "where a model's time goes, and the settings that suit this machine"),
+    "prewarm": ("serve_app.cli.prewarm", "bring a model's files to every node before they are needed"),
+}
+
+INTERRUPTED = 130
+"""What a shell reports for a command that Ctrl-C ended."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _dispatch(arguments)
+    except ServeAppError as error:
+        print(f"serve-app: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="serve-app", description="Serve Hugging Face models on Ray Serve.")
+    subparsers = parser.add_subparsers(metavar="command", dest="command", required=True)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (module, help_) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
+        if name == chosen:
+            importlib.import_module(module).add_arguments(subparser)
+    args = parser.parse_args(arguments)
+    return int(importlib.import_module(COMMANDS[args.command][0]).run(args) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Settings that are right each by itself and wrong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve_app.cache.resolve import source_folder
+from serve_app.cli.serve_file import Entry, Finding
+from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, source_kind
+from serve_app.errors import ServeAppError, SourceNotFoundError
+from serve_app.tasks.card import read_card
+
+
+@dataclass(slots=True)
+class Deployed:
+    """The deployments as the file tunes them; what it does not name keeps its defaults."""
+
+    ingress: IngressSettings = field(default_factory=IngressSettings)
+    models: dict[str, ModelSettings] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+
+def tuning_findings(config: AppConfig, deployed: Deployed, where: str, cores: int) -> list[Finding]:
+    """`where` is the key of the application's args."""
+    findings = [*_ingress(deployed)]
+    for i, model in enumerate(config.models):
+        findings += _model(model, deployed, f"{where}.models[{i}]", cores)
+    return [*findings, *_cpus(deployed, cores)]
+
+
+def _ingress(deployed: Deployed) -> Iterator[Finding]:
+    settings, entry = deployed.ingress, deployed.entries.get("ingress")
+    most = _option(entry, "max_ongoing_requests")
+    needed = settings.max_batch_requests * settings.max_concurrent_batches
+    if entry is not None and most is not None and most < needed:
+        yield Finding(
+            f"{entry.where}.max_ongoing_requests",
+            f"{most} is below max_batch_requests x max_concurrent_batches = {settings.max_batch_requests} x "
+            f"{settings.max_concurrent_batches} = {needed}: batches would never fill; raise it, or lower those",
+        )
+
+
+def _model(model: ModelConfig, deployed: Deployed, where: str, cores: int) -> Iterator[Finding]:
+    settings = deployed.models.get(model.name, ModelSettings())
+    entry = deployed.entries.get(f"{model.name}-model")
+    at = f"{entry.where}.user_config" if entry is not None else where
+    longest, problem = _longest_input(model, where)
+    if problem is not None:
+        yield problem
+    if longest is not None and settings.max_batch_tokens < longest:
+        yield Finding(
+            f"{at}.max_batch_tokens",
+            f"{settings.max_batch_tokens} is below the model's longest input, {longest} tokens; "
+            f"raise it, or lower max_input_tokens of {model.name}",
+        )
+    if settings.max_queued_tokens < settings.max_batch_tokens:
+        yield Finding(
+            f"{at}.max_queued_tokens",
+            f"{settings.max_queued_tokens} is below max_batch_tokens ({settings.max_batch_tokens}): "
+            "no batch could ever be full",
+        )
+    if entry is not None:
+        yield from _threads(model, entry, cores)
+
+
+def _longest_input(model: ModelConfig, where: str) -> tuple[int | None, Finding | None]:
+    """Tokens of the longest input, where the model's files lie here; or why that cannot be known."""
+    if source_kind(model.source) == "hub":
+        return model.max_input_tokens, None
+    try:
+        folder = source_folder(model.source)
+        return read_card(folder, model, "").max_input_tokens, None
+    except SourceNotFoundError as error:
+        return model.max_input_tokens, Finding(f"{where}.source", f"not on this machine: {error}", is_error=False)
+    except ServeAppError as error:
+        return None, Finding(where, error.message)
+
+
+def _threads(model: ModelConfig, entry: Entry, cores: int) -> Iterator[Finding]:
+    if model.device == "cuda" or _resources(entry).get("num_gpus"):
+        return
+    most = entry.replicas[1]
+    if model.num_threads * most > cores:
+        yield Finding(
+            entry.where,
+            f"num_threads x replicas = {model.num_threads} x {most} is above this machine's {cores} cores; "
+            "where they all run on one machine, they slow each other down to less than half",
+            is_error=False,
+        )
+    cpus = _resources(entry).get("num_cpus", 1)
+    if cpus < model.num_threads:
+        yield Finding(
+            f"{entry.where}.ray_actor_options.num_cpus",
+            f"{cpus} is below num_threads ({model.num_threads}): Ray may put more threads on a node than it has cores",
+            is_error=False,
+        )
+
+
+def _cpus(deployed: Deployed, cores: int) -> Iterator[Finding]:
+    needed = sum(entry.replicas[0] * _resources(entry).get("num_cpus", 1) for entry in deployed.entries.values())
+    if needed > cores:
+        yield Finding(
+            "deployments",
+            f"the fewest replicas need {needed:g} CPUs and this machine has {cores}: alone, it would wait for ever",
+            is_error=False,
+        )
+
+
+def _option(entry: Entry | None, name: str) -> Any:
+    return None if entry is None else entry.options.get(name)
+
+
+def _resources(entry: Entry) -> Mapping[str, Any]:
+    return entry.options.get("ray_actor_options") or {}

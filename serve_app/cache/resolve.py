@@ -1,0 +1,87 @@
+"""From a model's source to a pinned list of files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from serve_app.cache.hub import Hub
+from serve_app.cache.manifest import Manifest, ModelFile, content_hash, hash_file
+from serve_app.cache.selection import needed_files
+from serve_app.cache.store import expand
+from serve_app.config import ModelConfig, source_kind
+from serve_app.errors import SourceNotFoundError
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A source whose files are pinned. `folder` is where they lie on this node (None for the Hub)."""
+
+    kind: Literal["package", "directory", "hub"]
+    manifest: Manifest
+    folder: Path | None
+
+
+def resolve(model: ModelConfig, hub: Hub) -> Resolved:
+    """List what `model` needs. Reads metadata of the Hub, and contents of a directory.
+
+    Raises SourceNotFoundError, SourceAccessError, SourceUnavailableError, or IncompleteModelError.
+    """
+    kind = source_kind(model.source)
+    if kind == "hub":
+        return _resolve_hub(model, hub)
+    folder = source_folder(model.source)
+    paths = needed_files(_list(folder), model.source)
+    files = tuple(_pin(folder, path) for path in paths)
+    version = _package_version(model.source) if kind == "package" else "0"
+    manifest = Manifest(model.name, model.source, f"{version}-{content_hash(files)}", files)
+    return Resolved(kind, manifest, folder)
+
+
+def _resolve_hub(model: ModelConfig, hub: Hub) -> Resolved:
+    assert model.revision is not None, "the configuration requires a revision for the Hub"
+    listed = {file.path: file for file in hub.list_files(model.source, model.revision)}
+    needed = needed_files(list(listed), f"{model.source}@{model.revision}")
+    files = tuple(listed[path] for path in needed)
+    return Resolved("hub", Manifest(model.name, model.source, model.revision, files), None)
+
+
+def source_folder(source: str) -> Path:
+    """The folder of a `package:` or directory source on this node. Raises SourceNotFoundError."""
+    if source_kind(source) == "package":
+        module, _, inner = source.removeprefix("package:").partition("/")
+        folder = _module_folder(module, source) / inner
+    else:
+        folder = expand(source)
+    if not folder.is_dir():
+        raise SourceNotFoundError(f"{source}: there is no folder {folder} on this node")
+    return folder
+
+
+def _module_folder(module: str, source: str) -> Path:
+    """Found without importing it: only the top package is looked up, what follows is taken as folders."""
+    top, *below = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceNotFoundError(
+            f"{source}: no Python package {top!r} is installed on this node; install it in the image of every node"
+        )
+    return Path(next(iter(spec.submodule_search_locations))).joinpath(*below)
+
+
+def _list(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _pin(folder: Path, path: str) -> ModelFile:
+    full = folder / path
+    return ModelFile(path, full.stat().st_size, hash_file(full)[0])
+
+
+def _package_version(source: str) -> str:
+    top = source.removeprefix("package:").partition("/")[0].partition(".")[0]
+    distributions = importlib.metadata.packages_distributions().get(top, ())
+    return importlib.metadata.version(distributions[0]) if distributions else "0"

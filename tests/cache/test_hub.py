@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from serve_app.cache.hub import Hub, with_retries
+from serve_app.cache.resolve import resolve
+from serve_app.config import ModelConfig
+from serve_app.errors import SourceAccessError, SourceNotFoundError, SourceUnavailableError
+from tests.hub.server import Fault, LocalHub
+
+CANARY = "hf_canary0123456789"
+
+
+def download(model: ModelConfig, into: Path, timeout_s: float = 60.0) -> None:
+    assert model.revision is not None
+    hub = Hub(timeout_s)
+    hub.download(model.source, model.revision, resolve(model, hub).manifest.files, into)
+
+
+def test_downloads_each_needed_file_once(
+    hub: LocalHub, tiny_model: ModelConfig, tiny_bert: Path, tmp_path: Path
+) -> None:
+    download(tiny_model, tmp_path)
+    assert set(hub.downloads()) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(hub.downloads().values()) == {1}
+    for path in hub.downloads():
+        assert (tmp_path / path).read_bytes() == (tiny_bert / path).read_bytes()
+
+
+def test_sends_the_token_of_the_environment(
+    hub: LocalHub, tiny_model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.required_token = CANARY
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    download(tiny_model, tmp_path)
+    assert {seen.authorization for seen in hub.seen} == {f"Bearer {CANARY}"}
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(CANARY.encode() in content for content in written)
+
+
+@pytest.mark.parametrize(
+    ("headers", "advice"),
+    [({}, "no HF_TOKEN is set"), ({"X-Error-Code": "GatedRepo"}, "licence must be accepted")],
+    ids=["private", "gated"],
+)
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_says_what_to_do_and_is_not_retried(
+    hub: LocalHub, tiny_model: ModelConfig, status: int, headers: dict[str, str], advice: str
+) -> None:
+    hub.fail(Fault("/tree/", status=status, headers=headers))
+    with pytest.raises(SourceAccessError, match=advice):
+        resolve(tiny_model, Hub(60.0))
+    assert len(hub.seen) == 1
+
+
+def test_a_wrong_token_is_called_wrong_and_not_shown(
+    hub: LocalHub, tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.required_token = "another"
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    with pytest.raises(SourceAccessError, match="not valid") as caught:
+        resolve(tiny_model, Hub(60.0))
+    assert CANARY not in str(caught.value)
+
+
+def test_unknown_repository_and_commit_are_told_apart(hub: LocalHub, tiny_model: ModelConfig) -> None:
+    with pytest.raises(SourceNotFoundError, match="no such model"):
+        resolve(tiny_model.model_copy(update={"source": "no/such"}), Hub(60.0))
+    with pytest.raises(SourceNotFoundError, match=f"no commit {'0' * 40}"):
+        resolve(tiny_model.model_copy(update={"revision": "0" * 40}), Hub(60.0))
+    assert len(hub.seen) == 2
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_hub_is_asked_again(hub: LocalHub, tiny_model: ModelConfig, tmp_path: Path, status: int) -> None:
+    hub.fail(Fault("model.safetensors", times=1, status=status, headers={"Retry-After": "0"}))
+    download(tiny_model, tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_file_cut_midway_is_completed(
+    hub: LocalHub, tiny_model: ModelConfig, tiny_bert: Path, tmp_path: Path
+) -> None:
+    hub.fail(Fault("model.safetensors", times=1, cut_after=1000))
+    download(tiny_model, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (tiny_bert / "model.safetensors").read_bytes()
+
+
+def test_a_slow_hub_is_given_up_at_the_deadline(hub: LocalHub, tiny_model: ModelConfig) -> None:
+    hub.fail(Fault("/tree/", delay_s=30.0))
+    with pytest.raises(SourceUnavailableError, match="download_timeout_s"):
+        resolve(tiny_model, Hub(3.0))
+
+
+def test_no_hub_at_all_is_unavailable(tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SourceUnavailableError):
+        resolve(tiny_model, Hub(4.0))
+
+
+def test_an_operators_offline_mode_is_obeyed(
+    hub: LocalHub, tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SourceUnavailableError, match="HF_HUB_OFFLINE"):
+        resolve(tiny_model, Hub(60.0))
+    assert hub.seen == []
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    random.seed(0)
+    return Clock()
+
+
+def test_waits_grow_with_jitter_and_end_before_the_deadline(clock: Clock) -> None:
+    def busy() -> None:
+        raise SourceUnavailableError("busy", retry_after_s=0.0)
+
+    with pytest.raises(SourceUnavailableError, match=r"busy; gave up after \d+ attempts"):
+        with_retries(busy, 300.0, clock.sleep, clock.time)
+    assert clock.now < 300.0
+    assert all(wait <= min(30.0, 2.0**n) for n, wait in enumerate(clock.waits))
+    assert len(set(clock.waits)) == len(clock.waits)
+
+
+def test_the_hubs_own_wait_is_kept(clock: Clock) -> None:
+    answers = iter([SourceUnavailableError("busy", retry_after_s=40.0)])
+
+    def attempt() -> str:
+        for error in answers:
+            raise error
+        return "there"
+
+    assert with_retries(attempt, 300.0, clock.sleep, clock.time) == "there"
+    assert 40.0 <= clock.waits[0] <= 41.0
+
+
+def test_what_is_final_is_raised_at_once(clock: Clock) -> None:
+    def refused() -> None:
+        raise SourceAccessError("no")
+
+    with pytest.raises(SourceAccessError):
+        with_retries(refused, 300.0, clock.sleep, clock.time)
+    assert clock.waits == []

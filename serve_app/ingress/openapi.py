@@ -1,0 +1,114 @@
+"""The OpenAPI document, made from the table of routes and the models that validate the bodies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, Literal, TypeAlias
+
+from pydantic import TypeAdapter
+
+from serve_app import __version__
+from serve_app.ingress.routes import Route
+
+Json: TypeAlias = dict[str, Any]
+Direction: TypeAlias = Literal["validation", "serialization"]
+
+_REFERENCE = "#/components/schemas/{model}"
+_DESCRIPTION = (
+    "Every response has the header `x-request-id`: the client's own, if it sent one of 1 to 128 letters, digits, dots, "
+    "dashes and underscores. Errors have a stable `code` and never repeat the input. Fields that a body does not know "
+    "are ignored."
+)
+_COST_HEADERS = {
+    "x-compute-type": "What the model runs on: cpu or gpu.",
+    "x-compute-characters": "Characters of all inputs; a token id counts as one.",
+    "x-compute-tokens": "Tokens computed, special tokens included.",
+    "x-total-time": "Milliseconds from the request's arrival to its answer.",
+    "x-tokenization-time": "Milliseconds of tokenizing.",
+    "x-queue-time": "Milliseconds of waiting for the model.",
+    "x-inference-time": "Milliseconds of the forward pass.",
+    "server-timing": "The same times, with decimals.",
+}
+
+
+def describe(routes: Sequence[Route], models: Sequence[str]) -> Json:
+    """The OpenAPI 3.1 document of these routes, for a server of these models."""
+    schemas, components = _schemas(routes)
+    paths: dict[str, Json] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, models, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "serve-app", "version": __version__, "description": _DESCRIPTION},
+        "servers": [{"url": "./"}],
+        "tags": [{"name": name} for name in dict.fromkeys(route.dialect.name for route in routes)],
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+
+
+def _schemas(routes: Iterable[Route]) -> tuple[Mapping[tuple[Any, Direction], Json], Json]:
+    """The schema of every body, answer and error, by type and direction, and the components that they refer to."""
+    wanted: dict[tuple[Any, Direction], TypeAdapter[Any]] = {}
+    for route in routes:
+        uses: tuple[tuple[Any, Direction], ...] = (
+            (route.body, "validation"),
+            (route.answer, "serialization"),
+            (route.dialect.error_model, "serialization"),
+        )
+        for kind, direction in uses:
+            if kind is not None:
+                wanted.setdefault((kind, direction), TypeAdapter(kind))
+    inputs = [(key, key[1], adapter) for key, adapter in wanted.items()]
+    found, definitions = TypeAdapter.json_schemas(inputs, ref_template=_REFERENCE)
+    return {key: schema for (key, _), schema in found.items()}, definitions.get("$defs", {})
+
+
+def _operation(route: Route, models: Sequence[str], schemas: Mapping[tuple[Any, Direction], Json]) -> Json:
+    operation: Json = {
+        "operationId": _operation_id(route),
+        "tags": [route.dialect.name],
+        "summary": route.summary,
+        "responses": _responses(route, schemas),
+    }
+    if "{name}" in route.path:
+        operation["parameters"] = [_model_parameter(models)]
+    if route.body is not None:
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schemas[route.body, "validation"]}},
+        }
+    return operation
+
+
+def _operation_id(route: Route) -> str:
+    words = re.findall(r"\w+", route.path.replace("{name}", "model"))
+    return "_".join([route.method.lower(), *words]) if words else f"{route.method.lower()}_root"
+
+
+def _model_parameter(models: Sequence[str]) -> Json:
+    return {
+        "name": "name",
+        "in": "path",
+        "required": True,
+        "description": "Name of the model.",
+        "schema": {"type": "string", "enum": list(models)},
+    }
+
+
+def _responses(route: Route, schemas: Mapping[tuple[Any, Direction], Json]) -> Json:
+    media = route.media.partition(";")[0]
+    answer = {"type": "string"} if route.answer is None else schemas[route.answer, "serialization"]
+    good: Json = {"description": "OK", "content": {media: {"schema": answer}}}
+    if route.body is not None:
+        good["headers"] = {
+            name: {"description": text, "schema": {"type": "string"}} for name, text in _COST_HEADERS.items()
+        }
+    error = {"application/json": {"schema": schemas[route.dialect.error_model, "serialization"]}}
+    failures = {
+        str(status): {"description": HTTPStatus(status).phrase, "content": error}
+        for status in sorted({*route.failures, 500})
+    }
+    return {"200": good, **failures}

@@ -1,0 +1,159 @@
+"""Health, readiness, information and metrics: what operators and load balancers ask."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve_app import __version__
+from serve_app.ingress.encoding import encode
+from serve_app.ingress.exchange import Exchange, Reply, while_connected
+from serve_app.ingress.protocols.envelope import ErrorBody, write_error
+from serve_app.ingress.routes import Dialect, Route
+from serve_app.ingress.service import ModelInfo
+
+T = TypeVar("T")
+
+DIALECT = Dialect("Operations", write_error, ErrorBody)
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Health(BaseModel):
+    """All is well."""
+
+    status: Literal["ok"]
+
+
+class EmbeddingType(BaseModel):
+    """TEI's description of an embedding model."""
+
+    pooling: str
+
+
+class ModelType(BaseModel):
+    """TEI's description of a model's kind."""
+
+    embedding: EmbeddingType
+
+
+class ModelFacts(BaseModel):
+    """One model: TEI's fields, and ours; null where it is not known yet or has no meaning here."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_id: str = Field(description="Where the model's files come from.")
+    model_sha: str = Field(description="Revision of the files.")
+    model_dtype: str | None = Field(description="Type of the weights; null until a replica of the model has answered.")
+    model_type: ModelType
+    served_model_name: str
+    max_input_length: int = Field(description="Tokens of one sequence, special tokens included.")
+    max_batch_tokens: int | None = Field(description="Most tokens in one forward pass.")
+    auto_truncate: bool = Field(description="Whether inputs that are too long are cut where a request does not say.")
+    task: str
+    architecture: str
+    hidden_size: int
+    normalize: bool
+    prompts: list[str] = Field(description="Names that `prompt_name` takes.")
+    default_prompt_name: str | None
+    device: str | None
+    attention: str | None = Field(description='"packed", or "bucketed" with the reason.')
+    memory: dict[str, float] = Field(description="What a replica says of its memory, by name.")
+
+
+class Info(BaseModel):
+    """The server and its models."""
+
+    version: str
+    max_client_batch_size: int
+    max_concurrent_requests: int | None = Field(description="Always null: requests are not counted, tokens are.")
+    tokenization_workers: int | None = Field(description="Always null: tokenizer replicas come and go.")
+    models: list[ModelFacts]
+
+
+class OneModelInfo(Info, ModelFacts):
+    """The server and its only model, whose fields are also at the top, as in TEI."""
+
+
+async def health(exchange: Exchange) -> Reply:
+    """The process lives; of one model, that it answers."""
+    if exchange.path_model is not None:
+        await _asked(exchange, exchange.service.ready(exchange.path_model))
+    return Reply(encode({"status": "ok"}))
+
+
+async def ready(exchange: Exchange) -> Reply:
+    await _asked(exchange, exchange.service.ready(None))
+    return Reply(encode({"status": "ok"}))
+
+
+async def info(exchange: Exchange) -> Reply:
+    return Reply(encode(await _asked(exchange, _info(exchange))))
+
+
+async def metrics(exchange: Exchange) -> Reply:
+    text = await _asked(exchange, exchange.service.metrics_text())
+    return Reply(text, content_type=PROMETHEUS.encode())
+
+
+async def _asked(exchange: Exchange, question: Coroutine[Any, Any, T]) -> T:
+    return await while_connected(exchange.receive, question, exchange.settings.request_timeout_s)
+
+
+async def _info(exchange: Exchange) -> Mapping[str, Any]:
+    names = exchange.service.models if exchange.path_model is None else (exchange.path_model,)
+    models = [model_facts(await exchange.service.info(name)) for name in names]
+    server = {
+        "version": __version__,
+        "max_client_batch_size": exchange.settings.max_client_batch_size,
+        "max_concurrent_requests": None,
+        "tokenization_workers": None,
+        "models": models,
+    }
+    return {**models[0], **server} if len(models) == 1 else server
+
+
+def model_facts(model: ModelInfo) -> Mapping[str, Any]:
+    card, state = model.card, model.state
+    return {
+        "model_id": card.source,
+        "model_sha": card.revision,
+        "model_dtype": state and state.dtype,
+        "model_type": {"embedding": {"pooling": card.pooling}},
+        "served_model_name": card.name,
+        "max_input_length": card.max_input_tokens,
+        "max_batch_tokens": state and state.max_batch_tokens,
+        "auto_truncate": card.auto_truncate,
+        "task": card.task,
+        "architecture": card.model_type,
+        "hidden_size": card.hidden_size,
+        "normalize": card.normalize,
+        "prompts": sorted(card.prompts),
+        "default_prompt_name": card.default_prompt_name,
+        "device": state and state.device,
+        "attention": state and state.attention,
+        "memory": dict(state.memory) if state else {},
+    }
+
+
+def routes() -> tuple[Route, ...]:
+    asks = (503, 504)
+    asks_one = (404, *asks)
+    return (
+        Route("GET", "/health", health, DIALECT, "Whether the server lives", answer=Health),
+        Route("GET", "/ready", ready, DIALECT, "Whether every model answers", answer=Health, failures=asks),
+        Route("GET", "/info", info, DIALECT, "The models", answer=OneModelInfo | Info, failures=asks),
+        Route("GET", "/metrics", metrics, DIALECT, "Prometheus metrics", media=PROMETHEUS, failures=asks),
+        Route(
+            "GET",
+            "/models/{name}/health",
+            health,
+            DIALECT,
+            "Whether the model answers",
+            answer=Health,
+            failures=asks_one,
+        ),
+        Route("GET", "/models/{name}/info", info, DIALECT, "One model", answer=OneModelInfo, failures=asks_one),
+    )

@@ -17,6 +17,7 @@ _JSON_HINTS = (
     ("hex escape", r"a \u escape is half of a surrogate pair or cut short; send whole characters"),
     ("unicode code point", "it is not valid UTF-8"),
     ("recursion limit", "it is nested too deeply"),
+    ("line 1 column 0", "it is empty"),
 )
 """What the parser's words mean for a client, where they do not say it themselves."""
 

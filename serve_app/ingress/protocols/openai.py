@@ -52,7 +52,7 @@ class EmbeddingsBody(InferenceBody):
     model_config = documented(input=["What is Deep Learning?", "What is a replica?"])
 
     input: Inputs
-    encoding_format: EncodingFormat = Field(
+    encoding_format: EncodingFormat | None = Field(
         "float", description="Vectors as lists of numbers, or as base64 of their little-endian float32 bytes."
     )
     dimensions: Dimensions = None

@@ -1,0 +1,91 @@
+"""Health, readiness, information and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+
+from serve_app.errors import UnavailableError
+from tests.ingress.edge import FakeService, client_of
+
+
+async def test_health_is_of_the_process_and_readiness_of_the_models(
+    client: httpx.AsyncClient, service: FakeService
+) -> None:
+    service.unready = "model tiny is loading"
+    assert (await client.get("/health")).status_code == 200
+    for path in ("/ready", "/models/tiny/health"):
+        response = await client.get(path)
+        assert response.status_code == 503
+        assert response.json()["error"] == "model tiny is loading"
+        assert response.headers["retry-after"] == "1"
+    service.unready = None
+    for path in ("/ready", "/models/tiny/health"):
+        assert (await client.get(path)).json() == {"status": "ok"}
+
+
+async def test_readiness_that_takes_for_ever_is_given_up(service: FakeService) -> None:
+    async def never(name: str | None = None) -> None:
+        await asyncio.Event().wait()
+
+    service.ready = never  # type: ignore[method-assign]
+    async with client_of(service, request_timeout_s=0.05) as client:
+        assert (await client.get("/ready")).status_code == 504
+
+
+async def test_info_has_teis_fields_for_the_only_model(client: httpx.AsyncClient) -> None:
+    info = (await client.get("/info")).json()
+    expected = {
+        "model_id": "some-org/tiny",
+        "model_sha": "0" * 40,
+        "model_dtype": "float32",
+        "model_type": {"embedding": {"pooling": "mean"}},
+        "max_input_length": 64,
+        "max_batch_tokens": 1024,
+        "max_client_batch_size": 2048,
+        "auto_truncate": True,
+        "device": "cpu",
+        "prompts": ["query"],
+    }
+    assert {key: info[key] for key in expected} == expected
+    assert [model["served_model_name"] for model in info["models"]] == ["tiny"]
+    assert (await client.get("/models/tiny/info")).json() == info
+
+
+async def test_info_of_several_models_lists_them() -> None:
+    async with client_of(FakeService("small", "large")) as client:
+        info = (await client.get("/info")).json()
+        assert [model["served_model_name"] for model in info["models"]] == ["small", "large"]
+        assert "model_id" not in info
+        assert (await client.get("/models/large/info")).json()["served_model_name"] == "large"
+
+
+async def test_info_before_any_replica_answered_has_what_the_files_say(
+    client: httpx.AsyncClient, service: FakeService
+) -> None:
+    service.state = None
+    info = (await client.get("/info")).json()
+    assert info["model_dtype"] is None
+    assert info["max_input_length"] == 64
+
+
+async def test_a_model_that_is_not_served_has_neither_health_nor_info(client: httpx.AsyncClient) -> None:
+    for path in ("/models/other/health", "/models/other/info"):
+        assert (await client.get(path)).status_code == 404
+
+
+async def test_info_of_a_model_whose_files_are_not_read_yet_says_so(
+    client: httpx.AsyncClient, service: FakeService
+) -> None:
+    async def starting(name: str) -> None:
+        raise UnavailableError("model tiny is starting")
+
+    service.info = starting  # type: ignore[assignment,method-assign]
+    assert (await client.get("/info")).status_code == 503
+
+
+async def test_metrics_are_prometheus_text(client: httpx.AsyncClient) -> None:
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "serve_app_requests_total 3" in response.text

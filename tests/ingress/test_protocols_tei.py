@@ -1,0 +1,209 @@
+"""Text Embeddings Inference's shapes: bodies, defaults, headers and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from serve_app.types import EmbeddingOptions, SimilarityOptions
+from tests.ingress.edge import FakeService, client_of, unit, vector
+
+
+async def post(client: httpx.AsyncClient, path: str, body: Any) -> Any:
+    response = await client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "understood"),
+    [
+        ("a text", ("a text",)),
+        (["a", "b"], ("a", "b")),
+        ([5, 6, 7], ((5, 6, 7),)),
+        ([[5, 6], [7]], ((5, 6), (7,))),
+        (["a", [5, 6]], ("a", (5, 6))),
+        ("NUL \x00 is text", ("NUL \x00 is text",)),
+        ("\U0001f600 é", ("\U0001f600 é",)),
+    ],
+    ids=["text", "texts", "ids", "lists of ids", "a text and ids", "NUL", "beyond the basic plane"],
+)
+async def test_embed_takes_every_kind_of_input(
+    client: httpx.AsyncClient, service: FakeService, inputs: Any, understood: tuple[Any, ...]
+) -> None:
+    answer = await post(client, "/embed", {"inputs": inputs})
+    assert service.requests[0].inputs == understood
+    np.testing.assert_array_equal(
+        np.array(answer, np.float32), unit(np.stack([vector(value) for value in understood])).astype(np.float32)
+    )
+
+
+async def test_embed_normalizes_unless_told_otherwise(client: httpx.AsyncClient, service: FakeService) -> None:
+    for body in ({"inputs": "a"}, {"inputs": "a", "normalize": False}, {"inputs": "a", "normalize": None}):
+        await post(client, "/embed", body)
+    options = [request.options for request in service.requests]
+    assert options == [EmbeddingOptions(True), EmbeddingOptions(False), EmbeddingOptions(None)]
+
+
+async def test_embed_passes_every_option_on(client: httpx.AsyncClient, service: FakeService) -> None:
+    body = {
+        "inputs": "a",
+        "normalize": False,
+        "truncate": False,
+        "truncation_direction": "Left",
+        "prompt_name": "query",
+        "dimensions": 4,
+    }
+    answer = await post(client, "/embed", body)
+    request = service.requests[0]
+    assert request.options == EmbeddingOptions(False, 4, "query")
+    assert (request.truncate, request.truncation_side, request.task) == (False, "left", "embedding")
+    np.testing.assert_array_equal(np.array(answer, np.float32), vector("a", "query: ")[None, :4])
+
+
+async def test_embed_cuts_to_dimensions_before_it_normalizes(client: httpx.AsyncClient) -> None:
+    answer = await post(client, "/embed", {"inputs": "a", "dimensions": 5})
+    np.testing.assert_allclose(np.array(answer), unit(vector("a")[None, :5]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [0, -1, 17, 10**30])
+async def test_dimensions_beyond_the_model_are_refused(client: httpx.AsyncClient, dimensions: int) -> None:
+    response = await client.post("/embed", json={"inputs": "a", "dimensions": dimensions})
+    assert response.status_code == 422
+    assert "1 to 16" in response.json()["error"]
+
+
+async def test_an_unknown_prompt_is_refused_and_the_known_ones_are_named(client: httpx.AsyncClient) -> None:
+    response = await client.post("/embed", json={"inputs": "a", "prompt_name": "nonsense"})
+    assert response.status_code == 422
+    assert "query" in response.json()["error"]
+
+
+async def test_similarity_is_the_cosine_with_each_sentence(client: httpx.AsyncClient, service: FakeService) -> None:
+    answer = await post(client, "/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b", "a"]}})
+    source, other = unit(vector("a")), unit(vector("b"))
+    np.testing.assert_allclose(answer, [source @ other, 1.0], rtol=1e-5)
+    assert service.requests[0].task == "similarity"
+
+
+async def test_similarity_takes_its_options_in_parameters(client: httpx.AsyncClient, service: FakeService) -> None:
+    parameters = {"prompt_name": "query", "truncate": True, "truncation_direction": "left"}
+    inputs = {"source_sentence": "a", "sentences": ["b"]}
+    await post(client, "/similarity", {"inputs": inputs, "parameters": parameters})
+    request = service.requests[0]
+    assert request.options == SimilarityOptions("query")
+    assert (request.truncate, request.truncation_side) == (True, "left")
+
+
+async def test_unknown_fields_are_ignored_as_in_tei(client: httpx.AsyncClient) -> None:
+    await post(client, "/embed", {"inputs": "a", "from_the_future": [1, {"x": None}]})
+
+
+async def test_costs_are_told_in_teis_headers(client: httpx.AsyncClient, service: FakeService) -> None:
+    service.device = "gpu"
+    response = await client.post("/embed", json={"inputs": ["four", "and seven"]})
+    told = {name: response.headers[name] for name in ("x-compute-type", "x-compute-characters", "x-compute-tokens")}
+    assert told == {"x-compute-type": "gpu", "x-compute-characters": "13", "x-compute-tokens": "15"}
+    times = [response.headers[f"x-{name}-time"] for name in ("tokenization", "queue", "inference")]
+    assert times == ["1", "2", "40"]
+    assert "forward;dur=40.50" in response.headers["server-timing"]
+    assert int(response.headers["x-total-time"]) >= 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "said"),
+    [
+        ({}, 400, "malformed_request", "`inputs` is missing"),
+        ({"inputs": None}, 400, "malformed_request", "`inputs` is null"),
+        ({"inputs": 5}, 400, "malformed_request", "`inputs` is a number"),
+        ({"inputs": {"a": 1}}, 400, "malformed_request", "`inputs` is an object"),
+        ({"inputs": []}, 400, "empty_input", "`inputs` is empty"),
+        ({"inputs": ""}, 400, "empty_input", "`inputs` is an empty text"),
+        ({"inputs": ["a", ""]}, 400, "empty_input", "`inputs[1]` is an empty text"),
+        ({"inputs": ["a", []]}, 400, "empty_input", "`inputs[1]` is an empty list"),
+        ({"inputs": ["a", 5]}, 400, "malformed_request", "`inputs[1]` is a number"),
+        ({"inputs": ["a", None]}, 400, "malformed_request", "`inputs[1]` is null"),
+        ({"inputs": [["a"]]}, 400, "malformed_request", "`inputs[0]` is a list that is not all token ids"),
+        ({"inputs": [1, 2.5]}, 400, "malformed_request", "`inputs[0]` is a number"),
+        ({"inputs": [[1, True]]}, 400, "malformed_request", "`inputs[0]` is a list that is not all token ids"),
+        ({"inputs": [-1]}, 400, "malformed_request", "token id outside"),
+        ({"inputs": [2**31]}, 400, "malformed_request", "token id outside"),
+        ({"inputs": "a", "truncate": "yes"}, 400, "malformed_request", "`truncate`: input should be a valid boolean"),
+        ({"inputs": "a", "normalize": 1}, 400, "malformed_request", "`normalize`"),
+        ({"inputs": "a", "truncation_direction": "up"}, 400, "malformed_request", "'left' or 'right'"),
+        ({"inputs": "a", "dimensions": 2.5}, 400, "malformed_request", "`dimensions`"),
+        ({"inputs": "a", "model": 5}, 400, "malformed_request", "`model`"),
+        ({"inputs": "a", "model": "other"}, 404, "model_not_found", "there is: tiny"),
+        ([], 400, "malformed_request", "must be a JSON object"),
+        ("text", 400, "malformed_request", "must be a JSON object"),
+    ],
+)
+async def test_bad_input_is_told_in_one_sentence_that_names_the_field(
+    client: httpx.AsyncClient, service: FakeService, body: Any, status: int, code: str, said: str
+) -> None:
+    response = await client.post("/embed", json=body)
+    error = response.json()
+    assert (response.status_code, error["code"]) == (status, code)
+    assert said in error["error"]
+    assert set(error) == {"error", "error_type", "code", "request_id"}
+    assert error["request_id"] == response.headers["x-request-id"]
+    assert service.requests == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ("a", "`inputs` is a text"),
+        ({}, "`inputs.source_sentence` is missing"),
+        ({"source_sentence": "a"}, "`inputs.sentences` is missing"),
+        ({"source_sentence": 5, "sentences": ["a"]}, "`inputs.source_sentence` is a number"),
+        ({"source_sentence": "a", "sentences": "b"}, "`inputs.sentences` is a text"),
+        ({"source_sentence": "a", "sentences": []}, "`inputs.sentences` is empty"),
+        ({"source_sentence": "a", "sentences": ["b", 1]}, "`inputs.sentences[1]` is a number"),
+    ],
+)
+async def test_bad_comparisons_are_told_likewise(client: httpx.AsyncClient, inputs: Any, said: str) -> None:
+    response = await client.post("/similarity", json={"inputs": inputs})
+    assert response.status_code == 400
+    assert said in response.json()["error"]
+
+
+async def test_errors_never_repeat_the_input(client: httpx.AsyncClient) -> None:
+    canary = "a-secret-that-must-not-come-back"
+    bodies: list[Any] = [
+        {"inputs": {canary: canary}},
+        {"inputs": [canary, 1]},
+        {"inputs": "a", "truncate": canary},
+        {"inputs": "a", "truncation_direction": canary},
+        {"inputs": "a", "model": canary},
+        {"inputs": "a", "prompt_name": canary},
+        {"inputs": {"source_sentence": canary}},
+        canary,
+    ]
+    for path in ("/embed", "/similarity", "/", "/v1/embeddings"):
+        for body in bodies:
+            response = await client.post(path, json=body)
+            assert response.status_code >= 400
+            assert canary not in response.text
+
+
+async def test_too_many_inputs_are_refused_as_one(service: FakeService) -> None:
+    async with client_of(service, max_client_batch_size=3) as client:
+        assert (await client.post("/embed", json={"inputs": ["a"] * 3})).status_code == 200
+        response = await client.post("/embed", json={"inputs": ["a"] * 4})
+    assert response.status_code == 422
+    assert response.json()["code"] == "batch_too_large"
+    assert "4 inputs" in response.json()["error"]
+    assert len(service.requests) == 1
+
+
+async def test_a_text_that_is_too_long_is_refused_and_its_place_told(service: FakeService) -> None:
+    async with client_of(service, max_text_characters=10) as client:
+        assert (await client.post("/embed", json={"inputs": "é" * 10})).status_code == 200
+        response = await client.post("/embed", json={"inputs": ["a", "b" * 11]})
+    assert response.status_code == 422
+    assert response.json()["code"] == "input_too_long"
+    assert "input 1 has 11 characters" in response.json()["error"]

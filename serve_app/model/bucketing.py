@@ -44,6 +44,16 @@ def split(lengths: Int32Array, max_padded_tokens: int) -> list[IndexArray]:
     return [order[first:last] for first, last in pairwise(cuts)]
 
 
+def split_equal(lengths: Int32Array, max_tokens: int) -> list[IndexArray]:
+    """Put only sequences of one length in a bucket, at most `max_tokens` unless it is one alone: no padding at all."""
+    order = np.argsort(-lengths, kind="stable")
+    buckets: list[IndexArray] = []
+    for same in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
+        size = max(1, max_tokens // int(lengths[same[0]]))
+        buckets.extend(same[first : first + size] for first in range(0, len(same), size))
+    return buckets
+
+
 def _cheapest_cuts(descending: npt.NDArray[np.float64], max_padded_tokens: int) -> list[int]:
     n = len(descending)
     cost = np.zeros(n + 1)
@@ -69,11 +79,14 @@ class BucketedForward:
     device: torch.device
     pad_token_id: int
     takes_token_types: bool
+    equal_lengths: bool = False
+    """For models whose answers padding changes."""
     max_padded_tokens: int = 16_384
 
     def __call__(self, batch: TokenBatch) -> Iterator[Part]:
         """Compute all sequences of `batch`, which has at least one; call under `inference_mode`."""
-        for rows in split(batch.lengths(), self.max_padded_tokens):
+        buckets = (split_equal if self.equal_lengths else split)(batch.lengths(), self.max_padded_tokens)
+        for rows in buckets:
             yield self._forward(batch, rows)
 
     def _forward(self, batch: TokenBatch, rows: IndexArray) -> Part:

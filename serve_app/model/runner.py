@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.model.bucketing import BucketedForward, IndexArray, Part
+from serve_app.model.acceptance import accept, random_batch
+from serve_app.model.bucketing import IndexArray
 from serve_app.model.loader import LoadedModel
 from serve_app.tasks.heads import Head
 from serve_app.types import FloatArray, TokenBatch
@@ -22,8 +22,9 @@ class Runner:
         self._loaded = loaded
         self._head = head
         self._thread: int | None = None
-        self._forward: Callable[[TokenBatch], Iterable[Part]]
-        self._forward, self.mode = self._choose_forward()
+        self._govern_threads()
+        accepted = accept(loaded)
+        self._forward, self.mode = accepted.forward, accepted.mode
 
     def run(self, batch: TokenBatch) -> FloatArray:
         """The head's rows (n, d) float32 for the n sequences of `batch`, in its order.
@@ -39,28 +40,13 @@ class Runner:
         """Run batches over the range of shapes, so that no request pays for first-time work."""
         for length in _warm_up_lengths(self._loaded.max_input_tokens):
             for count in sorted({1, max(1, max_batch_tokens // length)}):
-                self.run(self._random_batch([length] * count))
+                self.run(random_batch(self._loaded, [length] * count))
 
     def _govern_threads(self) -> None:
         """Give this thread its share of the cores. OpenMP keeps the number per calling thread."""
         if threading.get_ident() != self._thread:
             torch.set_num_threads(self._loaded.num_threads)
             self._thread = threading.get_ident()
-
-    def _choose_forward(self) -> tuple[Callable[[TokenBatch], Iterable[Part]], str]:
-        loaded = self._loaded
-        bucketed = BucketedForward(loaded.module, loaded.device, loaded.pad_token_id, loaded.takes_token_types)
-        return bucketed, "bucketed: packing is not built in"
-
-    def _random_batch(self, lengths: list[int]) -> TokenBatch:
-        generator = np.random.default_rng(0)
-        low = min(self._loaded.pad_token_id + 1, self._loaded.vocab_size - 1)
-        return TokenBatch(
-            input_ids=generator.integers(low, self._loaded.vocab_size, sum(lengths), dtype=np.int32),
-            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-            cu_requests=np.array([0, len(lengths)], np.int32),
-            truncated=np.zeros(len(lengths), np.bool_),
-        )
 
 
 def _in_order(parts: list[tuple[IndexArray, Tensor]]) -> FloatArray:

@@ -1,0 +1,176 @@
+"""Sequences packed into one row without padding, through stock transformers models.
+
+The model is called with `input_ids` (1, total) and the position of each token in its own sequence. Everything in an
+encoder works token by token (embeddings, projections, norms) except attention, which follows the active plan
+(`serve_app.model.attention`). Three kinds of modules count positions themselves from the length of the row, and get
+small wrappers: `embed_positions` (BART, Marian, Pegasus), `compute_bias` (T5) and MPNet's own attention.
+
+Which families this is right for is a table (`serve_app.model.families`); at load, each model is compared with itself
+padded, and one that differs is not packed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
+
+from serve_app.model import attention
+from serve_app.model.attention import Plan
+from serve_app.model.bucketing import IndexArray, Part
+from serve_app.types import Int32Array, TokenBatch
+
+
+class CannotPackError(Exception):
+    """This model cannot be packed; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedForward:
+    """Runs a model that `prepare` has switched to packed attention."""
+
+    module: Any
+    device: torch.device
+    takes_token_types: bool
+    takes_positions: bool
+    first_position: int
+
+    def __call__(self, batch: TokenBatch) -> Iterator[Part]:
+        """Compute all sequences of `batch`, which has at least one; call under `inference_mode`."""
+        rows, tokens = by_length(batch.cu_seqlens)
+        lengths = batch.lengths()[rows]
+        cu_seqlens = self._to_device(np.concatenate([np.zeros(1, np.int64), lengths.cumsum(dtype=np.int64)]))
+        plan = self._plan(lengths, cu_seqlens)
+        inputs = {"input_ids": self._to_device(batch.input_ids[tokens])[None]}
+        if self.takes_positions:
+            inputs["position_ids"] = plan.position_ids
+        if self.takes_token_types and batch.token_type_ids is not None:
+            inputs["token_type_ids"] = self._to_device(batch.token_type_ids[tokens])[None]
+        with attention.use(plan):
+            hidden = self.module(**inputs).last_hidden_state
+        yield Part(rows, hidden[0], cu_seqlens)
+
+    def _plan(self, lengths: Int32Array, cu_seqlens: Tensor) -> Plan:
+        total = int(lengths.sum())
+        starts = np.repeat(lengths.cumsum() - lengths, lengths)
+        positions = np.arange(total) - starts + self.first_position
+        return Plan(
+            runs=attention.runs(lengths.tolist()),
+            total=total,
+            max_length=int(lengths.max()),
+            cu_seqlens=cu_seqlens.to(torch.int32),
+            position_ids=self._to_device(positions)[None],
+        )
+
+    def _to_device(self, array: Int32Array | IndexArray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.device, non_blocking=True)
+
+
+def by_length(cu_seqlens: Int32Array) -> tuple[IndexArray, IndexArray]:
+    """Sequences from short to long, and the tokens in that order: indices (n,) and (total,)."""
+    lengths = np.diff(cu_seqlens).astype(np.int64)
+    rows = np.argsort(lengths, kind="stable")
+    sorted_lengths = lengths[rows]
+    shift = cu_seqlens[rows] - (sorted_lengths.cumsum() - sorted_lengths)
+    return rows, np.arange(lengths.sum()) + np.repeat(shift, sorted_lengths)
+
+
+def prepare(module: Any, device: torch.device, takes_token_types: bool) -> PackedForward:
+    """Switch `module` to packed attention; a call of it without a plan computes what it did before.
+
+    Raises CannotPackError where the model's attention is not behind transformers' interface.
+    """
+    if module.config.model_type != "mpnet":
+        module.set_attn_implementation(attention.NAME)
+        if module.config._attn_implementation != attention.NAME:
+            raise CannotPackError("its attention is not behind transformers' attention interface")
+    parameters = inspect.signature(module.forward).parameters
+    for part in module.modules():
+        _count_positions_in_sequences(part)
+    return PackedForward(
+        module=module,
+        device=device,
+        takes_token_types=takes_token_types,
+        takes_positions="position_ids" in parameters,
+        first_position=_first_position(module),
+    )
+
+
+def _first_position(module: Any) -> int:
+    """RoBERTa and its kin start at `padding_idx + 1`: they derive positions from the tokens that are not padding."""
+    embeddings: Any = getattr(module, "embeddings", None)
+    derived = hasattr(embeddings, "create_position_ids_from_inputs_embeds")
+    return int(embeddings.padding_idx) + 1 if derived else 0
+
+
+def _count_positions_in_sequences(part: Any) -> None:
+    if hasattr(part, "embed_positions"):
+        part.embed_positions.register_forward_pre_hook(_positions_of_plan, with_kwargs=True)
+    if hasattr(part, "compute_bias"):
+        part.compute_bias = _bias_of_longest_sequence(part.compute_bias)
+    if isinstance(part, MPNetEncoder):
+        part.compute_position_bias = _position_bias_of_longest_sequence(part.compute_position_bias)
+    if isinstance(part, MPNetSelfAttention):
+        part.forward = MethodType(_mpnet_attention, part)
+
+
+def _positions_of_plan(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    plan = attention.active_plan()
+    return args, kwargs if plan is None else {**kwargs, "position_ids": plan.position_ids[0]}
+
+
+def _bias_of_longest_sequence(compute_bias: Any) -> Any:
+    """T5's bias of the longest sequence, from which each takes its corner, in place of one over the whole row."""
+
+    def compute(query_length: int, key_length: int, *args: Any, **kwargs: Any) -> Tensor:
+        plan = attention.active_plan()
+        if plan is not None:
+            query_length = key_length = plan.max_length
+        bias: Tensor = compute_bias(query_length, key_length, *args, **kwargs)
+        return bias
+
+    return compute
+
+
+def _position_bias_of_longest_sequence(compute_position_bias: Any) -> Any:
+    """The same for MPNet, which measures the hidden states (1, total, h) instead of being told lengths."""
+
+    def compute(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan = attention.active_plan()
+        measured = hidden if plan is None else hidden[:, : plan.max_length]
+        bias: Tensor = compute_position_bias(measured, *args, **kwargs)
+        return bias
+
+    return compute
+
+
+def _mpnet_attention(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **ignored: Any,
+) -> tuple[Tensor]:
+    """MPNetSelfAttention.forward with scores left to SDPA; the stock one computes them by hand."""
+    shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+    query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in (self.q, self.k, self.v))
+    packed = attention.active_plan() is not None
+    output = attention.attention(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None if packed else attention_mask,
+        scaling=1 / math.sqrt(self.attention_head_size),
+        is_causal=False,
+        position_bias=position_bias,
+    )
+    return (self.o(output[0].flatten(-2)),)

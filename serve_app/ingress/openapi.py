@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import TypeAdapter
 
 from serve_app import __version__
+from serve_app.ingress.encoding import encode
 from serve_app.ingress.routes import Route
 
 Json: TypeAlias = dict[str, Any]
@@ -45,7 +46,7 @@ def describe(routes: Sequence[Route], models: Sequence[str]) -> Json:
         "servers": [{"url": "./"}],
         "tags": [{"name": name} for name in dict.fromkeys(route.dialect.name for route in routes)],
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {"schemas": _referenced(components, encode([paths, components]).decode())},
     }
 
 
@@ -64,6 +65,11 @@ def _schemas(routes: Iterable[Route]) -> tuple[Mapping[tuple[Any, Direction], Js
     inputs = [(key, key[1], adapter) for key, adapter in wanted.items()]
     found, definitions = TypeAdapter.json_schemas(inputs, ref_template=_REFERENCE)
     return {key: schema for (key, _), schema in found.items()}, definitions.get("$defs", {})
+
+
+def _referenced(components: Json, text: str) -> Json:
+    """Pydantic also defines what stands behind the fields that we describe ourselves; that is left out."""
+    return {name: schema for name, schema in components.items() if f'"{_REFERENCE.format(model=name)}"' in text}
 
 
 def _operation(route: Route, models: Sequence[str], schemas: Mapping[tuple[Any, Direction], Json]) -> Json:

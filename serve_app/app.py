@@ -6,7 +6,7 @@ from ray import serve
 from ray.serve import Application
 
 from serve_app.cache.prewarm import warmer_actors
-from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings
+from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse
 from serve_app.ingress.deployment import Ingress, ModelHandles
 from serve_app.model.deployment import ModelReplica
 from serve_app.tokenizer.deployment import TokenizerReplica
@@ -20,9 +20,11 @@ HEALTH_CHECK_PERIOD_S = 5.0
 def build(args: AppConfig) -> Application:
     """The graph ingress -> <model>-tokenizer -> <model>-model. Pure: starts nothing, and may run more than once.
 
-    What stands under `deployments:` in serve_config.yaml overrides the options given here.
+    What stands under `deployments:` in serve_config.yaml overrides the options given here. Serve passes `args:` as it
+    stands in the file. Raises ConfigError that names every wrong key and the reason.
     """
-    handles = {model.name: _model_tiers(model, args) for model in args.models}
+    config = parse(AppConfig, args, "args")
+    handles = {model.name: _model_tiers(model, config) for model in config.models}
     ingress = serve.deployment(
         serve.ingress(None)(Ingress),
         name="ingress",
@@ -30,11 +32,11 @@ def build(args: AppConfig) -> Application:
         user_config=IngressSettings().model_dump(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
     )
-    return ingress.bind(args, handles)
+    return ingress.bind(config, handles)
 
 
-def _model_tiers(model: ModelConfig, args: AppConfig) -> ModelHandles:
-    warm = warmer_actors(args.models, args.cache)
+def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
+    warm = warmer_actors(config.models, config.cache)
     tokenizer = serve.deployment(
         TokenizerReplica,
         name=f"{model.name}-tokenizer",
@@ -51,4 +53,4 @@ def _model_tiers(model: ModelConfig, args: AppConfig) -> ModelHandles:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_gpus": 1} if model.device == "cuda" else {},
     )
-    return ModelHandles(tokenizer.bind(model, args.cache), tier.bind(model, args.cache))
+    return ModelHandles(tokenizer.bind(model, config.cache), tier.bind(model, config.cache))

@@ -50,7 +50,7 @@ class Ingress:
         self._answered_at: dict[str, float] = {}
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self, self._settings)
+        return create_app(self, self._settings, writes_request_id=False)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         self._settings.current = parse(IngressSettings, user_config, "user_config")

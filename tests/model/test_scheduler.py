@@ -55,7 +55,7 @@ def test_a_batch_holds_no_more_sequences_than_its_bound():
 
 def test_an_input_larger_than_the_budget_is_refused_at_the_door():
     scheduler = Scheduler(LIMITS)
-    with pytest.raises(InputTooLongError, match="101 tokens.*at most 100"):
+    with pytest.raises(InputTooLongError, match=r"101 tokens.*at most 100"):
         scheduler.submit(job([5, 101]))
     assert scheduler.queued_tokens == 0
 

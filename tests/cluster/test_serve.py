@@ -1,0 +1,171 @@
+"""The whole application as a user runs it: `serve run serve_config.yaml`, real Ray, real model, real HTTP."""
+
+import asyncio
+import os
+import signal
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.live import Live, served
+from tests.reference import cosines, minilm_embeddings, mixed_texts
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def live():
+    with served() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def base_url(live: Live) -> str:
+    return live.base_url
+
+
+def embed(base_url: str, inputs: object, **options: object) -> np.ndarray:
+    answer = httpx.post(f"{base_url}/embed", json={"inputs": inputs, **options}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return np.array(answer.json(), np.float32)
+
+
+EDGES = [
+    "hello",
+    "x",
+    "a cat sat on the mat",
+    "long " * 600,
+    "naïve café ☕ 你好 مرحبا",
+    "e\u0301 zero\u200bwidth",
+    "nul\x00byte",
+    "w" * 10_000,
+    "line\r\nline",
+]
+
+
+@pytest.mark.parametrize("text", EDGES, ids=[repr(text[:12]) for text in EDGES])
+def test_a_single_text_equals_the_model_run_directly(base_url: str, text: str):
+    vectors = embed(base_url, text)
+    assert vectors.shape == (1, 384)
+    assert cosines(vectors, minilm_embeddings([text]))[0] > 0.9999
+
+
+def test_32_texts_at_once_equal_the_model_run_directly(base_url: str):
+    texts = mixed_texts(32)
+    assert cosines(embed(base_url, texts), minilm_embeddings(texts)).min() > 0.9999
+
+
+async def test_5000_mixed_requests_of_64_clients_each_get_their_own_answer(base_url: str):
+    texts = mixed_texts(1000, seed=1)
+    wrong: list[str] = []
+    vectors: dict[int, np.ndarray] = {}
+    numbers = iter(range(5000))
+
+    async def one_client(client: httpx.AsyncClient) -> None:
+        for number in numbers:
+            answer = await client.post("/embed", json={"inputs": texts[number % 1000]})
+            if answer.status_code != 200:
+                wrong.append(answer.text)
+                continue
+            vector = np.array(answer.json()[0], np.float32)
+            first = vectors.setdefault(number % 1000, vector)
+            if cosines([vector], [first])[0] < 0.99999:
+                wrong.append(f"request {number} differs from its earlier answer")
+
+    async with httpx.AsyncClient(base_url=base_url, timeout=120) as client:
+        await asyncio.gather(*(one_client(client) for _ in range(64)))
+    assert wrong == []
+    answered = np.stack([vectors[i] for i in range(1000)])
+    assert cosines(answered, minilm_embeddings(texts)).min() > 0.9999
+
+
+def test_concurrent_requests_share_calls_to_the_tiers(base_url: str):
+    """Coalescing is real: far fewer batches than requests."""
+    before = coalesced(base_url)
+
+    async def burst() -> None:
+        async with httpx.AsyncClient(base_url=base_url, timeout=60) as client:
+            await asyncio.gather(*(client.post("/embed", json={"inputs": f"text {i} " * 30}) for i in range(200)))
+
+    asyncio.run(burst())
+    deadline = time.monotonic() + 60
+    while (after := coalesced(base_url))["sum"] - before["sum"] < 200 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert after["sum"] - before["sum"] >= 200
+    assert after["count"] - before["count"] <= 100
+
+
+def coalesced(base_url: str) -> dict[str, float]:
+    return samples(httpx.get(f"{base_url}/metrics", timeout=30).text, "ray_serve_app_coalesced_requests")
+
+
+def samples(exposition: str, name: str) -> dict[str, float]:
+    """Sum over series of a histogram's `_sum` and `_count`."""
+    found = {"sum": 0.0, "count": 0.0}
+    for line in exposition.splitlines():
+        for part in ("sum", "count"):
+            if line.startswith(f"{name}_{part}{{"):
+                found[part] += float(line.rsplit(" ", 1)[1])
+    return found
+
+
+def test_bad_input_in_a_batch_leaves_its_neighbours_alone(base_url: str):
+    good, bad = {"inputs": "good"}, {"inputs": "too long " * 400, "truncate": False}
+
+    async def burst() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=base_url, timeout=60) as client:
+            return await asyncio.gather(*(client.post("/embed", json=bad if i % 3 else good) for i in range(60)))
+
+    answers = asyncio.run(burst())
+    for i, answer in enumerate(answers):
+        assert answer.status_code == (422 if i % 3 else 200), answer.text
+        if i % 3:
+            assert answer.json()["code"] == "input_too_long"
+            assert "802 tokens" in answer.json()["error"]
+
+
+def test_health_ready_info_and_docs_answer(base_url: str):
+    assert httpx.get(f"{base_url}/health").status_code == 200
+    assert httpx.get(f"{base_url}/ready", timeout=30).status_code == 200
+    info = httpx.get(f"{base_url}/info", timeout=30).json()
+    assert info["model_dtype"] == "float32"
+    assert info["max_input_length"] == 256
+    assert httpx.get(f"{base_url}/docs").status_code == 200
+    assert "/embed" in httpx.get(f"{base_url}/openapi.json").json()["paths"]
+
+
+def test_the_request_id_stands_once_in_the_answer(base_url: str):
+    answer = httpx.post(f"{base_url}/embed", json={"inputs": "x"}, headers={"x-request-id": "mine-1"})
+    assert answer.headers.get_list("x-request-id") == ["mine-1"]
+    assert len(httpx.post(f"{base_url}/embed", json={}).headers.get_list("x-request-id")) == 1
+
+
+def test_a_model_replica_killed_under_load_fails_no_request(live: Live):
+    async def load() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=live.base_url, timeout=60) as client:
+            tasks = [asyncio.create_task(client.post("/embed", json={"inputs": f"{i} word " * 40})) for i in range(200)]
+            await asyncio.sleep(0.3)
+            os.kill(_replica_pid(live, "model"), signal.SIGKILL)
+            return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(load())
+    assert [a.text for a in answers if a.status_code != 200] == []
+
+
+def _replica_pid(live: Live, tier: str) -> int:
+    for process in live.processes():
+        if f"all-MiniLM-L6-v2-{tier}" in " ".join(process.cmdline()):
+            return process.pid
+    raise AssertionError(f"no {tier} replica among {[p.cmdline()[:1] for p in live.processes()]}")
+
+
+def test_ctrl_c_leaves_no_process_behind():
+    with served() as running:
+        assert running.processes()
+        running.interrupt()
+        deadline = time.monotonic() + 15
+        while running.processes() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert [p.cmdline() for p in running.processes()] == []

@@ -1,0 +1,152 @@
+"""A real server for tests: `serve run` in a process of its own, on its own ports and folders."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+ROOT = Path(__file__).parent.parent
+START_TIMEOUT_S = 150
+STOP_TIMEOUT_S = 60
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Live:
+    """A running server; `log` is all that `serve run` printed, `folder` holds everything it wrote."""
+
+    base_url: str
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process of this server: all that carry its Ray folder in their environment or were its children."""
+        mine = str(self.folder)
+        return [p for p in psutil.process_iter() if _belongs(p, mine)]
+
+    def interrupt(self) -> None:
+        """Ctrl-C, and wait until `serve run` has ended."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(STOP_TIMEOUT_S)
+
+
+def _belongs(process: psutil.Process, folder: str) -> bool:
+    try:
+        return process.pid != os.getpid() and process.environ().get("SERVE_APP_TEST_FOLDER") == folder
+    except (psutil.Error, OSError):
+        return False
+
+
+def local_config(folder: Path, change: Callable[[dict[str, Any]], None] = lambda config: None) -> dict[str, Any]:
+    """serve_config.yaml as it is in the repository, but for ports and folders; `change` may edit it."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config = copy.deepcopy(config)
+    config["http_options"]["port"] = free_port()
+    config["controller_options"]["runtime_env"]["env_vars"] |= {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy" / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "haproxy" / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder / "haproxy"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "haproxy" / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }
+    config["applications"][0]["args"]["cache"]["root"] = str(folder / "models")
+    change(config)
+    return config
+
+
+@contextmanager
+def served(
+    change: Callable[[dict[str, Any]], None] = lambda config: None,
+    environment: Mapping[str, str] | None = None,
+    wait: bool = True,
+) -> Iterator[Live]:
+    """`serve run` of `local_config(change)`, ready to answer; everything is gone afterwards, or the test fails."""
+    folder = Path(tempfile.mkdtemp(prefix="sa-"))  # short, because Ray puts Unix sockets into it
+    config = local_config(folder, change)
+    (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
+    live = Live(f"http://127.0.0.1:{config['http_options']['port']}", _start(folder, environment or {}), folder)
+    try:
+        if wait:
+            wait_until_ready(live)
+        yield live
+    finally:
+        _stop(live)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve_config.yaml")],
+        stdin=subprocess.DEVNULL,
+        stdout=(folder / "log").open("wb"),
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        start_new_session=True,
+        env={
+            **os.environ,
+            "RAY_TMPDIR": str(folder),
+            "SERVE_APP_TEST_FOLDER": str(folder),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **environment,
+        },
+        # A shell that starts tests in the background hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+
+
+def wait_until_ready(live: Live) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    last = "nothing answered"
+    while time.monotonic() < deadline:
+        if live.process.poll() is not None:
+            raise AssertionError(f"serve run ended with {live.process.returncode}:\n{live.log[-4000:]}")
+        if "build_serve_application failed" in live.log:
+            raise AssertionError(f"the application could not be built:\n{live.log[-4000:]}")
+        try:
+            answer = httpx.get(f"{live.base_url}/ready", timeout=10)
+            if answer.status_code == httpx.codes.OK:
+                return
+            last = answer.text
+        except httpx.HTTPError as error:
+            last = repr(error)
+        time.sleep(0.3)
+    raise AssertionError(f"not ready after {START_TIMEOUT_S} s: {last}\n{live.log[-4000:]}")
+
+
+def _stop(live: Live) -> None:
+    if live.process.poll() is None:
+        try:
+            live.interrupt()
+        except subprocess.TimeoutExpired:
+            live.process.kill()
+    left = live.processes()
+    psutil.wait_procs(left, timeout=10)
+    for process in [p for p in left if p.is_running()]:
+        process.kill()

@@ -18,8 +18,7 @@ install = $(bin)/python -m pip install --constraint constraints.txt
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed-serve
-	$(bin)/serve-app check $(CONFIG)
-	$(bin)/serve run $(CONFIG)
+	exec $(bin)/serve-app serve $(CONFIG)
 
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev

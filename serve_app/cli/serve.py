@@ -1,0 +1,136 @@
+"""`serve-app serve`: `serve run` that checks first, says when it is ready, and ends when it cannot start.
+
+`serve run` alone keeps waiting when an application cannot be deployed, prints nothing when it is ready, and does not
+shut down on SIGTERM, which is what process supervisors send.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from serve_app.cli import check
+
+POLL_S = 0.5
+STATUS_POLL_S = 2.0
+_DASHBOARD = re.compile(r"dashboard at (?:\x1b\[[0-9;]*m)*(http://[^\s\x1b]+)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", type=Path, nargs="?", default=Path("serve_config.yaml"), help="the Serve config file to run"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    refused = check.run(args)
+    if refused:
+        return refused
+    server = ServeRun(args.config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: server.stop())
+    return server.wait()
+
+
+class ServeRun:
+    """A `serve run` in a process group of its own, so that it gets exactly one interrupt, from here."""
+
+    def __init__(self, config: Path) -> None:
+        self._url, self._applications = _address(yaml.safe_load(config.read_text()))
+        self._dashboard: str | None = None
+        self._stopping = threading.Event()
+        self._process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "serve"), "run", str(config)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            # A shell that starts this in the background hands down an ignored interrupt.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        )
+        threading.Thread(target=self._relay, daemon=True).start()
+
+    def wait(self) -> int:
+        """Until `serve run` has ended: 0 after `stop`, else its exit code, or 1 if the application cannot start."""
+        failure = self._watch_start()
+        if failure is not None:
+            print(f"serve-app: the application cannot be deployed:\n{failure}", file=sys.stderr, flush=True)
+            self.stop()
+        code = self._process.wait()
+        if failure is not None:
+            return 1
+        return 0 if self._stopping.is_set() else code
+
+    def stop(self) -> None:
+        """Interrupt it once; it then finishes what is under way and ends its cluster."""
+        if not self._stopping.is_set() and self._process.poll() is None:
+            self._stopping.set()
+            self._process.send_signal(signal.SIGINT)
+
+    def _relay(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            found = _DASHBOARD.search(line)
+            if found:
+                self._dashboard = found.group(1)
+
+    def _watch_start(self) -> str | None:
+        """Until it is ready, is stopping or has ended: None; or the reason why it cannot start."""
+        polls = 0
+        while self._process.poll() is None and not self._stopping.wait(POLL_S):
+            polls += 1
+            if _answers(f"{self._url}/ready"):
+                print(f"Ready: {self._url} (documentation at {self._url}/docs). Ctrl-C stops it.", flush=True)
+                return None
+            if polls % (STATUS_POLL_S / POLL_S) == 0:
+                failures = list(self._failures())
+                if failures:
+                    return "\n".join(failures)
+        return None
+
+    def _failures(self) -> Iterator[str]:
+        if self._dashboard is None:
+            return
+        for name, application in _statuses(self._dashboard).items():
+            if name in self._applications and application["status"] == "DEPLOY_FAILED":
+                yield application["message"]
+
+
+def _address(config: dict[str, Any]) -> tuple[str, set[str]]:
+    """Where the first application answers, and the names of all."""
+    http = config.get("http_options") or {}
+    host, port = http.get("host", "127.0.0.1"), http.get("port", 8000)
+    applications = config["applications"]
+    prefix = str(applications[0].get("route_prefix", "/")).rstrip("/")
+    local = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://{local}:{port}{prefix}", {application.get("name", "default") for application in applications}
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=10, trust_env=False).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def _statuses(dashboard: str) -> dict[str, Any]:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    try:
+        applications: dict[str, Any] = ServeSubmissionClient(dashboard).get_serve_details()["applications"]
+    except (RuntimeError, ConnectionError, KeyError, OSError):
+        return {}
+    return applications

@@ -7,6 +7,7 @@ shut down on SIGTERM, which is what process supervisors send.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import subprocess
@@ -63,7 +64,11 @@ class ServeRun:
 
     def wait(self) -> int:
         """Until `serve run` has ended: 0 after `stop`, else its exit code, or 1 if the application cannot start."""
-        failure = self._watch_start()
+        try:
+            failure = self._watch_start()
+        except BaseException:
+            self.stop()
+            raise
         if failure is not None:
             print(f"serve-app: the application cannot be deployed:\n{failure}", file=sys.stderr, flush=True)
             self.stop()
@@ -127,10 +132,19 @@ def _answers(url: str) -> bool:
 
 
 def _statuses(dashboard: str) -> dict[str, Any]:
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
+    """Serve's own status of its applications; {} while the dashboard does not tell."""
     try:
-        applications: dict[str, Any] = ServeSubmissionClient(dashboard).get_serve_details()["applications"]
-    except (RuntimeError, ConnectionError, KeyError, OSError):
+        answer = httpx.get(f"{dashboard}/api/serve/applications/", headers=_token(), timeout=10, trust_env=False)
+        applications: dict[str, Any] = answer.raise_for_status().json()["applications"]
+    except (httpx.HTTPError, ValueError, KeyError):
         return {}
     return applications
+
+
+def _token() -> dict[str, str]:
+    """The header that opens a Ray cluster with token authentication, from where Ray itself looks for the token."""
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not token and file.is_file():
+        token = file.read_text().strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}

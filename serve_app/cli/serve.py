@@ -112,6 +112,7 @@ class ServeRun:
         for name, application in _statuses(self._dashboard).items():
             if name in self._applications and application["status"] == "DEPLOY_FAILED":
                 yield application["message"]
+                yield from (d["message"] for d in application["deployments"].values() if d["status"] == "DEPLOY_FAILED")
 
 
 def _address(config: dict[str, Any]) -> tuple[str, set[str]]:

@@ -66,7 +66,7 @@ def trespasses(room: str, source: str) -> list[str]:
         f"line {found.line}: {room} imports {found.module}"
         for found in imports(source)
         if found.module.startswith("serve_app.")
-        and (other := found.module.split(".")[1]) != room
+        and (other := found.module.split(".")[1]) in rooms() - {room}
         and floor_of(other) >= floor_of(room)
     ]
 

@@ -90,10 +90,11 @@ def _threads(model: ModelConfig, entry: Entry, cores: int) -> Iterator[Finding]:
             is_error=False,
         )
     cpus = _resources(entry).get("num_cpus", 1)
-    if cpus < model.num_threads:
+    if cpus and int(cores / cpus) * model.num_threads > cores:
         yield Finding(
             f"{entry.where}.ray_actor_options.num_cpus",
-            f"{cpus} is below num_threads ({model.num_threads}): Ray may put more threads on a node than it has cores",
+            f"at {cpus:g} for {model.num_threads} threads Ray may put {int(cores / cpus)} replicas on a machine of "
+            f"{cores} cores: more threads than cores",
             is_error=False,
         )
 

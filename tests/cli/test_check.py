@@ -186,6 +186,10 @@ def test_settings_that_contradict_each_other_are_named(check: Check, config: dic
             "deployments: warning: the fewest replicas need 2.7 CPUs and this machine has 2",
         ),
         (
+            deployment(2, "ray_actor_options", to={"num_cpus": 0.5}),
+            f"{MODEL}.ray_actor_options.num_cpus: warning: at 0.5 for 1 threads Ray may put 4 replicas",
+        ),
+        (
             model("source", "/not/on/this/machine"),
             "applications[0].args.models[0].source: warning: not on this machine: /not/on/this/machine",
         ),

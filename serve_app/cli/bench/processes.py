@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -99,7 +100,7 @@ def _members(session: str) -> Iterator[int]:
                 continue
             yield process.pid
             parent = process.parent()
-            if command[0].endswith("raylet") and parent is not None and "python" in parent.name():
+            if command[0].endswith("raylet") and parent is not None and "python" in Path(parent.exe()).name:
                 yield parent.pid
 
 

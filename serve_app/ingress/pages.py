@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 
 from serve_app.ingress import openapi
@@ -24,13 +25,23 @@ _FILES = (
 
 def routes(documented: Sequence[Route], models: Sequence[str]) -> tuple[Route, ...]:
     """Routes of the documentation of `documented`, which are not in the document themselves."""
-    document = Reply(encode(openapi.describe(documented, models)))
     pages = (Route("GET", path, _page(name, media), DIALECT, name, media=media) for path, name, media in _FILES)
     return (
-        Route("GET", "/openapi.json", _always(document), DIALECT, "This document"),
+        Route("GET", "/openapi.json", _document(documented, models), DIALECT, "This document"),
         Route("GET", "/", _to_docs, DIALECT, "To the documentation"),
         *pages,
     )
+
+
+def _document(documented: Sequence[Route], models: Sequence[str]) -> Endpoint:
+    @cache
+    def written() -> Reply:
+        return Reply(encode(openapi.describe(documented, models)))
+
+    async def endpoint(exchange: Exchange) -> Reply:
+        return written()
+
+    return endpoint
 
 
 def _page(name: str, media: str) -> Endpoint:

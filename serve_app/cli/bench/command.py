@@ -39,7 +39,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("the server")
     server.add_argument("--url", default="http://127.0.0.1:8000", help="where it answers (default: %(default)s)")
-    server.add_argument("--serve", type=Path, metavar="CONFIG", help="start it for this run with `serve run CONFIG`")
+    server.add_argument("--serve", type=Path, metavar="CONFIG", help="start it for this run, as `serve-app serve CONFIG`")
     server.add_argument("--protocol", choices=get_args(ProtocolName), default="tei", help="default: %(default)s")
     server.add_argument("--model", default="default", help="its name in the protocols openai and hf")
     server.add_argument(
@@ -126,7 +126,7 @@ class Bench:
                 raise ServerError(f"no server answers {self.args.url}{self.target.route}; start one, or use --serve")
             yield self._running_server()
             return
-        command = [sys.executable, "-m", "ray.serve.scripts", "run", str(self.args.serve)]
+        command = [sys.executable, "-m", "serve_app.cli.main", "serve", str(self.args.serve)]
         with (
             tempfile.TemporaryDirectory() as folder,
             launched(command, self.target, probe, Path(folder, "server.log")) as pid,

@@ -19,6 +19,7 @@ _REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -37,6 +38,28 @@ class CacheConfig(_Frozen):
     download_timeout_s: PositiveFloat = Field(
         3600.0, description="Seconds one model may take to arrive before the start fails with the reason."
     )
+    offline: bool = Field(False, description="Never ask the Hub: models must be on a node of the cluster already.")
+    verify: Literal["size", "sha256"] = Field(
+        "size",
+        description="What a start checks of files that are there: `size` looks at marker, sizes and modification times "
+        "(and reads what looks touched, or everything after a reboot), `sha256` reads every byte.",
+    )
+    min_free_bytes: NonNegativeInt = Field(
+        1 << 30, description="Bytes to leave free on the disk of `root`; a model that does not fit beside them is refused."
+    )
+    max_bytes: PositiveInt | None = Field(
+        None,
+        description="Bytes that all models below `root` may take together; beyond it those used longest ago and not in "
+        "use go. By default only a full disk makes them go.",
+    )
+    allow_network_filesystem: bool = Field(
+        False, description="Accept a `root` on NFS, CIFS, Lustre, FUSE object stores and the like."
+    )
+    directory_mode: Literal["copy", "direct"] = Field(
+        "copy",
+        description="Sources that are directories: `copy` reads them once and puts the files on every node, `direct` "
+        "serves from the directory itself, which every node must see.",
+    )
 
 
 class ModelConfig(_Frozen):
@@ -53,6 +76,14 @@ class ModelConfig(_Frozen):
     )
     revision: str | None = Field(
         None, description="Hub only, and required there: the full 40-hex commit, never a branch or tag."
+    )
+    files: tuple[str, ...] | None = Field(
+        None,
+        description="Patterns (as in `*.safetensors`) of the files to take, instead of the usual ones: weights in "
+        "safetensors, configuration, tokenizer.",
+    )
+    allow_pickle: bool = Field(
+        False, description="Take pickled weights (*.bin) where there are no others. They can run code when read."
     )
     task: Literal["embedding"] = Field("embedding", description="What the model is served for.")
     device: Literal["auto", "cpu", "cuda"] = Field(

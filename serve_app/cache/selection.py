@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from serve_app.errors import IncompleteModelError
 
-NEEDED = (
+USUAL = (
     "*.safetensors",
     "*.json",
     "*.model",
@@ -24,50 +24,62 @@ NEEDED = (
 
 _LEFT_OUT = ("trainer_state.json", "*_results.json", ".*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_NO_WEIGHTS = ("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*")
 _MODULE_FOLDER = re.compile(r"\d+_\w+|additional_chat_templates")
 """Folders of sentence-transformers modules (`1_Pooling`, `2_Dense`), and of Transformers' chat templates."""
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-def needed_files(paths: Sequence[str], source: str) -> list[str]:
-    """Those of `paths` (relative, with `/`) that serving needs, sorted.
+def needed_files(
+    paths: Sequence[str], source: str, patterns: Sequence[str] | None = None, *, allow_pickle: bool = False
+) -> list[str]:
+    """Those of `paths` (relative, with `/`) that serving needs, sorted; with `patterns`, those that match one.
 
     Other formats (ONNX, OpenVINO, TensorFlow, Flax), documentation and second copies of the weights stay behind.
     Raises IncompleteModelError if there is no config.json, or a folder has weights but none in safetensors.
     """
-    kept = [path for path in paths if _is_needed(path)]
-    if "config.json" not in kept and "0_Transformer/config.json" not in kept:
-        raise IncompleteModelError(f"{source} is no Transformers model: it has no config.json")
-    _refuse_pickles(paths, kept, source)
-    return sorted(set(kept) - _second_copies(kept))
+    if patterns is None:
+        kept = [path for path in paths if _is_usual(path)]
+        kept = sorted(set(kept) - _second_copies(kept))
+    else:
+        kept = sorted(path for path in paths if _matches(path, patterns))
+    if not {"config.json", "0_Transformer/config.json"} & set(kept):
+        raise IncompleteModelError(f"{source} is no Transformers model: config.json is not among its files")
+    pickles = _pickled_weights(paths if patterns is None else kept, kept)
+    if pickles and not allow_pickle:
+        raise IncompleteModelError(
+            f"{source} has weights only as a pickle ({pickles[0]}), which can run code when it is read. Serve a "
+            "revision with *.safetensors, convert it (from_pretrained(...).save_pretrained(...) writes safetensors), "
+            "or, if you trust it, set allow_pickle: true for this model"
+        )
+    if not pickles and not any(path.endswith(".safetensors") for path in kept):
+        raise IncompleteModelError(f"{source} has no weights in safetensors")
+    return sorted({*kept, *pickles})
 
 
-def _is_needed(path: str) -> bool:
+def _is_usual(path: str) -> bool:
     folder, _, name = path.rpartition("/")
     if folder and not _MODULE_FOLDER.fullmatch(folder):
         return False
-    return _matches(name, NEEDED) and not _matches(name, _LEFT_OUT)
+    return _matches(name, USUAL) and not _matches(name, _LEFT_OUT)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _refuse_pickles(paths: Sequence[str], kept: Sequence[str], source: str) -> None:
+def _pickled_weights(paths: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """Pickles in folders that have no safetensors among `kept`: without them the model would lack weights."""
     with_weights = {_folder(path) for path in kept if path.endswith(".safetensors")}
-    for path in paths:
-        folder = _folder(path)
-        is_module = not folder or _MODULE_FOLDER.fullmatch(folder) is not None
-        name = path.rpartition("/")[2]
-        if is_module and folder not in with_weights and _matches(name, _PICKLES) and name != "training_args.bin":
-            raise IncompleteModelError(
-                f"{source} has the weights of {folder or 'the model'} only as a pickle ({path}), which can run code "
-                "when it is read. Serve a revision with *.safetensors, or convert it: "
-                "AutoModel.from_pretrained(...).save_pretrained(...) writes safetensors"
-            )
-    if not with_weights:
-        raise IncompleteModelError(f"{source} has no weights in safetensors")
+    return [path for path in paths if _is_pickled_weights(path) and _folder(path) not in with_weights]
+
+
+def _is_pickled_weights(path: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    if folder and not _MODULE_FOLDER.fullmatch(folder):
+        return False
+    return _matches(name, _PICKLES) and not _matches(name, _NO_WEIGHTS)
 
 
 def _folder(path: str) -> str:

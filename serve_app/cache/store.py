@@ -6,12 +6,21 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from serve_app.cache.manifest import READY, Manifest, check_sizes
+from serve_app.cache.disk import boot_id
+from serve_app.cache.manifest import Manifest, Marker, ModelFile, check_content, check_size
+from serve_app.cache.staging import STAGED, Staging, is_abandoned
 from serve_app.errors import IncompleteModelError
+
+READY = ".ready"
+"""The marker of a complete copy. Written after every file, so that where it is, all is."""
+
+_KEPT_S = 24 * 3600.0
 
 
 def expand(path: str) -> Path:
@@ -25,6 +34,16 @@ def expand(path: str) -> Path:
 def model_path(root: Path, name: str, revision: str) -> Path:
     """Where that revision of that model lies on a node, once it is ready."""
     return root / name / revision
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A ready copy as eviction sees it; `used_at` is in seconds since the epoch."""
+
+    name: str
+    revision: str
+    bytes: int
+    used_at: float
 
 
 class Store:
@@ -41,60 +60,113 @@ class Store:
     def path(self, name: str, revision: str) -> Path:
         return model_path(self.root, name, revision)
 
-    def manifest(self, name: str, revision: str) -> Manifest:
-        """The manifest of a ready copy whose files all have their size.
-
-        Raises IncompleteModelError, saying what is wrong, if there is no such copy.
-        """
+    def marker(self, name: str, revision: str) -> Marker:
+        """Raises IncompleteModelError if there is no copy with a marker that can be read."""
         folder = self.path(name, revision)
         try:
-            manifest = Manifest.from_json((folder / READY).read_text("utf-8"))
+            return Marker.from_json((folder / READY).read_text("utf-8"))
         except FileNotFoundError:
             raise IncompleteModelError(f"{folder}: no {READY} marker") from None
         except ValueError as error:
             raise IncompleteModelError(f"{folder}: the {READY} marker cannot be read: {error}") from error
-        check_sizes(folder, manifest.files)
-        return manifest
+
+    def check(self, name: str, revision: str, *, in_full: bool = False) -> Manifest:
+        """The manifest of a copy that is complete.
+
+        Marker and sizes are looked at always; a file is read if its modification time has moved, all are if `in_full`
+        or after a reboot, which may have come before everything was on the disk.
+        Raises IncompleteModelError, saying what is wrong.
+        """
+        folder = self.path(name, revision)
+        marker = self.marker(name, revision)
+        files = marker.manifest.files
+        for file in files:
+            check_size(folder, file)
+        times = modification_times(folder, files)
+        rebooted = marker.boot_id != boot_id()
+        doubtful = [file for file in files if in_full or rebooted or times[file.path] != marker.modified_ns[file.path]]
+        for file in doubtful:
+            check_content(folder, file)
+        if doubtful:
+            with suppress(OSError):  # a cache that is mounted read-only is checked again next time
+                write_marker(folder, replace(marker, boot_id=boot_id(), modified_ns=times))
+        return marker.manifest
 
     def is_ready(self, name: str, revision: str) -> bool:
         try:
-            self.manifest(name, revision)
+            self.check(name, revision)
         except IncompleteModelError:
             return False
         return True
 
-    @contextmanager
-    def staging(self, name: str, revision: str) -> Iterator[Path]:
-        """A new empty folder beside the model's place, on the same filesystem; removed at the end."""
-        parent = self.path(name, revision).parent
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{revision[:64]}.", suffix=".partial", dir=parent))
+    def has(self, manifest: Manifest) -> bool:
+        """Whether there is a complete copy with at least the files of `manifest`."""
         try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            found = self.check(manifest.name, manifest.revision)
+        except IncompleteModelError:
+            return False
+        return {file.path for file in manifest.files} <= {file.path for file in found.files}
 
-    def publish(self, staged: Path, manifest: Manifest) -> Path:
-        """Make the files in `staged` the copy of that revision; what is there and broken makes way.
+    def touch(self, name: str, revision: str) -> None:
+        """Note that the copy is used now."""
+        with suppress(OSError):
+            os.utime(self.path(name, revision) / READY)
+
+    def stage(self, manifest: Manifest) -> Staging:
+        """A folder to fill, beside the model's place; what is left of an earlier try or a broken copy is in it."""
+        staging = Staging.open(self.path(manifest.name, manifest.revision))
+        staging.salvage(self.path(manifest.name, manifest.revision), manifest.files)
+        return staging
+
+    def publish(self, staging: Staging, manifest: Manifest) -> Path:
+        """Make the files in `staging` the copy of that revision; what is there and broken makes way.
 
         Files that are not in the manifest are left behind. Returns the published folder, which is another writer's if
         it was faster.
         """
-        _only(staged, manifest)
-        _flush(staged)
-        _write_marker(staged, manifest)
+        staged = staging.folder
         target = self.path(manifest.name, manifest.revision)
-        while not (_renamed(staged, target) or self.is_ready(manifest.name, manifest.revision)):
-            self._set_aside(target)
+        _flush(staged, manifest)
+        write_marker(staged, Marker(manifest, boot_id(), modification_times(staged, manifest.files)))
+        staging.remove_all_but({READY, *(file.path for file in manifest.files)})
+        while not (_renamed(staged, target) or self.has(manifest)):
+            _set_aside(target)
         _flush_folder(target.parent)
+        staging.discard()
         return target
 
-    def _set_aside(self, target: Path) -> None:
-        """Take a broken copy away by a rename, so that no reader sees it shrink."""
-        trash = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".trash", dir=target.parent))
-        with suppress(FileNotFoundError):
-            os.rename(target, trash / target.name)
-        shutil.rmtree(trash, ignore_errors=True)
+    def sweep(self) -> None:
+        """Remove what writers that have gone left behind, except what was written to within a day."""
+        for left in [*self.root.glob(f"*/{STAGED}"), *self.root.glob("*/.*.trash")]:
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > _KEPT_S and (left.suffix == ".trash" or is_abandoned(left)):
+                    _set_aside(left)
+
+    def copies(self) -> list[Copy]:
+        """All ready copies below the root, the one used longest ago first."""
+        return sorted(self._copies(), key=lambda copy: copy.used_at)
+
+    def _copies(self) -> Iterator[Copy]:
+        for ready in self.root.glob(f"*/*/{READY}"):
+            name, revision = ready.parent.parent.name, ready.parent.name
+            if not revision.startswith("."):
+                with suppress(IncompleteModelError, FileNotFoundError):
+                    manifest = self.marker(name, revision).manifest
+                    yield Copy(name, revision, manifest.total_bytes, ready.stat().st_mtime)
+
+    def staged_bytes(self) -> int:
+        """Bytes in folders that are being filled."""
+        files = (path for folder in self.root.glob(f"*/{STAGED}") for path in folder.rglob("*"))
+        return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
+
+    def remove(self, name: str, revision: str) -> None:
+        _set_aside(self.path(name, revision))
+        with suppress(OSError):  # not empty: other revisions of the model
+            (self.root / name).rmdir()
+
+
+def modification_times(folder: Path, files: tuple[ModelFile, ...]) -> dict[str, int]:
+    return {file.path: (folder / file.path).stat().st_mtime_ns for file in files}
 
 
 def _renamed(staged: Path, target: Path) -> bool:
@@ -108,36 +180,33 @@ def _renamed(staged: Path, target: Path) -> bool:
     return True
 
 
-def _only(folder: Path, manifest: Manifest) -> None:
-    """Remove what is not in the manifest, such as a downloader's own records."""
-    wanted = {folder / file.path for file in manifest.files}
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not path.is_symlink():
-            with suppress(OSError):  # not empty: it holds wanted files
-                path.rmdir()
-        elif path not in wanted:
-            path.unlink()
+def _set_aside(target: Path) -> None:
+    """Take a copy away by a rename, so that no reader sees it shrink; processes that have it open keep it."""
+    trash = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".trash", dir=target.parent))
+    with suppress(FileNotFoundError):
+        os.rename(target, trash / target.name)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
-def _write_marker(folder: Path, manifest: Manifest) -> None:
+def write_marker(folder: Path, marker: Marker) -> None:
     temporary = folder / f"{READY}.new"
-    temporary.write_text(manifest.to_json(), "utf-8")
+    temporary.write_text(marker.to_json(), "utf-8")
     _flush_file(temporary)
     os.replace(temporary, folder / READY)
     _flush_folder(folder)
 
 
-def _flush(folder: Path) -> None:
+def _flush(folder: Path, manifest: Manifest) -> None:
     """Bring files and folders to the disk, so that a marker which survives a power cut tells the truth."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            _flush_folder(path)
-        else:
-            _flush_file(path)
+    paths = [folder / file.path for file in manifest.files]
+    for path in paths:
+        _flush_file(path)
+    for parent in {path.parent for path in paths}:
+        _flush_folder(parent)
 
 
 def _flush_file(path: Path) -> None:
-    with path.open("rb+") as stream:
+    with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 

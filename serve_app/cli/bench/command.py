@@ -39,7 +39,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("the server")
     server.add_argument("--url", default="http://127.0.0.1:8000", help="where it answers (default: %(default)s)")
-    server.add_argument("--serve", type=Path, metavar="CONFIG", help="start it for this run, as `serve-app serve CONFIG`")
+    server.add_argument("--serve", type=Path, metavar="CONFIG", help="start it for this run (serve-app serve)")
     server.add_argument("--protocol", choices=get_args(ProtocolName), default="tei", help="default: %(default)s")
     server.add_argument("--model", default="default", help="its name in the protocols openai and hf")
     server.add_argument(

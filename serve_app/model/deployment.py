@@ -12,6 +12,7 @@ from serve_app.config import CacheConfig, ModelConfig, ModelSettings, parse
 from serve_app.errors import ConfigError
 from serve_app.metrics import ModelMetrics
 from serve_app.model.engine import BatchReport, Engine
+from serve_app.model.recovery import immediately
 from serve_app.model.scheduler import Limits
 from serve_app.types import ForwardCall, ModelState, Rows
 
@@ -43,7 +44,7 @@ class ModelReplica:
         self._runner = runner.Runner(self._loaded, pooled(card.pooling))
         self._runner.warm_up(self._settings.max_batch_tokens)
         self._engine = Engine(
-            forward=lambda head, batch: self._runner.run(batch),
+            launch=lambda head, batch: immediately(self._runner.run)(batch),
             limits=_limits(self._settings),
             max_input_tokens=card.max_input_tokens,
             observe=self._observe,

@@ -18,14 +18,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from serve_app.errors import ServeAppError, UnavailableError
-from serve_app.model.recovery import DeviceBrokenError, Outcome, Recovery, TokenBudget
+from serve_app.model.recovery import Collect, DeviceBrokenError, Outcome, Recovery, Started, TokenBudget
 from serve_app.model.scheduler import Job, Limits, Part, Scheduler, finish
 from serve_app.types import FloatArray, ForwardCall, Rows, TokenBatch, concatenate
 
 logger = logging.getLogger(__name__)
 
-HeadForward = Callable[[str, TokenBatch], FloatArray]
-"""(head, batch) -> rows (n, d) float32, computed on the calling thread."""
+HeadLaunch = Callable[[str, TokenBatch], Collect]
+"""(head, batch) -> starts the forward and that head; what is returned waits for its rows (n, d) float32."""
+
+IDLE_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,16 @@ class BatchReport:
     queued_tokens: int
     out_of_memory: int
     failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A batch on the device."""
+
+    parts: list[Part]
+    recovery: Recovery
+    forward: Started
+    started: float
 
 
 @dataclass(eq=False, slots=True)
@@ -54,17 +66,23 @@ class Engine:
 
     def __init__(
         self,
-        forward: HeadForward,
+        launch: HeadLaunch,
         limits: Limits,
         max_input_tokens: int,
+        depth: int = 1,
         observe: Callable[[BatchReport], None] = lambda report: None,
         prepare_thread: Callable[[], None] = lambda: None,
         on_broken: Callable[[], None] = lambda: None,
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """`prepare_thread` runs first on the device thread (thread counts, the CUDA device); `on_broken` runs there
-        when the device's context is corrupt and the process must be replaced.
+        """`depth` is how many batches are on the device at once, 1 or 2.
+
+        On the device thread run: `prepare_thread` first (thread counts, the CUDA device); `on_idle` whenever nothing
+        came for a second; `on_broken` when the device's context is corrupt and the process must be replaced.
         """
-        self._forward = forward
+        self._launch = launch
+        self._depth = depth
+        self._on_idle = on_idle
         self._observe = observe
         self._prepare_thread = prepare_thread
         self._on_broken = on_broken
@@ -93,7 +111,7 @@ class Engine:
         """Raise UnavailableError if this engine can no longer answer."""
         if self._broken is not None:
             raise UnavailableError(f"the device of this replica is broken: {self._broken}", retry_after_s=1.0)
-        if not self._thread.is_alive():
+        if self._thread.ident is not None and not self._thread.is_alive():
             raise UnavailableError("the device thread of this replica has ended", retry_after_s=1.0)
 
     def set_limits(self, limits: Limits) -> None:
@@ -143,47 +161,63 @@ class Engine:
 
     def _serve(self) -> None:
         self._prepare_thread()
+        under_way: deque[_UnderWay] = deque()
         try:
-            while (parts := self._scheduler.take()) is not None:
-                if parts:
-                    self._compute(parts)
-                self._flush()
+            while (parts := self._scheduler.take(0 if under_way else IDLE_AFTER_S)) is not None or under_way:
+                self._step(parts or [], under_way)
         except DeviceBrokenError as error:
             self._broken = str(error)
             logger.critical("the device is broken, this replica must be replaced: %s", error)
             self._on_broken()
         finally:
+            for batch in under_way:
+                _fail(batch.parts)
             self._scheduler.close(UnavailableError("this replica's device thread has ended", retry_after_s=1.0))
             self._flush()
 
-    def _compute(self, parts: list[Part]) -> None:
+    def _step(self, parts: list[Part], under_way: deque[_UnderWay]) -> None:
+        """Launch what was taken; collect the oldest batch once the device has enough, or nothing more came."""
+        if parts:
+            under_way.append(self._start(parts))
+        elif not under_way:
+            self._on_idle()
+        if under_way and (len(under_way) >= self._depth or not parts):
+            self._collect(under_way[0])
+            under_way.popleft()
+        self._flush()
+
+    def _start(self, parts: list[Part]) -> _UnderWay:
         started = time.monotonic()
-        batch = concatenate([part.tokens() for part in parts])
+        for part in parts:
+            part.job.started = started if part.job.started is None else part.job.started
         head = parts[0].job.head
-        recovery = Recovery(lambda tokens: self._forward(head, tokens), self._budget)
+        recovery = Recovery(lambda tokens: self._launch(head, tokens), self._budget)
         try:
-            outcome = recovery.run(batch)
+            forward = recovery.start(concatenate([part.tokens() for part in parts]))
         except BaseException:
-            lost = UnavailableError("the device failed while it computed this request", retry_after_s=1.0)
-            for part in parts:
-                finish(part.job, lost)
+            _fail(parts)
             raise
-        forward_s = time.monotonic() - started
-        scatter(parts, outcome, started, forward_s)
+        return _UnderWay(parts, recovery, forward, started)
+
+    def _collect(self, batch: _UnderWay) -> None:
+        outcome = batch.recovery.finish(batch.forward)
+        forward_s = time.monotonic() - batch.started
+        scatter(batch.parts, outcome, forward_s)
         self._apply_budget()
-        self._report(batch, outcome, recovery, forward_s)
+        self._report(batch, outcome, forward_s)
 
     def _apply_budget(self) -> None:
         self._scheduler.limits = replace(self._configured, max_batch_tokens=self._budget.current)
 
-    def _report(self, batch: TokenBatch, outcome: Outcome, recovery: Recovery, forward_s: float) -> None:
+    def _report(self, batch: _UnderWay, outcome: Outcome, forward_s: float) -> None:
+        tokens = batch.forward.batch
         self._observe(
             BatchReport(
-                tokens=int(batch.cu_seqlens[-1]),
-                sequences=batch.num_sequences,
+                tokens=int(tokens.cu_seqlens[-1]),
+                sequences=tokens.num_sequences,
                 forward_s=forward_s,
                 queued_tokens=self._scheduler.queued_tokens,
-                out_of_memory=recovery.out_of_memory,
+                out_of_memory=batch.recovery.out_of_memory,
                 failures=len(outcome.failures),
             )
         )
@@ -207,12 +241,17 @@ class Engine:
                 call.future.set_result(None)
 
 
-def scatter(parts: list[Part], outcome: Outcome, started: float, forward_s: float) -> None:
+def _fail(parts: list[Part]) -> None:
+    lost = UnavailableError("the device failed while it computed this request", retry_after_s=1.0)
+    for part in parts:
+        finish(part.job, lost)
+
+
+def scatter(parts: list[Part], outcome: Outcome, forward_s: float) -> None:
     """Give each job its rows; finish the jobs that are complete and those of which a sequence failed."""
     at = 0
     for part in parts:
         job, count = part.job, part.last - part.first
-        job.started = started if job.started is None else job.started
         job.forward_s += forward_s
         failed = next((outcome.failures[i] for i in range(at, at + count) if i in outcome.failures), None)
         if failed is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,23 @@ import torch
 from serve_app.errors import InputTooLongError, ModelFailureError, ServeAppError
 from serve_app.types import FloatArray, TokenBatch
 
-Forward = Callable[[TokenBatch], FloatArray]
+T = TypeVar("T")
+
+Collect = Callable[[], FloatArray]
+"""Waits for a launched forward: its rows (n, d) float32. Raises what the forward raises."""
+
+Launch = Callable[[TokenBatch], Collect]
+"""Starts a forward on the device. A CPU computes it here and has nothing left to wait for."""
+
+
+def immediately(forward: Callable[[TokenBatch], FloatArray]) -> Launch:
+    """A forward without anything asynchronous, as a Launch."""
+
+    def launch(batch: TokenBatch) -> Collect:
+        rows = forward(batch)
+        return lambda: rows
+
+    return launch
 
 
 class DeviceBrokenError(Exception):
@@ -66,18 +83,41 @@ class TokenBudget:
             self._calm = 0
 
 
-class Recovery:
-    """Runs batches through `forward`, and failures through the ladder above."""
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A forward under way, or (`collect` is None) why it could not be launched."""
 
-    def __init__(self, forward: Forward, budget: TokenBudget) -> None:
-        self._forward = forward
+    batch: TokenBatch
+    collect: Collect | None
+    error: str = ""
+
+
+class Recovery:
+    """Runs batches on the device, and failures through the ladder above."""
+
+    def __init__(self, launch: Launch, budget: TokenBudget) -> None:
+        self._launch = launch
         self._budget = budget
         self.out_of_memory = 0
         self.non_finite_rows = 0
 
     def run(self, batch: TokenBatch) -> Outcome:
-        """Raises DeviceBrokenError; every other failure is in the outcome, with the sequence it belongs to."""
-        rows, error = self._attempt(batch)
+        """`start` and `finish` in one."""
+        return self.finish(self.start(batch))
+
+    def start(self, batch: TokenBatch) -> Started:
+        """Launch a forward. Raises DeviceBrokenError; every other failure waits in what is returned."""
+        collect, error = _attempt(lambda: self._launch(batch))
+        return Started(batch, collect, error)
+
+    def finish(self, started: Started) -> Outcome:
+        """Wait for the rows; after a failure, compute again in parts.
+
+        Raises DeviceBrokenError; every other failure is in the outcome, with the sequence it belongs to.
+        """
+        batch, rows, error = started.batch, None, started.error
+        if started.collect is not None:
+            rows, error = _attempt(started.collect)
         if rows is not None:
             self._budget.held()
             return self._without_non_finite(rows)
@@ -89,14 +129,6 @@ class Recovery:
         if batch.num_sequences == 1:
             return Outcome(np.zeros((1, 0), np.float32), {0: _as_answer(error, batch)})
         return self._halves(batch)
-
-    def _attempt(self, batch: TokenBatch) -> tuple[FloatArray | None, str]:
-        try:
-            return self._forward(batch), ""
-        except Exception as error:
-            if is_device_broken(error):
-                raise DeviceBrokenError(str(error).split("\n")[0]) from error
-            return None, _describe(error)
 
     def _halves(self, batch: TokenBatch) -> Outcome:
         cut = halfway(batch)
@@ -113,6 +145,16 @@ class Recovery:
         rows[bad] = 0
         error = ModelFailureError("the model's output for an input is not finite (NaN or infinity); try float32")
         return Outcome(rows, {int(i): error for i in bad})
+
+
+def _attempt(step: Callable[[], T]) -> tuple[T | None, str]:
+    """The step's result, or None and what went wrong."""
+    try:
+        return step(), ""
+    except Exception as error:
+        if is_device_broken(error):
+            raise DeviceBrokenError(str(error).split("\n")[0]) from error
+        return None, _describe(error)
 
 
 def halfway(batch: TokenBatch) -> int:

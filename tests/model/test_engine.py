@@ -40,7 +40,8 @@ class Model:
         self.sequences += batch.num_sequences
         if self.fail_with is not None:
             raise self.fail_with
-        return marks_forward(batch)
+        rows = marks_forward(batch)
+        return lambda: rows
 
 
 @pytest.fixture
@@ -205,15 +206,67 @@ async def test_new_limits_apply_from_the_next_batch_on(engine: Engine, model: Mo
 
 
 async def test_running_out_of_memory_lowers_the_budget_in_force(model: Model):
-    def forward(head, batch):
+    def launch(head, batch):
         if batch.cu_seqlens[-1] > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return marks_forward(batch)
+        return lambda: marks_forward(batch)
 
-    engine = Engine(forward, LIMITS, max_input_tokens=32)
+    engine = Engine(launch, LIMITS, max_input_tokens=32)
     engine.start(asyncio.get_running_loop())
     call = forward_call([[8] * 8])
     rows = await engine.submit(call)
     np.testing.assert_array_equal(rows.values, marks_forward(call.tokens))
     assert engine.max_batch_tokens == 48
+    engine.close()
+
+
+async def test_with_depth_2_the_next_batch_is_launched_before_the_last_is_collected():
+    events: list[str] = []
+    go = threading.Event()
+
+    def launch(head, batch):
+        name = int(batch.input_ids[0])
+        events.append(f"launch {name}")
+
+        def collect():
+            assert go.wait(30)
+            events.append(f"collect {name}")
+            return marks_forward(batch)
+
+        return collect
+
+    engine = Engine(launch, LIMITS, max_input_tokens=64, depth=2)
+    calls = [asyncio.create_task(engine.submit(forward_call([[60]], [i]))) for i in range(4)]
+    await asyncio.sleep(0)
+    engine.start(asyncio.get_running_loop())
+    await asyncio.sleep(0.05)
+    assert events == ["launch 0", "launch 1"]
+    go.set()
+    answers = await asyncio.gather(*calls)
+    engine.close()
+    assert [int(rows.values[0, 0]) for rows in answers] == [0, 1, 2, 3]
+    assert events[:4] == ["launch 0", "launch 1", "collect 0", "launch 2"]
+
+
+async def test_a_device_that_breaks_fails_everything_that_is_on_it():
+    def launch(head, batch):
+        def collect():
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        return collect
+
+    engine = Engine(launch, LIMITS, max_input_tokens=64, depth=2)
+    calls = [asyncio.create_task(engine.submit(forward_call([[60]], [i]))) for i in range(4)]
+    await asyncio.sleep(0)
+    engine.start(asyncio.get_running_loop())
+    answers = await asyncio.wait_for(asyncio.gather(*calls), 10)
+    assert {type(rows.failures[0]) for rows in answers} == {UnavailableError}
+    engine.close()
+
+
+async def test_an_idle_device_is_told_so():
+    idle = threading.Event()
+    engine = Engine(Model(), LIMITS, max_input_tokens=32, on_idle=idle.set)
+    engine.start(asyncio.get_running_loop())
+    assert await asyncio.to_thread(idle.wait, 10)
     engine.close()

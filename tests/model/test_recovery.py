@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from serve_app.errors import InputTooLongError, ModelFailureError
-from serve_app.model.recovery import DeviceBrokenError, Recovery, TokenBudget, halfway
+from serve_app.model.recovery import DeviceBrokenError, Recovery, TokenBudget, halfway, immediately
 from tests.model.batches import marks_forward, token_batch
 
 POISON = 666
@@ -32,18 +32,22 @@ def budget() -> TokenBudget:
     return TokenBudget(bound=1000, floor=100)
 
 
+def recovery(forward) -> Recovery:
+    return Recovery(immediately(forward), budget())
+
+
 @pytest.mark.parametrize("max_tokens", [10, 25, 64, 99, 1000])
 def test_out_of_memory_splits_by_tokens_and_keeps_the_order(max_tokens: int):
     batch = token_batch([[10] * 10, [3, 5, 7]])
     forward = Fails(max_tokens)
-    outcome = Recovery(forward, budget()).run(batch)
+    outcome = recovery(forward).run(batch)
     np.testing.assert_array_equal(outcome.rows, marks_forward(batch))
     assert outcome.failures == {}
 
 
 def test_the_single_input_that_cannot_fit_is_refused_and_its_neighbours_are_answered():
     batch = token_batch([[10], [80], [10]])
-    outcome = Recovery(Fails(40), budget()).run(batch)
+    outcome = recovery(Fails(40)).run(batch)
     assert list(outcome.failures) == [1]
     assert isinstance(outcome.failures[1], InputTooLongError)
     assert "80 tokens" in outcome.failures[1].message
@@ -52,7 +56,7 @@ def test_the_single_input_that_cannot_fit_is_refused_and_its_neighbours_are_answ
 
 def test_out_of_memory_lowers_the_budget_and_calm_batches_raise_it_again():
     learned = budget()
-    Recovery(Fails(300), learned).run(token_batch([[100] * 8]))
+    Recovery(immediately(Fails(300)), learned).run(token_batch([[100] * 8]))
     low = learned.current
     assert 100 <= low <= 600
     for _ in range(TokenBudget.RECOVER_AFTER * 20):
@@ -82,7 +86,7 @@ def test_a_poisoned_input_fails_alone(position: int):
     marks = [POISON if i == position else i for i in range(9)]
     batch = token_batch([[4]] * 9, marks)
     forward = Fails()
-    outcome = Recovery(forward, budget()).run(batch)
+    outcome = recovery(forward).run(batch)
     assert list(outcome.failures) == [position]
     assert isinstance(outcome.failures[position], ModelFailureError)
     good = [i for i in range(9) if i != position]
@@ -97,11 +101,11 @@ def test_rows_that_are_not_finite_fail_alone():
         rows[3, 1] = np.inf
         return rows
 
-    recovery = Recovery(forward, budget())
-    outcome = recovery.run(token_batch([[2]] * 5))
+    ladder = recovery(forward)
+    outcome = ladder.run(token_batch([[2]] * 5))
     assert sorted(outcome.failures) == [1, 3]
     assert np.isfinite(outcome.rows).all()
-    assert recovery.non_finite_rows == 2
+    assert ladder.non_finite_rows == 2
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,7 @@ def test_a_broken_device_is_not_retried(error: Exception):
         raise error
 
     with pytest.raises(DeviceBrokenError):
-        Recovery(forward, budget()).run(token_batch([[4]] * 8))
+        recovery(forward).run(token_batch([[4]] * 8))
     assert len(calls) == 1
 
 
@@ -139,7 +143,7 @@ def test_failed_passes_leave_no_tensors_alive_while_their_halves_run():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return marks_forward(batch)
 
-    outcome = Recovery(forward, budget()).run(token_batch([[4]] * 4))
+    outcome = recovery(forward).run(token_batch([[4]] * 4))
     assert outcome.failures == {}
 
 
@@ -147,3 +151,19 @@ def test_failed_passes_leave_no_tensors_alive_while_their_halves_run():
 def test_halves_are_never_empty(lengths: list[int]):
     batch = token_batch([lengths])
     assert 1 <= halfway(batch) <= len(lengths) - 1
+
+
+def test_a_forward_that_fails_only_when_collected_is_split_too():
+    """On a GPU kernels run after the launch: out of memory may come late."""
+
+    def launch(batch):
+        def collect():
+            if batch.num_sequences > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return marks_forward(batch)
+
+        return collect
+
+    batch = token_batch([[4]] * 7)
+    outcome = Recovery(launch, budget()).run(batch)
+    np.testing.assert_array_equal(outcome.rows, marks_forward(batch))

@@ -54,11 +54,11 @@ def _accept(loaded: LoadedModel) -> Accepted:
     )
     probes = random_batch(loaded, _probe_lengths(loaded))
     reference = _hidden(unpadded, probes)
-    if linear.pays(loaded.module):
-        _speed_up_projections(loaded, unpadded, probes, reference)
+    faster = linear.pays(loaded.module) and _speed_up_projections(loaded, unpadded, probes, reference)
     reason = why_not_packed(loaded.model_type)
     if reason is None:
-        packed, reason = _try_packing(loaded, probes, reference)
+        padded_total = linear.padded_rows if faster else int
+        packed, reason = _try_packing(loaded, padded_total, probes, reference)
         if packed is not None:
             return Accepted(packed, "packed")
         log.warning("%s is not packed, and slower for it: %s", loaded.model_type, reason)
@@ -87,7 +87,8 @@ def _probe_lengths(loaded: LoadedModel) -> list[int]:
     return [min(length, loaded.max_input_tokens) for length in (5, 17, 1, 5, max(longest, 33), 9)]
 
 
-def _speed_up_projections(loaded: LoadedModel, forward: Forward, probes: TokenBatch, reference: Tensor) -> None:
+def _speed_up_projections(loaded: LoadedModel, forward: Forward, probes: TokenBatch, reference: Tensor) -> bool:
+    """Exchange the projections; False, with the stock ones put back, if answers differ."""
     swaps = linear.plan_swaps(loaded.module, lambda: _hidden(forward, probes))
     for swap in swaps:
         swap.apply()
@@ -96,12 +97,16 @@ def _speed_up_projections(loaded: LoadedModel, forward: Forward, probes: TokenBa
         for swap in swaps:
             swap.undo()
         log.warning("%s keeps torch's projections: oneDNN's differ by %.1e", loaded.model_type, error)
+        return False
+    return True
 
 
-def _try_packing(loaded: LoadedModel, probes: TokenBatch, reference: Tensor) -> tuple[Forward, None] | tuple[None, str]:
+def _try_packing(
+    loaded: LoadedModel, padded_total: Callable[[int], int], probes: TokenBatch, reference: Tensor
+) -> tuple[Forward, None] | tuple[None, str]:
     stock_attention = loaded.module.config._attn_implementation
     try:
-        packed = packing.prepare(loaded.module, loaded.device, loaded.takes_token_types)
+        packed = packing.prepare(loaded, padded_total)
         error = _difference(_hidden(packed, probes), reference)
         leak = _leak(packed, loaded, probes)
     except (packing.CannotPackError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as failure:

@@ -41,6 +41,7 @@ class Run:
 class Plan:
     """Where the sequences of one packed row lie; built once for a batch, read by every layer.
 
+    `total` counts the row's tokens, with any filler behind the last sequence, which attends to nothing.
     `cu_seqlens` (n + 1,) int32 and `position_ids` (1, total) int64 are on the device.
     """
 
@@ -150,6 +151,10 @@ def run_by_run(query: Tensor, key: Tensor, value: Tensor, plan: Plan, rule: Rule
             enable_gqa=grouped,
         )
         outputs.append(output.transpose(1, 2).reshape(run.count * run.length, query.shape[1], value.shape[3]))
+    last = plan.runs[-1]
+    filler = plan.total - (last.start + last.count * last.length)
+    if filler:
+        outputs.append(outputs[0].new_zeros(filler, query.shape[1], value.shape[3]))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -26,6 +26,7 @@ from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAtte
 from serve_app.model import attention
 from serve_app.model.attention import Plan
 from serve_app.model.bucketing import IndexArray, Part
+from serve_app.model.loader import LoadedModel
 from serve_app.types import Int32Array, TokenBatch
 
 
@@ -42,36 +43,44 @@ class PackedForward:
     takes_token_types: bool
     takes_positions: bool
     first_position: int
+    pad_token_id: int
+    padded_total: Callable[[int], int] = int
+    """How many tokens a row of so many gets: more where the device is better at some numbers than at others."""
 
     def __call__(self, batch: TokenBatch) -> Iterator[Part]:
         """Compute all sequences of `batch`, which has at least one; call under `inference_mode`."""
         rows, tokens = by_length(batch.cu_seqlens)
         lengths = batch.lengths()[rows]
         cu_seqlens = self._to_device(np.concatenate([np.zeros(1, np.int64), lengths.cumsum(dtype=np.int64)]))
-        plan = self._plan(lengths, cu_seqlens)
-        inputs = {"input_ids": self._to_device(batch.input_ids[tokens])[None]}
+        total = self.padded_total(len(tokens))
+        plan = self._plan(lengths, cu_seqlens, total)
+        inputs = {"input_ids": self._row(batch.input_ids[tokens], total, self.pad_token_id)}
         if self.takes_positions:
             inputs["position_ids"] = plan.position_ids
         if self.takes_token_types and batch.token_type_ids is not None:
-            inputs["token_type_ids"] = self._to_device(batch.token_type_ids[tokens])[None]
+            inputs["token_type_ids"] = self._row(batch.token_type_ids[tokens], total, 0)
         with attention.use(plan):
             hidden = self.module(**inputs).last_hidden_state
-        yield Part(rows, hidden[0], cu_seqlens)
+        yield Part(rows, hidden[0, : len(tokens)], cu_seqlens)
 
-    def _plan(self, lengths: Int32Array, cu_seqlens: Tensor) -> Plan:
-        total = int(lengths.sum())
+    def _plan(self, lengths: Int32Array, cu_seqlens: Tensor, total: int) -> Plan:
         starts = np.repeat(lengths.cumsum() - lengths, lengths)
-        positions = np.arange(total) - starts + self.first_position
+        positions = np.arange(len(starts)) - starts + self.first_position
         return Plan(
             runs=attention.runs(lengths.tolist()),
             total=total,
             max_length=int(lengths.max()),
             cu_seqlens=cu_seqlens.to(torch.int32),
-            position_ids=self._to_device(positions)[None],
+            position_ids=self._row(positions, total, self.first_position),
         )
 
+    def _row(self, values: Int32Array | IndexArray, total: int, fill: int) -> Tensor:
+        row = np.full((1, total), fill, np.int64)
+        row[0, : len(values)] = values
+        return self._to_device(row)
+
     def _to_device(self, array: Int32Array | IndexArray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.device, non_blocking=True)
+        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
 
 
 def by_length(cu_seqlens: Int32Array) -> tuple[IndexArray, IndexArray]:
@@ -83,11 +92,12 @@ def by_length(cu_seqlens: Int32Array) -> tuple[IndexArray, IndexArray]:
     return rows, np.arange(lengths.sum()) + np.repeat(shift, sorted_lengths)
 
 
-def prepare(module: Any, device: torch.device, takes_token_types: bool) -> PackedForward:
-    """Switch `module` to packed attention; a call of it without a plan computes what it did before.
+def prepare(loaded: LoadedModel, padded_total: Callable[[int], int] = int) -> PackedForward:
+    """Switch the model to packed attention; a call of it without a plan computes what it did before.
 
     Raises CannotPackError where the model's attention is not behind transformers' interface.
     """
+    module = loaded.module
     if module.config.model_type != "mpnet":
         module.set_attn_implementation(attention.NAME)
         if module.config._attn_implementation != attention.NAME:
@@ -97,10 +107,12 @@ def prepare(module: Any, device: torch.device, takes_token_types: bool) -> Packe
         _count_positions_in_sequences(part)
     return PackedForward(
         module=module,
-        device=device,
-        takes_token_types=takes_token_types,
+        device=loaded.device,
+        takes_token_types=loaded.takes_token_types,
         takes_positions="position_ids" in parameters,
         first_position=_first_position(module),
+        pad_token_id=loaded.pad_token_id,
+        padded_total=padded_total,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from serve_app.model.acceptance import accept, random_batch
 from serve_app.model.bucketing import IndexArray
+from serve_app.model.host import govern_threads, keep_freed_memory
 from serve_app.model.loader import LoadedModel
 from serve_app.tasks.heads import Head
 from serve_app.types import FloatArray, TokenBatch
@@ -23,6 +25,8 @@ class Runner:
         self._head = head
         self._thread: int | None = None
         self._govern_threads()
+        if loaded.device.type == "cpu":
+            keep_freed_memory()
         accepted = accept(loaded)
         self._forward, self.mode = accepted.forward, accepted.mode
 
@@ -31,10 +35,26 @@ class Runner:
 
         Raises what torch raises: torch.OutOfMemoryError, torch.AcceleratorError, RuntimeError.
         """
+        return self.launch(batch)()
+
+    def launch(self, batch: TokenBatch) -> Callable[[], FloatArray]:
+        """Start the forward and the copy of its rows to the host; what is returned waits for them.
+
+        On CUDA nothing here waits for the device, so that the next batch can be launched behind it. On CPU the rows
+        are there at once. Both steps raise what `run` raises.
+        """
         self._govern_threads()
         with torch.inference_mode():
             parts = [(part.rows, self._head(part.hidden, part.cu_seqlens)) for part in self._forward(batch)]
-            return _in_order(parts)
+            order = np.concatenate([index for index, _ in parts])
+            arrived = _to_host(torch.cat([rows for _, rows in parts]).float())
+        return lambda: _in_order(arrived(), order)
+
+    def run_random(self, tokens: int) -> FloatArray:
+        """`run` with random sequences of the longest length that fill `tokens`, to measure what a batch costs."""
+        longest = self._loaded.max_input_tokens
+        lengths = [longest] * (tokens // longest) + [tokens % longest] * bool(tokens % longest)
+        return self.run(random_batch(self._loaded, lengths))
 
     def warm_up(self, max_batch_tokens: int) -> None:
         """Run batches over the range of shapes, so that no request pays for first-time work."""
@@ -45,14 +65,30 @@ class Runner:
     def _govern_threads(self) -> None:
         """Give this thread its share of the cores. OpenMP keeps the number per calling thread."""
         if threading.get_ident() != self._thread:
-            torch.set_num_threads(self._loaded.num_threads)
+            govern_threads(self._loaded.num_threads)
             self._thread = threading.get_ident()
 
 
-def _in_order(parts: list[tuple[IndexArray, Tensor]]) -> FloatArray:
-    values: FloatArray = torch.cat([rows for _, rows in parts]).float().cpu().numpy()
+def _to_host(values: Tensor) -> Callable[[], FloatArray]:
+    """Copy to pinned memory behind the kernels that make the values; what is returned waits for the copy."""
+    if not values.is_cuda:
+        return values.numpy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def arrived() -> FloatArray:
+        copied.synchronize()
+        rows: FloatArray = host.numpy()
+        return rows
+
+    return arrived
+
+
+def _in_order(values: FloatArray, order: IndexArray) -> FloatArray:
     out = np.empty_like(values)
-    out[np.concatenate([index for index, _ in parts])] = values
+    out[order] = values
     return out
 
 

@@ -113,6 +113,7 @@ class NodeCache:
         except IncompleteModelError as error:
             if self._store.path(name, revision).exists():
                 logger.warning("%s; fetching what is wrong again", error)
+                self._store.condemn(name, revision)
             return None
         if not {file.path for file in manifest.files} <= {file.path for file in found.files}:
             return None

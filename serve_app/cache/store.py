@@ -99,6 +99,11 @@ class Store:
             return False
         return True
 
+    def condemn(self, name: str, revision: str) -> None:
+        """Nobody is to take this copy for complete any more; its files stay for the repair."""
+        with suppress(OSError):
+            (self.path(name, revision) / READY).unlink()
+
     def has(self, manifest: Manifest) -> bool:
         """Whether there is a complete copy with at least the files of `manifest`."""
         try:

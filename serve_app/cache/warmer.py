@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -58,13 +59,16 @@ class Warmer:
             if isinstance(result, BaseException) and node in still_alive:
                 raise result
 
-    async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark) -> str:
+    async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark | None = None) -> str:
         """The folder of `model` on that node, complete, and kept there while `process` lives. Raises CacheError."""
         path = await self._once(model, node_id, False)
         key = self._keys.get((model.name, node_id))
-        if key is not None:
+        if process is not None and key is not None:
             await (await self._site(node_id)).lease(key, process)
         return path
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def status(self) -> list[ModelOnNode]:
         """Every model on every node that this warmer has looked at."""
@@ -230,11 +234,14 @@ async def ask_warmer(app: str, cache: CacheConfig, method: str, *arguments: Any)
                 raise error.cause from None
             raise
         except RayActorError:
+            _held.pop(_warmer_name(app, cache), None)
             await asyncio.sleep(_RETRY_S)
 
 
 def _warmer(app: str, cache: CacheConfig) -> Any:
     name = _warmer_name(app, cache)
+    if name in _held:
+        return _held[name]
     options = {"name": name, "namespace": _NAMESPACE, "get_if_exists": True, "num_cpus": 0}
     actor = ray.remote(Warmer).options(**options, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000)
     _held[name] = actor.remote(cache)

@@ -80,3 +80,11 @@ class ModelMetrics:
             "serve_app_failed_inputs", "Inputs that failed alone in the model (errors, NaN, no memory).", ("model",)
         )
     )
+    device_memory: Gauge = field(
+        default_factory=lambda: Gauge(
+            "serve_app_device_memory",
+            "Memory of a CUDA device as its replica sees it: bytes by kind (allocated_bytes, reserved_bytes, …), "
+            "counts (alloc_retries, ooms), and the shares fragmentation and slack.",
+            ("model", "kind"),
+        )
+    )

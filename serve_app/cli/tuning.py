@@ -49,17 +49,17 @@ def _model(model: ModelConfig, deployed: Deployed, where: str, cores: int) -> It
     longest, problem = _longest_input(model, where)
     if problem is not None:
         yield problem
-    if longest is not None and settings.max_batch_tokens < longest:
+    tokens = settings.max_batch_tokens
+    if longest is not None and tokens is not None and tokens < longest:
         yield Finding(
             f"{at}.max_batch_tokens",
-            f"{settings.max_batch_tokens} is below the model's longest input, {longest} tokens; "
+            f"{tokens} is below the model's longest input, {longest} tokens; "
             f"raise it, or lower max_input_tokens of {model.name}",
         )
-    if settings.max_queued_tokens < settings.max_batch_tokens:
+    if tokens is not None and settings.max_queued_tokens < tokens:
         yield Finding(
             f"{at}.max_queued_tokens",
-            f"{settings.max_queued_tokens} is below max_batch_tokens ({settings.max_batch_tokens}): "
-            "no batch could ever be full",
+            f"{settings.max_queued_tokens} is below max_batch_tokens ({tokens}): no batch could ever be full",
         )
     if entry is not None:
         yield from _threads(model, entry, cores)

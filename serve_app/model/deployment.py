@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.config import CacheConfig, ModelConfig, ModelSettings, parse
 from serve_app.errors import ConfigError
 from serve_app.metrics import ModelMetrics
+from serve_app.model import memory
 from serve_app.model.engine import BatchReport, Engine
-from serve_app.model.recovery import immediately
 from serve_app.model.scheduler import Limits
 from serve_app.types import ForwardCall, ModelState, Rows
 
@@ -25,42 +26,80 @@ class ModelReplica:
 
     async def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         os.environ.update(replica_environment(cache))
+        memory.configure_allocator()
         self._config = model
-        self._settings = ModelSettings()
         self._metrics = ModelMetrics()
         path = await ensure_local(model, cache)
         await asyncio.to_thread(self._load, path)
         self._engine.start(asyncio.get_running_loop())
 
-    def _load(self, path: Any) -> None:
+    def _load(self, path: Path) -> None:
         # torch and transformers take seconds to import: here, off the event loop, after the environment is set.
-        from serve_app.model import loader, runner
+        from serve_app.model.loader import load
+        from serve_app.model.runner import Runner
         from serve_app.tasks.card import read_card
         from serve_app.tasks.heads import pooled
 
         card = read_card(path, self._config, path.name)
         self._max_input_tokens = card.max_input_tokens
-        self._loaded = loader.load(path, self._config, card.max_input_tokens)
-        self._runner = runner.Runner(self._loaded, pooled(card.pooling))
-        self._runner.warm_up(self._settings.max_batch_tokens)
+        self._loaded = load(path, self._config, card.max_input_tokens)
+        self._runner = Runner(self._loaded, pooled(card.pooling))
+        self._runner.warm_up(self._default_batch_tokens)
+        self._affordable_tokens = self._measure_memory()
         self._engine = Engine(
-            launch=lambda head, batch: immediately(self._runner.run)(batch),
-            limits=_limits(self._settings),
+            launch=lambda head, batch: self._runner.launch(batch),
+            limits=self._limits(ModelSettings()),
             max_input_tokens=card.max_input_tokens,
+            depth=self._depth,
             observe=self._observe,
             on_broken=lambda: threading.Timer(EXIT_AFTER_S, os._exit, [1]).start(),
+            on_idle=self._housekeeper(),
         )
+
+    @property
+    def _on_cuda(self) -> bool:
+        return bool(self._loaded.device.type == "cuda")
+
+    @property
+    def _depth(self) -> int:
+        """Batches on the device at once: a GPU computes one while the host prepares the next."""
+        return 2 if self._on_cuda else 1
+
+    @property
+    def _default_batch_tokens(self) -> int:
+        most = memory.MOST_CUDA_TOKENS if self._on_cuda else memory.DEFAULT_CPU_TOKENS
+        return max(most, self._max_input_tokens)
+
+    def _measure_memory(self) -> int | None:
+        """Tokens that this device's free memory carries in one batch; None on CPU."""
+        if not self._on_cuda:
+            return None
+        cost = memory.measure_cuda(self._runner.run_random, self._loaded.device, self._max_input_tokens)
+        free = memory.read_cuda(self._loaded.device)
+        return memory.affordable_tokens(cost, free, self._config.memory_reserve, self._depth, self._max_input_tokens)
+
+    def _housekeeper(self) -> Any:
+        if not self._on_cuda:
+            return lambda: None
+        import torch
+
+        return memory.Housekeeper(lambda: memory.read_cuda(self._loaded.device), torch.cuda.empty_cache).idle
+
+    def _limits(self, settings: ModelSettings) -> Limits:
+        tokens = settings.max_batch_tokens or self._default_batch_tokens
+        if self._affordable_tokens is not None:
+            tokens = min(tokens, self._affordable_tokens)
+        return Limits(tokens, settings.max_batch_sequences, settings.max_queued_tokens)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply new settings from the next batch on. Raises ConfigError if they do not suit the model."""
         settings = parse(ModelSettings, user_config, "user_config")
-        if settings.max_batch_tokens < self._max_input_tokens:
+        if settings.max_batch_tokens is not None and settings.max_batch_tokens < self._max_input_tokens:
             raise ConfigError(
                 f"user_config.max_batch_tokens: {settings.max_batch_tokens} is less than the model's longest input, "
                 f"{self._max_input_tokens} tokens; raise it, or lower max_input_tokens of model {self._config.name}"
             )
-        self._settings = settings
-        self._engine.set_limits(_limits(settings))
+        self._engine.set_limits(self._limits(settings))
 
     async def forward(self, call: ForwardCall) -> Rows:
         """Compute one coalesced batch; failures are per request, in the answer."""
@@ -72,7 +111,19 @@ class ModelReplica:
             device=str(self._loaded.device),
             attention=self._runner.mode,
             max_batch_tokens=self._engine.max_batch_tokens,
+            memory=self._memory_figures(),
         )
+
+    def _memory_figures(self) -> dict[str, float]:
+        return memory.read_cuda(self._loaded.device).figures() if self._on_cuda else memory.process_figures()
+
+    async def memory_summary(self) -> str:
+        """The allocator's own report (CUDA), or this process's memory, as text for a person."""
+        if not self._on_cuda:
+            return "\n".join(f"{name} {value:,.0f}" for name, value in self._memory_figures().items()) + "\n"
+        import torch
+
+        return str(torch.cuda.memory_summary(self._loaded.device))
 
     async def check_health(self) -> None:
         """Raises if this replica must be replaced."""
@@ -93,7 +144,6 @@ class ModelReplica:
             self._metrics.out_of_memory.inc(report.out_of_memory, tags)
         if report.failures:
             self._metrics.failed_inputs.inc(report.failures, tags)
-
-
-def _limits(settings: ModelSettings) -> Limits:
-    return Limits(settings.max_batch_tokens, settings.max_batch_sequences, settings.max_queued_tokens)
+        if self._on_cuda:
+            for kind, value in self._memory_figures().items():
+                self._metrics.device_memory.set(value, {**tags, "kind": kind})

@@ -149,7 +149,7 @@ def fit(tokens: Sequence[int], peak_bytes: Sequence[int]) -> BytesPerBatch:
 
 
 def calibrate(
-    forward: Callable[[int], None],
+    forward: Callable[[int], object],
     sizes: Sequence[int],
     reset_peak: Callable[[], None],
     read: Callable[[], DeviceMemory],

@@ -72,7 +72,8 @@ class Runner:
 def _to_host(values: Tensor) -> Callable[[], FloatArray]:
     """Copy to pinned memory behind the kernels that make the values; what is returned waits for the copy."""
     if not values.is_cuda:
-        return values.numpy
+        ready: FloatArray = values.numpy()
+        return lambda: ready
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()

@@ -1,29 +1,25 @@
 """What the hardware does with these texts and this model when there is no server: sorted, batched, in one process.
 
-Runs in processes of its own, which are gone while the server is measured. The child reads one JSON command a line and
-answers each with one line, so that several children (`--ceiling-processes`) can be made to start at the same moment.
+Runs in processes of its own, which are gone while the server is measured.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from serve_app.cli.bench.children import Children, Command, answer_commands
 from serve_app.cli.bench.corpus import make_corpus
 from serve_app.config import ModelConfig
-from serve_app.errors import ServeAppError
 from serve_app.tasks.card import read_card
 from serve_app.tokenizer.encoder import Encoder
 from serve_app.types import FloatArray, TokenBatch, TokenizeRequest
@@ -54,20 +50,16 @@ class Ceiling:
     attention: str
 
 
-class CeilingError(ServeAppError):
-    """A child ended without an answer."""
-
-
 def measure_ceiling(plan: CeilingPlan) -> Ceiling:
-    """Load the model, warm up, and go through all the texts once for each budget. Raises CeilingError."""
-    with _Children(plan) as children:
+    """Load the model, warm up, and go through all the texts once for each budget. Raises ChildError."""
+    with _children(plan) as children:
         children.ask({"budget": plan.budgets[0]})
         return max((_round(children, budget) for budget in plan.budgets), key=lambda ceiling: ceiling.tokens_per_s)
 
 
 def direct_vectors(plan: CeilingPlan) -> FloatArray:
     """Vectors (texts, d) of the whole corpus in its order, computed by the same engine without a server."""
-    with tempfile.TemporaryDirectory() as folder, _Children(plan) as children:
+    with tempfile.TemporaryDirectory() as folder, _children(plan) as children:
         files = [str(Path(folder, f"{i}.npy")) for i in range(plan.processes)]
         children.ask(*({"budget": plan.budgets[0], "vectors": file} for file in files))
         parts = [np.load(file) for file in files]
@@ -77,7 +69,7 @@ def direct_vectors(plan: CeilingPlan) -> FloatArray:
     return vectors
 
 
-def _round(children: _Children, budget: int) -> Ceiling:
+def _round(children: Children, budget: int) -> Ceiling:
     started = time.perf_counter()
     answers = children.ask({"budget": budget})
     elapsed = time.perf_counter() - started
@@ -91,54 +83,8 @@ def _round(children: _Children, budget: int) -> Ceiling:
     )
 
 
-class _Children:
-    """So many processes, ready before any is asked."""
-
-    def __init__(self, plan: CeilingPlan) -> None:
-        threads = str(plan.threads)
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
-        environment["TOKENIZERS_PARALLELISM"] = "true"
-        command = [sys.executable, "-m", __name__, json.dumps(asdict(plan))]
-        self._processes = [
-            subprocess.Popen(
-                [*command, str(number)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            for number in range(plan.processes)
-        ]
-
-    def __enter__(self) -> _Children:
-        try:
-            for process in self._processes:
-                _read(process)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exception: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for process in self._processes:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.close()
-            process.stdout.close()
-            process.wait()
-
-    def ask(self, *commands: dict[str, Any]) -> list[Any]:
-        """One command for all, or one for each; answers when all have answered."""
-        each = commands if len(commands) == len(self._processes) else commands * len(self._processes)
-        for process, command in zip(self._processes, each, strict=True):
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(command) + "\n")
-            process.stdin.flush()
-        return [_read(process) for process in self._processes]
-
-
-def _read(process: subprocess.Popen[str]) -> Any:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise CeilingError(f"the process that measures the ceiling ended with status {process.wait()}; see above")
-    return json.loads(line)
+def _children(plan: CeilingPlan) -> Children:
+    return Children(__name__, json.dumps(asdict(plan)), plan.processes, plan.threads)
 
 
 class InProcess:
@@ -201,19 +147,22 @@ def split(batch: TokenBatch, budget: int) -> Iterator[TokenBatch]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The child: commands from stdin until it is closed."""
+    """The child: computes all of its texts for each command."""
     raw = json.loads(arguments[0])
     plan = CeilingPlan(**(raw | {"budgets": tuple(raw["budgets"])}))
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    sys.stdout = sys.stderr  # what libraries print must not get between the answers
-    engine = InProcess(plan, int(arguments[1]))
-    print("{}", file=answers)
-    for line in sys.stdin:
-        command = json.loads(line)
-        vectors, took = engine.compute(command["budget"])
-        if "vectors" in command:
-            np.save(command["vectors"], vectors)
-        print(json.dumps(took), file=answers)
+
+    def prepare() -> Callable[[Command], Any]:
+        engine = InProcess(plan, int(arguments[1]))
+
+        def answer(command: Command) -> Any:
+            vectors, took = engine.compute(command["budget"])
+            if "vectors" in command:
+                np.save(command["vectors"], vectors)
+            return took
+
+        return answer
+
+    answer_commands(prepare)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,10 +21,11 @@ from serve_app.cli.bench.ceiling import Ceiling, CeilingPlan, direct_vectors, me
 from serve_app.cli.bench.corpus import Corpus, make_corpus
 from serve_app.cli.bench.load import Plan
 from serve_app.cli.bench.measure import Measured, Sample, Scenario, parse_scenarios, run_scenario, verify
-from serve_app.cli.bench.processes import ServerProcesses, find_server
+from serve_app.cli.bench.processes import ServerProcesses, available_cores, find_server
 from serve_app.cli.bench.progress import Progress
 from serve_app.cli.bench.report import Report, ScenarioResult, as_json, as_text
 from serve_app.cli.bench.server import ServerError, answers, launched
+from serve_app.cli.bench.soak import SoakPlan, SoakReport, mixed_requests, soak, soak_json, soak_text
 from serve_app.cli.bench.wire import Prepared, ProtocolName, Target, prepare, target_of
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
@@ -66,15 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ceiling.add_argument(
         "--ceiling-budgets", default="1024,2048,4096", help="tokens of one forward pass to try (default: %(default)s)"
     )
+    soak = parser.add_argument_group("growth, instead of speed")
+    soak.add_argument("--soak", type=float, metavar="SECONDS", help="mixed requests for so long; does the server grow?")
+    soak.add_argument("--soak-connections", type=int, default=16, help="default: %(default)s")
+    soak.add_argument("--soak-interval", type=float, help="seconds between looks (default: a 60th, at most 30)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
 
 
 def run(args: argparse.Namespace) -> int:
     bench = prepare_bench(args)
-    report = bench.run()
-    print(as_text(report))
+    report: Report | SoakReport
+    if args.soak:
+        report = bench.soak()
+        text, told = soak_text(report), soak_json(report)
+    else:
+        report = bench.run()
+        text, told = as_text(report), as_json(report)
+    print(text)
     if args.json:
-        args.json.write_bytes(orjson.dumps(as_json(report), option=orjson.OPT_INDENT_2))
+        args.json.write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
     return int(report.failed)
 
 
@@ -98,7 +108,7 @@ class Bench:
             texts=self.args.texts,
             seed=self.args.seed,
             processes=processes,
-            threads=max(1, (os.cpu_count() or 1) // processes),
+            threads=max(1, available_cores() // processes),
             budgets=tuple(int(budget) for budget in self.args.ceiling_budgets.split(",")),
         )
 
@@ -114,6 +124,21 @@ class Bench:
             results=results,
             ceilings=[*before, *self._ceiling()],
         )
+
+    def soak(self) -> SoakReport:
+        """Raises ConfigError if the server's processes cannot be seen from here."""
+        args = self.args
+        interval = args.soak_interval or min(30.0, args.soak / 60)
+        plan = SoakPlan(args.soak, args.soak_connections, interval, args.warmup, args.seed)
+        requests = mixed_requests(lambda texts: self._requests(Scenario(1, texts)), args.seed)
+        with self._server() as server:
+            if server is None:
+                raise ConfigError("--soak: the server's processes are not on this machine; name one with --server-pid")
+            with (
+                contextlib.closing(Progress(plan.warmup_s + plan.seconds)) as progress,
+                progress.part("soak", plan.warmup_s + plan.seconds),
+            ):
+                return soak(self.target, requests, plan, server, progress.touch)
 
     def _ceiling(self) -> list[Ceiling]:
         return [] if self.args.no_ceiling else [measure_ceiling(self.ceiling_plan)]

@@ -135,12 +135,16 @@ class Connection(asyncio.Protocol):
 
 @dataclass(slots=True)
 class ClosedLoop:
-    """So many connections, each sending its next request when the last one is answered."""
+    """So many connections, each sending its next request when the last one is answered.
+
+    `outcomes` are kept unless `keep` is off, as it is for runs of hours.
+    """
 
     host: str
     port: int
     requests: Sequence[Prepared]
     plan: Plan
+    keep: bool = True
     outcomes: list[Outcome] = field(default_factory=list)
     _next: Iterator[int] = field(default_factory=itertools.count)
     _running: dict[int, float] = field(default_factory=dict)
@@ -173,7 +177,8 @@ class ClosedLoop:
             if not connection.is_open:
                 connection = await self._connect()
             outcome = await self._one(number, connection)
-            self.outcomes.append(outcome)
+            if self.keep:
+                self.outcomes.append(outcome)
             on_outcome(outcome)
             if outcome.status == CONNECTION_LOST:
                 connection.close()
@@ -204,7 +209,7 @@ class ClosedLoop:
 
     def _is_sample(self, started: float, status: int) -> bool:
         """Answers kept are spread evenly over the window."""
-        if status != 200 or not self._window.start <= started < self._window.end:
+        if not self.plan.samples or status != 200 or not self._window.start <= started < self._window.end:
             return False
         if started - self._kept_at < self.plan.seconds / self.plan.samples:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -58,6 +59,11 @@ class ServerProcesses:
         for process in _trees(self.roots):
             with contextlib.suppress(psutil.Error):
                 yield Usage(1, process.memory_full_info().uss, process.num_fds(), process.num_threads())
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_server(port: int) -> ServerProcesses | None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from serve_app.cli.bench.ceiling import CeilingError, CeilingPlan, direct_vectors, gather, measure_ceiling, split
+from serve_app.cli.bench.ceiling import CeilingPlan, direct_vectors, gather, measure_ceiling, split
+from serve_app.cli.bench.children import ChildError
 from serve_app.cli.bench.corpus import make_corpus
 from serve_app.cli.bench.measure import cosines
 from serve_app.types import TokenBatch
@@ -44,7 +45,7 @@ def test_all_texts_are_computed_and_the_best_budget_is_told(minilm: Path, plan: 
 
 
 def test_a_model_that_cannot_be_loaded_is_an_error_and_not_a_hang(plan: CeilingPlan, tmp_path: Path) -> None:
-    with pytest.raises(CeilingError, match="ended with status"):
+    with pytest.raises(ChildError, match="ended with status"):
         measure_ceiling(replace(plan, model_path=str(tmp_path)))
 
 

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from serve_app.ingress.asgi import create_app
+from ray.exceptions import RayError
 
+from serve_app.cache.prewarm import cache_status
+from serve_app.cache.status import ModelOnNode
 from serve_app.config import AppConfig, IngressSettings, parse
 from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppError, UnavailableError
+from serve_app.ingress.asgi import create_app
 from serve_app.ingress.coalescer import Coalescer
 from serve_app.ingress.prometheus import scrape_cluster
 from serve_app.ingress.service import ModelInfo, SettingsRef
@@ -38,6 +41,7 @@ class Ingress:
 
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
         self._handles = dict(handles)
+        self._cache = config.cache
         self._tasks = {model.name: ANSWERED_BY[model.task] for model in config.models}
         self._settings = SettingsRef(IngressSettings())
         self._metrics = IngressMetrics()
@@ -123,6 +127,16 @@ class Ingress:
 
     async def metrics_text(self) -> bytes:
         return await scrape_cluster()
+
+    async def memory(self, name: str) -> str:
+        self._check_name(name)
+        return str(await self._ask(self._handles[name].model.memory_summary, name))
+
+    async def cache(self) -> Sequence[ModelOnNode]:
+        try:
+            return await asyncio.wait_for(cache_status(self._cache), PROBE_TIMEOUT_S)
+        except (asyncio.TimeoutError, RayError) as error:
+            raise UnavailableError("the cache's warmer does not answer", retry_after_s=1.0) from error
 
     async def _ask(self, method: Any, name: str) -> Any:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping
+from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +20,7 @@ T = TypeVar("T")
 DIALECT = Dialect("Operations", write_error, ErrorBody)
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+TEXT = "text/plain; charset=utf-8"
 
 
 class Health(BaseModel):
@@ -77,6 +79,27 @@ class OneModelInfo(Info, ModelFacts):
     """The server and its only model, whose fields are also at the top, as in TEI."""
 
 
+class CachedModel(BaseModel):
+    """One model on one node. Sizes in bytes, times in seconds."""
+
+    node_id: str
+    address: str
+    model: str
+    revision: str
+    phase: Literal["pending", "downloading", "verifying", "ready", "error"]
+    bytes_done: int
+    bytes_total: int
+    bytes_per_s: float
+    seconds_left: float | None
+    error: str | None = Field(description="Why, where the phase is error.")
+
+
+class CacheStatus(BaseModel):
+    """Where every model's files are."""
+
+    nodes: list[CachedModel]
+
+
 async def health(exchange: Exchange) -> Reply:
     """The process lives; of one model, that it answers."""
     if exchange.path_model is not None:
@@ -96,6 +119,17 @@ async def info(exchange: Exchange) -> Reply:
 async def metrics(exchange: Exchange) -> Reply:
     text = await _asked(exchange, exchange.service.metrics_text())
     return Reply(text, content_type=PROMETHEUS.encode())
+
+
+async def memory(exchange: Exchange) -> Reply:
+    assert exchange.path_model is not None
+    text = await _asked(exchange, exchange.service.memory(exchange.path_model))
+    return Reply(text.encode(), content_type=TEXT.encode())
+
+
+async def cache(exchange: Exchange) -> Reply:
+    nodes = await _asked(exchange, exchange.service.cache())
+    return Reply(encode({"nodes": [asdict(node) for node in nodes]}))
 
 
 async def _asked(exchange: Exchange, question: Coroutine[Any, Any, T]) -> T:
@@ -156,4 +190,22 @@ def routes() -> tuple[Route, ...]:
             failures=asks_one,
         ),
         Route("GET", "/models/{name}/info", info, DIALECT, "One model", answer=OneModelInfo, failures=asks_one),
+        Route(
+            "GET",
+            "/models/{name}/memory",
+            memory,
+            DIALECT,
+            "What a replica's allocator says of its memory",
+            media=TEXT,
+            failures=asks_one,
+        ),
+        Route(
+            "GET",
+            "/admin/cache",
+            cache,
+            DIALECT,
+            "Where every model's files are: pending, downloading, verifying, ready, error",
+            answer=CacheStatus,
+            failures=asks,
+        ),
     )

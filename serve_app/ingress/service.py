@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from serve_app.cache.status import ModelOnNode
 from serve_app.config import IngressSettings
 from serve_app.types import Answer, ModelCard, ModelState, Request
 
@@ -55,3 +56,9 @@ class Service(Protocol):
 
     async def metrics_text(self) -> bytes:
         """Prometheus text exposition, format 0.0.4."""
+
+    async def memory(self, name: str) -> str:
+        """A replica's report of its memory, for a person. Raises ModelNotFoundError or UnavailableError."""
+
+    async def cache(self) -> Sequence[ModelOnNode]:
+        """Every model on every node. Raises UnavailableError."""

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import uvicorn
 
+from serve_app.cache.status import ModelOnNode
 from serve_app.config import IngressSettings
 from serve_app.errors import ModelNotFoundError, UnavailableError
 from serve_app.ingress.asgi import App, create_app
@@ -101,6 +102,13 @@ class FakeService:
 
     async def metrics_text(self) -> bytes:
         return b"# TYPE serve_app_requests_total counter\nserve_app_requests_total 3\n"
+
+    async def memory(self, name: str) -> str:
+        await self.card(name)
+        return "rss_bytes 1,000\n"
+
+    async def cache(self) -> list[ModelOnNode]:
+        return [ModelOnNode("node", "10.0.0.1", "tiny", "0" * 40, "downloading", 50, 100, 10.0, 5.0)]
 
 
 def edge_app(service: FakeService, **settings: float) -> App:

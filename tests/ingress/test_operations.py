@@ -89,3 +89,15 @@ async def test_metrics_are_prometheus_text(client: httpx.AsyncClient) -> None:
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "serve_app_requests_total 3" in response.text
+
+
+async def test_a_replicas_memory_is_text_for_a_person(client: httpx.AsyncClient) -> None:
+    response = await client.get("/models/tiny/memory")
+    assert response.text == "rss_bytes 1,000\n"
+    assert response.headers["content-type"].startswith("text/plain")
+    assert (await client.get("/models/other/memory")).status_code == 404
+
+
+async def test_the_cache_tells_each_model_on_each_node(client: httpx.AsyncClient) -> None:
+    [node] = (await client.get("/admin/cache")).json()["nodes"]
+    assert (node["phase"], node["bytes_done"], node["seconds_left"]) == ("downloading", 50, 5.0)

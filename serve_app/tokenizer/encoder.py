@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 
-from serve_app.errors import IncompleteModelError, InputTooLongError, InvalidInputError, RequestError
+from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError, RequestError
+from serve_app.tokenizer.loader import load
 from serve_app.types import Int32Array, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
 
 if TYPE_CHECKING:
@@ -39,10 +40,13 @@ class Encoder:
     """
 
     def __init__(self, path: Path, max_input_tokens: int) -> None:
-        """Load the tokenizer of the model in `path`. Raises IncompleteModelError if no fast one can be made."""
+        """Load the tokenizer of the model in `path`.
+
+        Raises IncompleteModelError if no fast one can be made, ConfigError if the limit leaves no room for a text.
+        """
         self.max_input_tokens = max_input_tokens
-        self._whole = _load(path)
-        self._whole.no_truncation()
+        self._whole = load(path)
+        _check_room(self._whole, max_input_tokens)
         self._vocab_size = self._whole.get_vocab_size(with_added_tokens=True)
         self._cutting = {side: _cutting(self._whole, side, max_input_tokens) for side in ("left", "right")}
 
@@ -168,27 +172,13 @@ def _texts(request: TokenizeRequest) -> list[str | TextPair]:
     return prompted
 
 
+def _check_room(tokenizer: Tokenizer, max_input_tokens: int) -> None:
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if max_input_tokens <= special:
+        raise ConfigError(f"max_input_tokens: {max_input_tokens} leaves no room beside {special} special tokens")
+
+
 def _cutting(tokenizer: Tokenizer, side: str, max_length: int) -> Tokenizer:
     copy = type(tokenizer).from_str(tokenizer.to_str())
     copy.enable_truncation(max_length=max_length, direction=side)
     return copy
-
-
-def _load(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    file = path / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else _converted(path)
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _converted(path: Path) -> Tokenizer:
-    """A tokenizer that ships without tokenizer.json, converted by transformers."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, use_fast=True).backend_tokenizer
-        return cast("Tokenizer", tokenizer)
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        raise IncompleteModelError(f"{path.name}: no fast tokenizer can be made from the model's files") from error

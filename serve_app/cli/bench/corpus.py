@@ -44,13 +44,17 @@ def make_corpus(model_path: Path, size: int, seed: int = 0) -> Corpus:
     Lengths are the quantiles of the distribution in random order, so that any corpus has its median and its tail.
     Raises ConfigError if the model's tokenizer.json is missing or has too few words of one token.
     """
-    tokenizer = _load_tokenizer(model_path)
     generator = np.random.default_rng(seed)
-    words = single_token_words(tokenizer)
+    texts = make_texts(model_path, draw_lengths(size, generator), seed)
+    return Corpus(tuple(texts), tuple(len(e.ids) for e in _load_tokenizer(model_path).encode_batch_fast(texts)))
+
+
+def make_texts(model_path: Path, tokens: Sequence[int], seed: int = 0) -> list[str]:
+    """Texts of exactly so many tokens each (special ones included), as far as the tokenizer's words allow."""
+    tokenizer = _load_tokenizer(model_path)
     special = tokenizer.num_special_tokens_to_add(is_pair=False)
-    counts = [max(1, tokens - special) for tokens in draw_lengths(size, generator)]
-    texts = _write(words, counts, generator)
-    return Corpus(tuple(texts), tuple(len(e.ids) for e in tokenizer.encode_batch_fast(texts)))
+    counts = [max(1, length - special) for length in tokens]
+    return _write(single_token_words(tokenizer), counts, np.random.default_rng(seed))
 
 
 def draw_lengths(size: int, generator: np.random.Generator) -> list[int]:

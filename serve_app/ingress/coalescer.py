@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serve_app.config import IngressSettings
@@ -20,7 +21,7 @@ from serve_app.types import FloatArray, ForwardCall, Priority, Rows, Timings, To
 logger = logging.getLogger(__name__)
 
 REPLICA_LOST = (RayError, RayServeException, ConnectionError)
-"""What a call raises when its replica died or could not be reached; errors of user code are RayTaskError or our own."""
+"""What a call raises when its replica died or could not be reached; errors of a replica's code are RayTaskError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,9 @@ class Computed:
     tokens: int
     truncated: int
     timings: Timings
+
+
+Outcome: TypeAlias = Computed | ServeAppError
 
 
 class Coalescer:
@@ -73,47 +77,46 @@ class Coalescer:
             raise outcome
         return outcome  # type: ignore[no-any-return]  # serve.batch is untyped; _run returns only these two
 
-    async def _run(self, items: list[Item]) -> list[Computed | ServeAppError]:
+    async def _run(self, items: list[Item]) -> list[Outcome]:
         """One batch: failures are returned per item, because an error raised here would fail every neighbour."""
         for item in items:
             item.group.sealed = True
         self._metrics.coalesced_requests.observe(len(items), {"model": self._name})
-        by_head: dict[str, list[Item]] = {}
-        for item in items:
-            by_head.setdefault(item.head, []).append(item)
-        outcomes: dict[int, Computed | ServeAppError] = {}
-        for head, members in by_head.items():
-            for item, outcome in zip(members, await self._run_head(head, members), strict=True):
-                outcomes[id(item)] = outcome
-        return [outcomes[id(item)] for item in items]
+        heads = sorted({item.head for item in items})
+        members = [[item for item in items if item.head == head] for head in heads]
+        answered = await asyncio.gather(*(self._run_head(*each) for each in zip(heads, members, strict=True)))
+        outcome_of = {
+            id(item): outcome
+            for group, outcomes in zip(members, answered, strict=True)
+            for item, outcome in zip(group, outcomes, strict=True)
+        }
+        return [outcome_of[id(item)] for item in items]
 
-    async def _run_head(self, head: str, items: list[Item]) -> list[Computed | ServeAppError]:
+    async def _run_head(self, head: str, items: list[Item]) -> list[Outcome]:
+        """Once, and once more for what a lost replica took with it: inference has no side effects."""
+        outcomes = await self._try(head, items)
+        lost = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, UnavailableError)]
+        if lost:
+            logger.warning("%d of %d requests for model %s are sent again", len(lost), len(items), self._name)
+            self._metrics.retries.inc(1, {"model": self._name})
+            for i, outcome in zip(lost, await self._try(head, [items[i] for i in lost]), strict=True):
+                outcomes[i] = outcome
+        return outcomes
+
+    async def _try(self, head: str, items: list[Item]) -> list[Outcome]:
+        """Errors of the whole batch become each item's; a bug, ours or of a replica's code, is raised."""
         try:
             return await self._through_the_tiers(head, items)
-        except ServeAppError as error:
-            if not isinstance(error, UnavailableError):
-                return [error] * len(items)
-            return await self._again(head, items, error)
         except BackPressureError:
             return [OverloadedError("every replica's queue is full; try again later", retry_after_s=1.0)] * len(items)
-        except REPLICA_LOST as error:
-            return await self._again(head, items, error)
-
-    async def _again(self, head: str, items: list[Item], cause: Exception) -> list[Computed | ServeAppError]:
-        """Once more, on whatever replica is left: inference has no side effects."""
-        logger.warning("a batch of %d for model %s is sent again: %s", len(items), self._name, _in_short(cause))
-        self._metrics.retries.inc(1, {"model": self._name})
-        try:
-            return await self._through_the_tiers(head, items)
         except ServeAppError as error:
             return [error] * len(items)
         except REPLICA_LOST as error:
-            logger.error("a batch of %d for model %s is lost: %s", len(items), self._name, _in_short(error))
-            lost = UnavailableError("the replica that computed this request was lost", retry_after_s=1.0)
-            return [lost] * len(items)
+            logger.warning("a replica of model %s was lost: %s", self._name, _in_short(error))
+            return [UnavailableError("the replica that computed this request was lost", retry_after_s=1.0)] * len(items)
 
-    async def _through_the_tiers(self, head: str, items: list[Item]) -> list[Computed | ServeAppError]:
-        tokens: TokenBatch = await self._tokenizer.tokenize.remote([item.tokenize for item in items])
+    async def _through_the_tiers(self, head: str, items: list[Item]) -> list[Outcome]:
+        tokens: TokenBatch = await _call(self._tokenizer.tokenize, [item.tokenize for item in items])
         now = time.monotonic()
         call = ForwardCall(
             tokens=tokens,
@@ -123,11 +126,19 @@ class Coalescer:
         )
         if len(tokens.failures) == len(items):
             return [tokens.failures[i] for i in range(len(items))]
-        rows: Rows = await self._model.forward.remote(call)
+        rows: Rows = await _call(self._model.forward, call)
         return [_outcome(i, tokens, rows) for i in range(len(items))]
 
 
-def _outcome(index: int, tokens: TokenBatch, rows: Rows) -> Computed | ServeAppError:
+async def _call(method: Any, argument: Any) -> Any:
+    """A handle call; what user code raised on the other side is raised as it was."""
+    try:
+        return await method.remote(argument)
+    except RayTaskError as error:
+        raise error.cause from None
+
+
+def _outcome(index: int, tokens: TokenBatch, rows: Rows) -> Outcome:
     failure = tokens.failures.get(index) or rows.failures.get(index)
     if failure is not None:
         return failure

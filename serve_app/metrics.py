@@ -88,3 +88,24 @@ class ModelMetrics:
             ("model", "kind"),
         )
     )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMetrics:
+    """What the warmer sees of each model on each node (`node` is its address)."""
+
+    bytes_here: Gauge = field(
+        default_factory=lambda: Gauge(
+            "serve_app_cache_bytes", "Bytes of a model that are on a node's disk.", ("model", "node")
+        )
+    )
+    bytes_total: Gauge = field(
+        default_factory=lambda: Gauge("serve_app_cache_total_bytes", "Bytes a model has in all.", ("model", "node"))
+    )
+    phase: Gauge = field(
+        default_factory=lambda: Gauge(
+            "serve_app_cache_phase",
+            "1 for the phase a model is in on a node: pending, downloading, verifying, ready, error; 0 for the others.",
+            ("model", "node", "phase"),
+        )
+    )

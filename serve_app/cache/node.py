@@ -91,7 +91,8 @@ class NodeCache:
             manifest = self._store.check(model.name, model.revision)
         except IncompleteModelError:
             return None
-        return manifest if manifest.selection == selection_of(model) else None
+        same = (manifest.source, manifest.selection) == (model.source, selection_of(model))
+        return manifest if same else None
 
     def resolve(self, model: ModelConfig) -> Manifest:
         """Ask the source. Raises CacheError."""

@@ -19,11 +19,12 @@ from serve_app.cache.disk import ProcessMark
 from serve_app.cache.environment import replica_environment, warn_of_dead_settings
 from serve_app.cache.gate import WarmGate
 from serve_app.cache.node import warm_this_node
+from serve_app.cache.status import ModelOnNode
 from serve_app.cache.warmer import ask_warmer
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import IncompleteModelError
 
-__all__ = ["ensure_local", "replica_environment", "warmer_actors"]
+__all__ = ["cache_status", "ensure_local", "replica_environment", "warmer_actors"]
 
 
 async def ensure_local(model: ModelConfig, cache: CacheConfig) -> Path:
@@ -49,6 +50,15 @@ def warmer_actors(models: Sequence[ModelConfig], cache: CacheConfig) -> list[Dep
         "cache": cache.model_dump(mode="json"),
     }
     return [DeploymentActorConfig(name="warm-gate", actor_class=WarmGate, init_kwargs=arguments)]
+
+
+async def cache_status(cache: CacheConfig) -> list[ModelOnNode]:
+    """Every model on every node, as this replica's application knows; nothing outside a Serve replica."""
+    app = _application()
+    if app is None:
+        return []
+    status: list[ModelOnNode] = await ask_warmer(app, cache, "status")
+    return status
 
 
 def _application() -> str | None:

@@ -21,14 +21,16 @@ from serve_app.cache.depot import RemoteSite, is_lost
 from serve_app.cache.disk import ProcessMark
 from serve_app.cache.manifest import Manifest
 from serve_app.cache.node import Key, is_direct
-from serve_app.cache.status import ModelOnNode
+from serve_app.cache.status import PHASES, ModelOnNode
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import CacheError, SourceNotFoundError, SourceUnavailableError
+from serve_app.metrics import CacheMetrics
 
 _NAMESPACE = "serve_app"
 _RETRY_S = 0.5
 _DEPOT_TRIES = 3
 _SURVEY_S = 30.0
+_TEND_S = 5.0
 _IDLE_S = 60.0
 """After so long without work the depots are ended; they are made again when they are needed."""
 
@@ -46,7 +48,8 @@ class Warmer:
         self._under_way: dict[tuple[str, str], asyncio.Task[str]] = {}
         self._status: dict[tuple[str, str], ModelOnNode] = {}
         self._keys: dict[tuple[str, str], Key] = {}
-        self._used_at = 0.0
+        self._metrics = CacheMetrics()
+        self._tending: asyncio.Task[None] | None = None
 
     async def warm(self, models: Sequence[ModelConfig]) -> None:
         """Put `models` on every node that is alive. Raises the first CacheError, which names the node."""
@@ -71,8 +74,10 @@ class Warmer:
         return os.getpid()
 
     async def status(self) -> list[ModelOnNode]:
-        """Every model on every node that this warmer has looked at."""
-        return list(await asyncio.gather(*(self._look(where, known) for where, known in self._status.items())))
+        """Every model on every node that is alive and that this warmer has looked at."""
+        alive = await asyncio.to_thread(alive_nodes)
+        known = {where: status for where, status in self._status.items() if status.node_id in alive}
+        return list(await asyncio.gather(*(self._look(where, status) for where, status in known.items())))
 
     async def _look(self, where: tuple[str, str], known: ModelOnNode) -> ModelOnNode:
         site, key = self._sites.get(known.node_id), self._keys.get(where)
@@ -91,6 +96,8 @@ class Warmer:
 
     async def _once(self, model: ModelConfig, node_id: str, in_full: bool) -> str:
         """As `_bring`, shared by all that ask for the same model on the same node at the same time."""
+        if self._tending is None:
+            self._tending = asyncio.create_task(self._tend())
         key = (model.model_dump_json(), node_id)
         task = self._under_way.get(key)
         if task is None:
@@ -208,6 +215,27 @@ class Warmer:
             for task in self._deliveries.values():
                 if task.done() and not task.cancelled() and task.exception() is None:
                     task.result().lost(node_id)
+
+    async def _tend(self) -> None:
+        """Keep the metrics up to date, and end the depots when there is nothing to do for them."""
+        idle_s = 0.0
+        while True:
+            await asyncio.sleep(_TEND_S)
+            idle_s = 0.0 if self._under_way else idle_s + _TEND_S
+            for status in await self.status():
+                self._export(status)
+            if idle_s >= _IDLE_S and self._sites:
+                self._deliveries.clear()
+                for site in self._sites.values():
+                    site.close()
+                self._sites.clear()
+
+    def _export(self, status: ModelOnNode) -> None:
+        labels = {"model": status.model, "node": status.address}
+        self._metrics.bytes_here.set(status.bytes_done, labels)
+        self._metrics.bytes_total.set(status.bytes_total, labels)
+        for phase in PHASES:
+            self._metrics.phase.set(float(phase == status.phase), {**labels, "phase": phase})
 
 
 def alive_nodes() -> dict[str, str]:

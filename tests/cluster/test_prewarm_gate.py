@@ -1,0 +1,175 @@
+"""Serve deployments behind the gate, on several nodes, against the local hub."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import serve
+from ray.util import list_named_actors
+
+from serve_app.cache.prewarm import cache_status, ensure_local, warmer_actors
+from serve_app.cache.store import READY
+from serve_app.config import CacheConfig, ModelConfig
+from tests.cluster.prewarm_cluster import ROOT, Nodes, nodes_of_a_cluster
+from tests.hub.models import write_tiny_bert
+from tests.hub.server import Fault, LocalHub, local_hub
+
+pytestmark = pytest.mark.cluster
+
+CACHE = CacheConfig(root=ROOT, download_timeout_s=120.0)
+CANARY = "hf_canary0123456789"
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LocalHub]:
+    with local_hub() as hub:
+        hub.required_token = CANARY
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def nodes(hub: LocalHub) -> Iterator[Nodes]:
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": CANARY}
+    with nodes_of_a_cluster("a", "b", "c", environment=environment) as nodes:
+        serve.start(proxy_location="Disabled")
+        yield nodes
+        serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    folder = write_tiny_bert(tmp_path_factory.mktemp("tiny"))
+    return ModelConfig(name="tiny", source="org/tiny", revision=hub.add("org/tiny", folder))
+
+
+def exists(path: str | Path) -> bool:
+    return Path(path).exists()
+
+
+class Replica:
+    """Notes what was there when it was created, and what it loaded from."""
+
+    async def __init__(self, model: ModelConfig, cache: CacheConfig, markers: Sequence[str], *_: Any) -> None:  # type: ignore[misc]
+        self.all_ready_before = all(map(exists, markers))
+        path = await ensure_local(model, cache)
+        self.ready_when_loaded = exists(path / READY)
+        self.folder = str(path)
+
+    def __call__(self) -> tuple[bool, bool, str]:
+        return self.all_ready_before, self.ready_when_loaded, self.folder
+
+    async def status(self) -> list[Any]:
+        return await cache_status(CACHE)
+
+
+class Front:
+    """Holds the deployments of an application together."""
+
+    def __init__(self, *tiers: Any) -> None:
+        self._tiers = tiers
+
+    async def __call__(self) -> list[Any]:
+        return [await tier.remote() for tier in self._tiers]
+
+    async def status(self) -> list[Any]:
+        return list(await self._tiers[0].status.remote())
+
+
+def markers_on(nodes: Nodes, model: ModelConfig) -> list[str]:
+    return [str(nodes.models(name) / model.name / (model.revision or "") / READY) for name in nodes.names()]
+
+
+def tier(name: str, model: ModelConfig, nodes: Nodes, resource: str, *more: Any) -> Any:
+    deployment = serve.deployment(
+        Replica,
+        name=name,
+        deployment_actors=warmer_actors([model], CACHE),
+        ray_actor_options={"num_cpus": 0, "resources": {resource: 1}},
+        max_constructor_retry_count=3,
+    )
+    return deployment.bind(model, CACHE, markers_on(nodes, model), *more)
+
+
+def application(model: ModelConfig, nodes: Nodes, resources: Sequence[str], version: int = 1) -> Any:
+    tiers = [tier(f"on-{resource}", model, nodes, resource, version) for resource in resources]
+    return serve.deployment(Front, ray_actor_options={"num_cpus": 0}).bind(*tiers)
+
+
+def test_no_replica_is_created_before_every_node_is_warm(hub: LocalHub, nodes: Nodes, model: ModelConfig) -> None:
+    hub.fail(Fault("model.safetensors", delay_s=3.0))
+    handle = serve.run(application(model, nodes, ["a", "b"]), name="gated", route_prefix=None)
+    hub.recover()
+    answers = handle.remote().result()
+    assert [(before, loaded) for before, loaded, _ in answers] == [(True, True)] * 2
+    assert [Path(folder).is_relative_to(nodes.disk(name)) for (_, _, folder), name in zip(answers, "ab", strict=True)]
+    assert set(hub.downloads().values()) == {1}
+
+
+def test_the_application_has_one_warmer(nodes: Nodes) -> None:
+    names = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
+    assert len([name for name in names if name.startswith("warmer::gated")]) == 1
+    assert len([name for name in names if name.endswith("warm-gate")]) == 2
+
+
+def test_every_node_is_seen_as_ready(nodes: Nodes, model: ModelConfig) -> None:
+    status = serve.get_app_handle("gated").status.remote().result()
+    assert {(s.model, s.revision, s.phase) for s in status} == {("tiny", model.revision, "ready")}
+    assert len(status) == 4
+
+
+def test_a_new_code_version_asks_the_hub_nothing(hub: LocalHub, nodes: Nodes, model: ModelConfig) -> None:
+    hub.seen.clear()
+    handle = serve.run(application(model, nodes, ["a", "b"], version=2), name="gated", route_prefix=None)
+    assert [(before, loaded) for before, loaded, _ in handle.remote().result()] == [(True, True)] * 2
+    assert hub.seen == []
+
+
+def test_a_node_that_joins_later_is_warm_before_its_replica_loads(
+    hub: LocalHub, nodes: Nodes, model: ModelConfig
+) -> None:
+    hub.seen.clear()
+    serve._run(application(model, nodes, ["a", "late"], version=2), name="gated", route_prefix=None, _blocking=False)
+    time.sleep(5)
+    nodes.add("late")
+    deadline = time.monotonic() + 90
+    while serve.status().applications["gated"].status != "RUNNING":
+        assert time.monotonic() < deadline, serve.status()
+        time.sleep(0.5)
+    _, (_, loaded, folder) = serve.get_app_handle("gated").remote().result()
+    assert loaded
+    assert Path(folder).is_relative_to(nodes.disk("late"))
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"source": "org/missing"}, "the Hub has no such model"),
+        ({"revision": "0" * 40}, "org/tiny has no commit"),
+        ({"source": "package:no_such_package/model", "revision": None}, "no Python package"),
+    ],
+    ids=["repository", "commit", "package"],
+)
+def test_what_can_never_work_fails_soon_and_says_why(
+    hub: LocalHub, nodes: Nodes, model: ModelConfig, change: dict[str, Any], reason: str
+) -> None:
+    wrong = model.model_copy(update=change)
+    with pytest.raises(RuntimeError):
+        serve.run(application(wrong, nodes, ["a"]), name="wrong", route_prefix=None)
+    status = serve.status().applications["wrong"].deployments["on-a"]
+    assert status.status == "DEPLOY_FAILED"
+    assert reason in status.message
+    assert CANARY not in status.message
+    serve.delete("wrong")
+
+
+def test_nothing_of_an_application_is_left_when_it_is_deleted(nodes: Nodes) -> None:
+    serve.delete("gated")
+    deadline = time.monotonic() + 30
+    while names := [a["name"] for a in list_named_actors(all_namespaces=True) if "gated" in a["name"]]:
+        assert time.monotonic() < deadline, names
+        time.sleep(0.5)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from serve_app.model.attention import Plan, Run, attention, runs, use
+
+HEADS, D = 4, 8
+
+
+def plan_of(lengths: list[int], filler: int = 0) -> Plan:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    positions = torch.zeros(1, sum(lengths) + filler, dtype=torch.int64)
+    return Plan(runs(lengths), sum(lengths) + filler, max(lengths), cu_seqlens, positions)
+
+
+def projected(total: int, heads: int = HEADS) -> Tensor:
+    """(1, heads, total, D) as layers have it: a transposed view on (1, total, heads, D)."""
+    return torch.randn(1, total, heads, D).transpose(1, 2)
+
+
+def by_hand(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], causal: bool, window: int | None, bias: Tensor | None
+) -> Tensor:
+    """Softmax over one mask of the whole row, in float64: who is in another sequence, too far or ahead is not seen."""
+    total = query.shape[2]
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    position = torch.cat([torch.arange(length) for length in lengths])
+    distance = position[:, None] - position[None, :]
+    seen = sequence[:, None] == sequence[None, :]
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance.abs() < window
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(repeat, dim=1).double() for part in (key, value))
+    scores = query.double() @ key.transpose(2, 3) * D**-0.5
+    if bias is not None:
+        rows, columns = position[:, None].expand(total, total), position[None, :].expand(total, total)
+        scores = scores + bias[0][:, rows, columns].double()
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return (weights @ value).transpose(1, 2).float()
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 1, 1], [2, 2, 7, 7, 7, 13], [9, 1, 9]], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["both ways", "causal"])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("key_heads", [HEADS, 2, 1])
+def test_no_sequence_sees_another(lengths: list[int], causal: bool, window: int | None, key_heads: int) -> None:
+    total = sum(lengths)
+    query, key, value = projected(total), projected(total, key_heads), projected(total, key_heads)
+
+    with use(plan_of(lengths)):
+        output, _ = attention(SimpleNamespace(is_causal=causal), query, key, value, None, D**-0.5, None, window)
+
+    torch.testing.assert_close(output, by_hand(query, key, value, lengths, causal, window, None))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both ways", "causal"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_position_bias_starts_anew_in_each_sequence(causal: bool, window: int | None) -> None:
+    lengths = [3, 3, 8]
+    query, key, value = projected(14), projected(14), projected(14)
+    bias = torch.randn(1, HEADS, 8, 8)
+
+    with use(plan_of(lengths)):
+        output, _ = attention(
+            SimpleNamespace(is_causal=causal), query, key, value, None, D**-0.5, None, window, position_bias=bias
+        )
+
+    torch.testing.assert_close(output, by_hand(query, key, value, lengths, causal, window, bias))
+
+
+def test_filler_behind_the_last_sequence_gets_zeros_and_is_not_seen() -> None:
+    query, key, value = projected(9), projected(9), projected(9)
+    with use(plan_of([4, 2], filler=3)):
+        output, _ = attention(SimpleNamespace(is_causal=False), query, key, value, None, D**-0.5)
+    first = [part[:, :, :6] for part in (query, key, value)]
+    torch.testing.assert_close(output[:, :6], by_hand(*first, [4, 2], False, None, None))
+    assert not output[:, 6:].any()
+
+
+def test_without_a_plan_it_is_plain_attention_with_the_mask_it_is_given() -> None:
+    query, key, value = (torch.randn(2, HEADS, 5, D) for _ in range(3))
+    mask = torch.rand(2, 1, 5, 5) > 0.3
+    mask[..., 0] = True
+    output, _ = attention(SimpleNamespace(is_causal=False), query, key, value, mask, D**-0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+def test_plan_ends_with_its_block_even_when_the_block_fails() -> None:
+    query = torch.randn(2, HEADS, 5, D)
+    with pytest.raises(RuntimeError, match="boom"), use(plan_of([5])):
+        raise RuntimeError("boom")
+    attention(SimpleNamespace(is_causal=False), query, query, query, None, D**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.zeros(HEADS)}, "s_aux"),
+        ({"attention_mask": torch.ones(1, 1, 5, 5)}, "mask of its own"),
+        ({"key": torch.randn(1, HEADS, 7, D)}, "not packed self-attention"),
+        ({"query": torch.randn(2, HEADS, 5, D)}, "not packed self-attention"),
+    ],
+    ids=["softcap", "sinks", "mask", "cross-attention", "two rows"],
+)
+def test_what_it_does_not_know_is_refused_while_packed(wrong: dict[str, Any], complaint: str) -> None:
+    call = {name: projected(5) for name in ("query", "key", "value")}
+    with use(plan_of([5])), pytest.raises(ValueError, match=complaint):
+        attention(SimpleNamespace(is_causal=False), **{**call, "attention_mask": None, **wrong})
+
+
+def test_runs_are_neighbours_of_equal_length() -> None:
+    assert runs([2, 2, 5, 2]) == (Run(0, 2, 2), Run(4, 1, 5), Run(9, 1, 2))

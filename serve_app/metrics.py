@@ -83,7 +83,7 @@ class ModelMetrics:
     device_memory: Gauge = field(
         default_factory=lambda: Gauge(
             "serve_app_device_memory",
-            "Memory of a CUDA device as its replica sees it: bytes by kind (allocated_bytes, reserved_bytes, …), "
+            "Memory of a CUDA device as its replica sees it: bytes by kind (allocated_bytes, reserved_bytes, ...), "
             "counts (alloc_retries, ooms), and the shares fragmentation and slack.",
             ("model", "kind"),
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.model import linear, packing
+from serve_app.model import int8, linear, packing
 from serve_app.model.bucketing import BucketedForward, Part
 from serve_app.model.families import why_not_packed
 from serve_app.model.loader import LoadedModel
@@ -23,9 +23,6 @@ from serve_app.types import TokenBatch
 log = logging.getLogger(__name__)
 
 Forward: TypeAlias = Callable[[TokenBatch], Iterable[Part]]
-
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""Largest difference from the stock model, relative to its largest hidden state: rounding in another order."""
 
 _NEIGHBOUR_TOLERANCE = 1e-5
 """With the same shapes the same kernels run: other neighbours must change nothing, in any dtype."""
@@ -44,7 +41,7 @@ def accept(loaded: LoadedModel) -> Accepted:
 
     Raises what torch raises where even the stock model cannot run.
     """
-    with torch.inference_mode():
+    with loaded.precision.computing(loaded.device):
         return _accept(loaded)
 
 
@@ -53,17 +50,16 @@ def _accept(loaded: LoadedModel) -> Accepted:
         loaded.module, loaded.device, loaded.pad_token_id, loaded.takes_token_types, equal_lengths=True
     )
     probes = random_batch(loaded, _probe_lengths(loaded))
-    reference = _hidden(unpadded, probes)
-    faster = linear.pays(loaded.module) and _speed_up_projections(loaded, unpadded, probes, reference)
+    reference, exchanged = _exchange_projections(loaded, unpadded, probes)
     reason = why_not_packed(loaded.model_type)
     if reason is None:
-        padded_total = linear.padded_rows if faster else int
+        padded_total = linear.padded_rows if exchanged else int
         packed, reason = _try_packing(loaded, padded_total, probes, reference)
         if packed is not None:
             return Accepted(packed, "packed")
         log.warning("%s is not packed, and slower for it: %s", loaded.model_type, reason)
     padded = replace(unpadded, equal_lengths=False)
-    if _difference(_hidden(padded, probes), reference) <= _TOLERANCE[loaded.dtype]:
+    if _difference(_hidden(padded, probes), reference) <= loaded.precision.tolerance:
         return Accepted(padded, f"bucketed: {reason}")
     log.warning("%s: padding changes its answers, so only texts of equal length share a pass", loaded.model_type)
     return Accepted(unpadded, f"bucketed by equal length: {reason}")
@@ -87,18 +83,30 @@ def _probe_lengths(loaded: LoadedModel) -> list[int]:
     return [min(length, loaded.max_input_tokens) for length in (5, 17, 1, 5, max(longest, 33), 9)]
 
 
-def _speed_up_projections(loaded: LoadedModel, forward: Forward, probes: TokenBatch, reference: Tensor) -> bool:
-    """Exchange the projections; False, with the stock ones put back, if answers differ."""
-    swaps = linear.plan_swaps(loaded.module, lambda: _hidden(forward, probes))
+def _exchange_projections(loaded: LoadedModel, forward: Forward, probes: TokenBatch) -> tuple[Tensor, bool]:
+    """Put faster projections in, where there are any; returns the answers to compare with, and whether it did."""
+    stock = _hidden(forward, probes)
+    if loaded.precision.int8:
+        _apply(int8.plan_swaps(loaded.module))
+        rounded = _hidden(forward, probes)
+        log.info("%s in 8 bits: hidden states move by %.1e", loaded.model_type, _difference(rounded, stock))
+        return rounded, True
+    if loaded.precision.autocast is not None or not linear.pays(loaded.module):
+        return stock, False
+    swaps = _apply(linear.plan_swaps(loaded.module, lambda: _hidden(forward, probes)))
+    error = _difference(_hidden(forward, probes), stock)
+    if error <= loaded.precision.tolerance:
+        return stock, True
+    for swap in swaps:
+        swap.undo()
+    log.warning("%s keeps torch's projections: oneDNN's differ by %.1e", loaded.model_type, error)
+    return stock, False
+
+
+def _apply(swaps: list[linear.Swap]) -> list[linear.Swap]:
     for swap in swaps:
         swap.apply()
-    error = _difference(_hidden(forward, probes), reference)
-    if error > _TOLERANCE[loaded.dtype]:
-        for swap in swaps:
-            swap.undo()
-        log.warning("%s keeps torch's projections: oneDNN's differ by %.1e", loaded.model_type, error)
-        return False
-    return True
+    return swaps
 
 
 def _try_packing(
@@ -107,16 +115,22 @@ def _try_packing(
     stock_attention = loaded.module.config._attn_implementation
     try:
         packed = packing.prepare(loaded, padded_total)
-        error = _difference(_hidden(packed, probes), reference)
-        leak = _leak(packed, loaded, probes)
+        reason = why_refused(packed, loaded, probes, reference)
     except (packing.CannotPackError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as failure:
         reason = f"{type(failure).__name__}: {failure}"
-    else:
-        if error <= _TOLERANCE[loaded.dtype] and leak <= _NEIGHBOUR_TOLERANCE:
-            return packed, None
-        reason = f"packed, it differs from itself alone by {error:.1e}, and with other neighbours by {leak:.1e}"
+    if reason is None:
+        return packed, None
     loaded.module.set_attn_implementation(stock_attention)
     return None, reason
+
+
+def why_refused(packed: Forward, loaded: LoadedModel, probes: TokenBatch, reference: Tensor) -> str | None:
+    """None where `packed` answers as `reference` (total, h) says and as it does beside other neighbours."""
+    error = _difference(_hidden(packed, probes), reference)
+    leak = _leak(packed, loaded, probes)
+    if error <= loaded.precision.tolerance and leak <= _NEIGHBOUR_TOLERANCE:
+        return None
+    return f"packed, it differs from itself alone by {error:.1e}, and with other neighbours by {leak:.1e}"
 
 
 def _leak(packed: Forward, loaded: LoadedModel, probes: TokenBatch) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,15 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 instructions, as Linux tells it (`avx512_bf16`, `amx_bf16`, or `bf16` on Arm)."""
+    try:
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu.split()))
 
 
 def govern_threads(num_threads: int) -> int:

@@ -1,4 +1,4 @@
-"""Loads a model's weights from local files: offline, safetensors only, no code from the model."""
+"""Loads a model's weights from local files: offline, safetensors unless configured otherwise, no code of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, IncompleteModelError
+from serve_app.model.precision import Precision, pick_precision
 from serve_app.tasks.card import read_card, transformer_folder
 
 
@@ -22,7 +23,7 @@ class LoadedModel:
 
     module: Any
     device: torch.device
-    dtype: torch.dtype
+    precision: Precision
     model_type: str
     hidden_size: int
     max_input_tokens: int
@@ -31,6 +32,11 @@ class LoadedModel:
     takes_token_types: bool
     vocab_size: int
     num_threads: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.precision.weights
 
 
 def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
@@ -41,12 +47,12 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
     """
     card = read_card(path, config, config.revision or "")
     device = pick_device(config)
-    dtype = pick_dtype(config, device)
-    module = _read_weights(transformer_folder(path), config, dtype).to(device).eval()
+    precision = pick_precision(config, device)
+    module = _read_weights(transformer_folder(path), config, precision.weights).to(device).eval()
     return LoadedModel(
         module=module,
         device=device,
-        dtype=dtype,
+        precision=precision,
         model_type=card.model_type,
         hidden_size=card.hidden_size,
         max_input_tokens=max_input_tokens,
@@ -66,22 +72,15 @@ def pick_device(config: ModelConfig) -> torch.device:
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
-def pick_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The configured dtype; `auto` is bfloat16 on CUDA and float32 on CPU."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
-
-
 def _read_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
     transformers_logging.disable_progress_bar()
+    safetensors = None if config.allow_pickle else True  # None takes them where they are, else pickled weights
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         family = AutoConfig.from_pretrained(folder, **options)
         cls = AutoModelForTextEncoding if type(family) in AutoModelForTextEncoding._model_mapping else AutoModel
         module, report = cls.from_pretrained(
-            folder, config=family, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            folder, config=family, dtype=dtype, use_safetensors=safetensors, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"models.{config.name}: the model cannot be loaded: {error}") from error

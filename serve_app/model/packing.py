@@ -50,37 +50,47 @@ class PackedForward:
     def __call__(self, batch: TokenBatch) -> Iterator[Part]:
         """Compute all sequences of `batch`, which has at least one; call under `inference_mode`."""
         rows, tokens = by_length(batch.cu_seqlens)
-        lengths = batch.lengths()[rows]
-        cu_seqlens = self._to_device(np.concatenate([np.zeros(1, np.int64), lengths.cumsum(dtype=np.int64)]))
+        lengths = batch.lengths()[rows].astype(np.int64)
+        ends = lengths.cumsum()
         total = self.padded_total(len(tokens))
-        plan = self._plan(lengths, cu_seqlens, total)
-        inputs = {"input_ids": self._row(batch.input_ids[tokens], total, self.pad_token_id)}
-        if self.takes_positions:
-            inputs["position_ids"] = plan.position_ids
+        positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths) + self.first_position
+        host = [np.concatenate([[0], ends]), _row(positions, total, self.first_position)]
+        host.append(_row(batch.input_ids[tokens], total, self.pad_token_id))
         if self.takes_token_types and batch.token_type_ids is not None:
-            inputs["token_type_ids"] = self._row(batch.token_type_ids[tokens], total, 0)
-        with attention.use(plan):
-            hidden = self.module(**inputs).last_hidden_state
-        yield Part(rows, hidden[0, : len(tokens)], cu_seqlens)
-
-    def _plan(self, lengths: Int32Array, cu_seqlens: Tensor, total: int) -> Plan:
-        starts = np.repeat(lengths.cumsum() - lengths, lengths)
-        positions = np.arange(len(starts)) - starts + self.first_position
-        return Plan(
+            host.append(_row(batch.token_type_ids[tokens], total, 0))
+        cu_seqlens, position_ids, *inputs = self._to_device(host)
+        plan = Plan(
             runs=attention.runs(lengths.tolist()),
             total=total,
-            max_length=int(lengths.max()),
+            max_length=int(lengths[-1]),
             cu_seqlens=cu_seqlens.to(torch.int32),
-            position_ids=self._row(positions, total, self.first_position),
+            position_ids=position_ids[None],
         )
+        yield Part(rows, self._hidden(plan, inputs)[: len(tokens)], cu_seqlens)
 
-    def _row(self, values: Int32Array | IndexArray, total: int, fill: int) -> Tensor:
-        row = np.full((1, total), fill, np.int64)
-        row[0, : len(values)] = values
-        return self._to_device(row)
+    def _hidden(self, plan: Plan, inputs: list[Tensor]) -> Tensor:
+        """Hidden states (plan.total, h), from input ids and, where there are any, token types."""
+        names = ("input_ids", "token_type_ids")
+        arguments = {name: values[None] for name, values in zip(names, inputs, strict=False)}
+        if self.takes_positions:
+            arguments["position_ids"] = plan.position_ids
+        with attention.use(plan):
+            hidden: Tensor = self.module(**arguments).last_hidden_state
+        return hidden[0]
 
-    def _to_device(self, array: Int32Array | IndexArray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
+    def _to_device(self, host: list[IndexArray]) -> tuple[Tensor, ...]:
+        """All in one copy, from pinned memory where the device is a GPU."""
+        whole = torch.from_numpy(np.concatenate(host))
+        if self.device.type == "cuda":
+            whole = whole.pin_memory()
+        parts: tuple[Tensor, ...] = whole.to(self.device, non_blocking=True).split([len(part) for part in host])
+        return parts
+
+
+def _row(values: IndexArray | Int32Array, total: int, fill: int) -> IndexArray:
+    row = np.full(total, fill, np.int64)
+    row[: len(values)] = values
+    return row
 
 
 def by_length(cu_seqlens: Int32Array) -> tuple[IndexArray, IndexArray]:

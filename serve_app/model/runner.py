@@ -44,7 +44,7 @@ class Runner:
         are there at once. Both steps raise what `run` raises.
         """
         self._govern_threads()
-        with torch.inference_mode():
+        with self._loaded.precision.computing(self._loaded.device):
             parts = [(part.rows, self._head(part.hidden, part.cu_seqlens)) for part in self._forward(batch)]
             order = np.concatenate([index for index, _ in parts])
             arrived = _to_host(torch.cat([rows for _, rows in parts]).float())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, IncompleteModelError
-from serve_app.model.loader import load, pick_device, pick_dtype
+from serve_app.model.loader import load, pick_device
 from tests.model.tiny import load_tiny, tiny_model
 
 
@@ -45,13 +45,7 @@ def test_only_the_encoder_of_an_encoder_decoder_is_kept(model_type: str, tmp_pat
 
 
 def test_configured_dtype_is_that_of_the_weights(tmp_path: Path) -> None:
-    assert load_tiny("bert", tmp_path, dtype="bfloat16").module.dtype is torch.bfloat16
-
-
-def test_dtype_is_float32_on_cpu_and_bfloat16_on_cuda_by_default() -> None:
-    assert pick_dtype(config(), torch.device("cpu")) is torch.float32
-    assert pick_dtype(config(), torch.device("cuda")) is torch.bfloat16
-    assert pick_dtype(config(dtype="float16"), torch.device("cuda")) is torch.float16
+    assert load_tiny("bert", tmp_path, dtype="float16").module.dtype is torch.float16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
@@ -71,12 +65,13 @@ def test_missing_weight_is_an_incomplete_model_not_a_random_one(tmp_path: Path) 
         load(tmp_path, config(), 32)
 
 
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+def test_pickled_weights_are_refused_unless_allowed(tmp_path: Path) -> None:
     model = tiny_model("bert")
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load(tmp_path, config(), 32)
+    assert load(tmp_path, config(allow_pickle=True), 32).model_type == "bert"
 
 
 def test_model_that_brings_its_own_code_is_refused_without_running_it(tmp_path: Path) -> None:

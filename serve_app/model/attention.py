@@ -119,7 +119,7 @@ def attention(
     _refuse_unknown(plan, query, key, attention_mask, kwargs)
     rule = Rule(scaling, causal, sliding_window, position_bias)
     if _varlen is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and rule.bias is None:
-        return _varlen_attention(query, key, value, plan, rule), None
+        return one_kernel(_varlen, query, key, value, plan, rule), None
     return run_by_run(query, key, value, plan, rule), None
 
 
@@ -191,6 +191,22 @@ def _band(plan: Plan, length: int, window: int, causal: bool, query: Tensor) -> 
     return plan.masks[key]
 
 
+def one_kernel(varlen_attn: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, rule: Rule) -> Tensor:
+    """All sequences in one call of `torch.nn.attention.varlen.varlen_attn`. Shapes as in `attention`, no bias."""
+    reach = -1 if rule.window is None else rule.window - 1
+    options: dict[str, Any] = {}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    rows = [part[0].transpose(0, 1) for part in (query, key, value)]
+    lengths = (plan.cu_seqlens, plan.cu_seqlens, plan.max_length, plan.max_length)
+    window = (reach, 0 if rule.causal else reach)
+    output: Tensor = varlen_attn(*rows, *lengths, scale=rule.scale, window_size=window, **options)
+    return output.unsqueeze(0)
+
+
 def _find_varlen() -> Any:
     """`varlen_attn` of torch, whose keywords vary between versions; None where those needed are missing."""
     try:
@@ -201,24 +217,6 @@ def _find_varlen() -> Any:
 
 
 _varlen = _find_varlen()
-
-
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, rule: Rule) -> Tensor:
-    """CUDA, half precision: one kernel for all sequences."""
-    reach = -1 if rule.window is None else rule.window - 1
-    options: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    rows = [part[0].transpose(0, 1) for part in (query, key, value)]
-    output: Tensor = _varlen(
-        *rows,
-        plan.cu_seqlens,
-        plan.cu_seqlens,
-        plan.max_length,
-        plan.max_length,
-        scale=rule.scale,
-        window_size=(reach, 0 if rule.causal else reach),
-        **options,
-    )
-    return output.unsqueeze(0)
 
 
 def _mask_for_layers(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -58,9 +59,8 @@ class Runner:
 
     def warm_up(self, max_batch_tokens: int) -> None:
         """Run batches over the range of shapes, so that no request pays for first-time work."""
-        for length in _warm_up_lengths(self._loaded.max_input_tokens):
-            for count in sorted({1, max(1, max_batch_tokens // length)}):
-                self.run(random_batch(self._loaded, [length] * count))
+        for lengths in warm_up_batches(self._loaded.max_input_tokens, max_batch_tokens, self._loaded.device.type):
+            self.run(random_batch(self._loaded, lengths))
 
     def _govern_threads(self) -> None:
         """Give this thread its share of the cores. OpenMP keeps the number per calling thread."""
@@ -93,6 +93,16 @@ def _in_order(values: FloatArray, order: IndexArray) -> FloatArray:
     return out
 
 
-def _warm_up_lengths(max_input_tokens: int) -> list[int]:
-    lengths = [length for length in (8, 32, 128, 512, 2048, 8192) if length < max_input_tokens]
-    return [*lengths, max_input_tokens]
+def warm_up_batches(max_input_tokens: int, max_batch_tokens: int, device_type: str) -> list[list[int]]:
+    """Lengths of the batches to warm up with: one full mixed batch first, which takes the most memory, then singles.
+
+    A GPU picks kernels by shape, so there each length has a full batch of its own as well.
+    """
+    lengths = [length for length in (8, 32, 128, 512, 2048, 8192) if length < max_input_tokens] + [max_input_tokens]
+    mixed: list[int] = []
+    for length in cycle(reversed(lengths)):
+        if sum(mixed) + length > max_batch_tokens and mixed:
+            break
+        mixed.append(length)
+    full = [[length] * max(1, max_batch_tokens // length) for length in lengths] if device_type == "cuda" else []
+    return [mixed, *full, *([length] for length in lengths)]

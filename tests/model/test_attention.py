@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.model.attention import Plan, Run, attention, runs, use
+from serve_app.model.attention import Plan, Rule, Run, attention, one_kernel, runs, use
 
 HEADS, D = 4, 8
 
@@ -115,6 +115,52 @@ def test_what_it_does_not_know_is_refused_while_packed(wrong: dict[str, Any], co
     call = {name: projected(5) for name in ("query", "key", "value")}
     with use(plan_of([5])), pytest.raises(ValueError, match=complaint):
         attention(SimpleNamespace(is_causal=False), **{**call, "attention_mask": None, **wrong})
+
+
+def flash_by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What torch documents of varlen_attn: rows (total, heads, d); a window of (left, right) keys, -1 for all."""
+    assert cu_seq_q.dtype is cu_seq_k.dtype is torch.int32
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert enable_gqa is (query.shape[1] != key.shape[1])
+    left, right = window_size
+    outputs = []
+    for start, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
+        seen = ((left < 0) | (distance <= left)) & ((right < 0) | (distance >= -right))
+        rows = [part[start:end].transpose(0, 1)[None] for part in (query, key, value)]
+        output = torch.nn.functional.scaled_dot_product_attention(*rows, seen, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def older_flash(*args: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+    """As in versions of torch that cannot share key heads."""
+    return flash_by_hand(*args, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("kernel", [flash_by_hand, older_flash])
+@pytest.mark.parametrize("causal", [False, True], ids=["both ways", "causal"])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("key_heads", [HEADS, 2])
+def test_one_kernel_for_all_sequences_is_told_the_same_rule(
+    kernel: Any, causal: bool, window: int | None, key_heads: int
+) -> None:
+    lengths = [2, 2, 7, 13]
+    query, key, value = projected(24), projected(24, key_heads), projected(24, key_heads)
+    output = one_kernel(kernel, query, key, value, plan_of(lengths), Rule(D**-0.5, causal, window, None))
+    torch.testing.assert_close(output, by_hand(query, key, value, lengths, causal, window, None))
 
 
 def test_runs_are_neighbours_of_equal_length() -> None:

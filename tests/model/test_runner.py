@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from serve_app.config import ModelConfig
 from serve_app.model.loader import load
-from serve_app.model.runner import Runner
+from serve_app.model.runner import Runner, warm_up_batches
 from serve_app.tasks.heads import cls, last_token, mean, pooled
 from tests.model.tiny import batch_of, load_tiny, random_sequences
 
@@ -83,9 +83,19 @@ def test_bfloat16_rows_come_back_in_float32(tmp_path: Path) -> None:
     assert rows.dtype == np.float32
 
 
-def test_warm_up_runs_the_longest_input_and_full_batches(tmp_path: Path) -> None:
-    runner = Runner(load_tiny("bert", tmp_path), mean)
-    runner.warm_up(max_batch_tokens=200)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize(("longest", "budget"), [(60, 200), (512, 1024), (512, 512), (8192, 32_768), (4, 1000)])
+def test_warm_up_runs_the_longest_input_and_batches_up_to_the_budget(
+    device_type: str, longest: int, budget: int
+) -> None:
+    batches = warm_up_batches(longest, budget, device_type)
+    assert max(max(lengths) for lengths in batches) == longest
+    assert all(sum(lengths) <= budget for lengths in batches)
+    assert max(sum(lengths) for lengths in batches) > budget - longest
+
+
+def test_warm_up_computes_what_it_plans(tmp_path: Path) -> None:
+    Runner(load_tiny("bert", tmp_path), mean).warm_up(max_batch_tokens=200)
 
 
 def test_thread_that_runs_has_the_configured_share_of_the_cores(tmp_path: Path, one_thread: None) -> None:

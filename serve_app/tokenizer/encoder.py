@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import numpy as np
 
 from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError, RequestError
+from serve_app.tokenizer.bounded import BoundedTokenizer
 from serve_app.tokenizer.loader import load
 from serve_app.types import Int32Array, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
 
@@ -33,11 +34,7 @@ Outcome: TypeAlias = list[Encoded] | RequestError
 
 
 class Encoder:
-    """Encodes the requests of one call; may be used from several threads at once.
-
-    A tokenizer's truncation is a setting of the object, which makes shared use of one with changing settings silently
-    wrong. So each kind of truncation has a private copy, whose settings never change after construction.
-    """
+    """Encodes the requests of one call; may be used from several threads at once."""
 
     def __init__(self, path: Path, max_input_tokens: int) -> None:
         """Load the tokenizer of the model in `path`.
@@ -45,10 +42,14 @@ class Encoder:
         Raises IncompleteModelError if no fast one can be made, ConfigError if the limit leaves no room for a text.
         """
         self.max_input_tokens = max_input_tokens
-        self._whole = load(path)
-        _check_room(self._whole, max_input_tokens)
-        self._vocab_size = self._whole.get_vocab_size(with_added_tokens=True)
-        self._cutting = {side: _cutting(self._whole, side, max_input_tokens) for side in ("left", "right")}
+        tokenizer = load(path)
+        _check_room(tokenizer, max_input_tokens)
+        self._vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._whole = BoundedTokenizer(tokenizer, max_input_tokens, None)
+        self._cutting = {
+            "left": BoundedTokenizer(tokenizer, max_input_tokens, "left"),
+            "right": BoundedTokenizer(tokenizer, max_input_tokens, "right"),
+        }
 
     def encode(self, requests: Sequence[TokenizeRequest]) -> TokenBatch:
         """One flat batch of all sequences; a request that cannot be encoded fails alone."""
@@ -61,19 +62,23 @@ class Encoder:
 
     def _encode_alike(self, requests: Sequence[TokenizeRequest]) -> list[Outcome]:
         """One call into Rust for requests with the same truncation; a failure is narrowed down to its request."""
-        tokenizer = self._cutting[requests[0].truncation_side] if requests[0].truncate else self._whole
-        texts = [text for request in requests for text in _texts(request)]
+        texts = [_texts(request) for request in requests]
         try:
-            encodings = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=True))
+            encodings = iter(self._tokenizer(requests[0]).encode(list(itertools.chain.from_iterable(texts))))
         except (TypeError, ValueError):
             if len(requests) > 1:
                 return [outcome for request in requests for outcome in self._encode_alike([request])]
             return [InvalidInputError("inputs: a text is not valid Unicode (a lone surrogate?); send valid UTF-8")]
-        return [self._outcome(request, encodings) for request in requests]
+        return [
+            self._outcome(request, list(itertools.islice(encodings, len(mine))))
+            for request, mine in zip(requests, texts, strict=True)
+        ]
 
-    def _outcome(self, request: TokenizeRequest, encodings: Iterator[Encoding]) -> Outcome:
-        mine = list(itertools.islice(encodings, len(_texts(request))))
-        texts = iter(mine)
+    def _tokenizer(self, request: TokenizeRequest) -> BoundedTokenizer:
+        return self._cutting[request.truncation_side] if request.truncate else self._whole
+
+    def _outcome(self, request: TokenizeRequest, encodings: Sequence[Encoding]) -> Outcome:
+        texts = iter(encodings)
         try:
             return [
                 self._given(request, i, _ids(value)) if _is_ids(value) else self._encoded(request, i, next(texts))
@@ -85,7 +90,9 @@ class Encoder:
     def _encoded(self, request: TokenizeRequest, index: int, encoding: Encoding) -> Encoded:
         ids = encoding.ids
         if len(ids) > self.max_input_tokens:
-            raise self._too_long(index, len(ids))
+            characters = len(request.prompt) + len(request.inputs[index])
+            exact = self._whole.reads_all(characters)
+            raise self._too_long(index, f"{len(ids)}" if exact else f"at least {len(ids)}")
         if not ids:
             raise InvalidInputError(f"inputs[{index}]: has no tokens; send a text that is not empty")
         pair = isinstance(request.inputs[index], tuple)
@@ -102,10 +109,10 @@ class Encoder:
         if len(ids) <= limit:
             return Encoded(ids)
         if not request.truncate:
-            raise self._too_long(index, len(ids))
+            raise self._too_long(index, f"{len(ids)}")
         return Encoded(ids[-limit:] if request.truncation_side == "left" else ids[:limit], truncated=True)
 
-    def _too_long(self, index: int, tokens: int) -> InputTooLongError:
+    def _too_long(self, index: int, tokens: str) -> InputTooLongError:
         return InputTooLongError(
             f"inputs[{index}]: {tokens} tokens, and the model takes {self.max_input_tokens}; "
             "shorten it or ask for truncation (truncate: true)"
@@ -176,9 +183,3 @@ def _check_room(tokenizer: Tokenizer, max_input_tokens: int) -> None:
     special = tokenizer.num_special_tokens_to_add(is_pair=False)
     if max_input_tokens <= special:
         raise ConfigError(f"max_input_tokens: {max_input_tokens} leaves no room beside {special} special tokens")
-
-
-def _cutting(tokenizer: Tokenizer, side: str, max_length: int) -> Tokenizer:
-    copy = type(tokenizer).from_str(tokenizer.to_str())
-    copy.enable_truncation(max_length=max_length, direction=side)
-    return copy

@@ -74,14 +74,14 @@ class Seams:
 
     def end_of(self, text: str, characters: int) -> str:
         """The text from a seam that leaves at least so many characters, and not many more, or all of it."""
-        stop = len(text) - characters
+        stop, reach = len(text) - characters, 1 + characters // 8
         while stop > 0:
-            start = max(0, stop - characters)
-            # Searching may look at characters before `start` but not behind the end it is given.
+            start = max(0, stop - reach)
+            # A search looks at characters before `start`, but not behind the end it is given.
             seam = self.pattern.search(text, start, stop + 2)
             if seam is not None and seam.start() <= stop:
                 return text[seam.start() :]
-            stop, characters = start, 2 * characters
+            stop, reach = start, 2 * reach
         return text
 
 

@@ -118,9 +118,15 @@ def attention(
         return answer
     _refuse_unknown(plan, query, key, attention_mask, kwargs)
     rule = Rule(scaling, causal, sliding_window, position_bias)
-    if _varlen is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and rule.bias is None:
+    if _varlen is not None and _flash_takes(query, rule):
         return one_kernel(_varlen, query, key, value, plan, rule), None
     return run_by_run(query, key, value, plan, rule), None
+
+
+def _flash_takes(query: Tensor, rule: Rule) -> bool:
+    """What flash attention is built for; its kernels have no bias."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and rule.bias is None and query.shape[3] % 8 == 0 and query.shape[3] <= 256
 
 
 def _refuse_unknown(

@@ -45,14 +45,12 @@ NOT_BEHIND_INTERFACE = "its attention is not behind transformers' attention inte
 FALLBACK: Mapping[str, str] = {
     "big_bird": "block-sparse attention over the padded length",
     "bloom": "alibi biases are made from the padded mask",
-    "canine": "down-samples neighbouring characters with a convolution",
     "convbert": "its convolutions read the neighbouring tokens of the row",
     "deberta": "disentangled attention projects its relative positions once per forward pass, not per sequence",
     "deberta-v2": "disentangled attention projects its relative positions once per forward pass, not per sequence",
     "esm": "rescales embeddings by the share of masked tokens in a row",
     "falcon": "alibi biases are made from the padded mask",
     "fnet": "Fourier transforms mix all tokens of a row",
-    "funnel": "pools neighbouring tokens of a row",
     "gpt_neo": NOT_BEHIND_INTERFACE,
     "longformer": "sliding-window attention over chunks of the padded length",
     "luke": NOT_BEHIND_INTERFACE,
@@ -62,7 +60,6 @@ FALLBACK: Mapping[str, str] = {
     "roformer": NOT_BEHIND_INTERFACE,
     "tapas": NOT_BEHIND_INTERFACE,
     "xlnet": "relative positions and memories over the padded length",
-    "xmod": "language adapters are chosen by row",
 }
 
 

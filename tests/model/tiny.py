@@ -81,6 +81,18 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "electra": {**_COMMON, "embedding_size": 16},
     "eurobert": {**_COMMON, **_GROUPED},
+    "gpt_neo": {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "num_heads": 4,
+        "window_size": 7,
+        "max_position_embeddings": 64,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    },
     "gpt2": {
         "vocab_size": 97,
         "n_embd": 32,
@@ -117,6 +129,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3": {**_COMMON, **_GROUPED},
     "t5": _T5,
     "umt5": _T5,
+    "xlnet": {"vocab_size": 97, "d_model": 32, "n_layer": 3, "n_head": 4, "d_inner": 48, "pad_token_id": 1},
 }
 
 

@@ -1,0 +1,148 @@
+"""The engine on a real GPU: the same answers as on CPU, packed, without waiting for the device while launching."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from serve_app.model import attention
+from serve_app.model.families import PACKED
+from serve_app.model.loader import LoadedModel
+from serve_app.model.runner import Runner
+from serve_app.tasks.heads import mean
+from tests.model.tiny import batch_of, load_tiny, random_sequences
+
+LENGTHS = [12, 3, 30, 12, 1, 59, 7, 12, 21]
+WITH_BIAS = {"t5", "mt5", "umt5", "mpnet"}
+
+
+def on_cuda(model_type: str, folder: Path, dtype: str) -> LoadedModel:
+    return load_tiny(model_type, folder, device="cuda", dtype=dtype)
+
+
+def reference(model_type: str, folder: Path, sequences: list[list[int]]) -> np.ndarray:
+    return Runner(load_tiny(model_type, folder), mean).run(batch_of(sequences))
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each call of flash attention had."""
+    calls: list[int] = []
+    flash = attention._varlen
+    assert flash is not None, "this torch has no varlen_attn with the keywords that are needed"
+
+    def counted(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(len(query))
+        output: torch.Tensor = flash(query, *args, **kwargs)
+        return output
+
+    # Its keywords are inspected, so the stand-in must show them.
+    counted.__signature__ = inspect.signature(flash)  # type: ignore[attr-defined]
+    monkeypatch.setattr(attention, "_varlen", counted)
+    return calls
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Anything inside that makes the host wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("model_type", sorted(PACKED))
+def test_float32_on_the_gpu_answers_as_the_cpu_does(model_type: str, tmp_path: Path) -> None:
+    sequences = random_sequences(LENGTHS, seed=1)
+    expected = reference(model_type, tmp_path, sequences)
+    runner = Runner(on_cuda(model_type, tmp_path, "float32"), mean)
+    assert runner.mode == "packed"
+    np.testing.assert_allclose(runner.run(batch_of(sequences)), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", sorted(PACKED))
+def test_bfloat16_is_near_float32_and_independent_of_neighbours(model_type: str, tmp_path: Path) -> None:
+    sequences = random_sequences(LENGTHS, seed=1)
+    expected = reference(model_type, tmp_path, sequences)
+    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"), mean)
+    rows = runner.run(batch_of(sequences))
+    others = random_sequences(LENGTHS, seed=2)
+    again = runner.run(batch_of([sequences[0], *others[1:]]))
+
+    assert runner.mode == "packed"
+    cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() > 0.99
+    np.testing.assert_array_equal(again[0], rows[0])
+
+
+@pytest.mark.parametrize("model_type", sorted(PACKED - WITH_BIAS))
+def test_half_precision_takes_one_kernel_a_layer(model_type: str, tmp_path: Path, kernel_calls: list[int]) -> None:
+    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"), mean)
+    kernel_calls.clear()
+    runner.run(batch_of(random_sequences(LENGTHS, seed=1)))
+    assert kernel_calls
+    assert set(kernel_calls) == {sum(LENGTHS)}
+
+
+@pytest.mark.parametrize("model_type", sorted(WITH_BIAS))
+def test_position_bias_goes_without_flash_attention(model_type: str, tmp_path: Path, kernel_calls: list[int]) -> None:
+    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"), mean)
+    runner.run(batch_of(random_sequences(LENGTHS, seed=1)))
+    assert not kernel_calls
+
+
+def test_launching_never_waits_for_the_device(tmp_path: Path) -> None:
+    runner = Runner(on_cuda("bert", tmp_path, "bfloat16"), mean)
+    runner.warm_up(500)
+    batch = batch_of(random_sequences(LENGTHS, seed=1))
+    expected = runner.run(batch)
+    with no_waiting():
+        collect = runner.launch(batch)
+    np.testing.assert_array_equal(collect(), expected)
+
+
+def test_batches_launched_behind_each_other_keep_their_own_rows(tmp_path: Path) -> None:
+    runner = Runner(on_cuda("bert", tmp_path, "bfloat16"), mean)
+    batches = [batch_of(random_sequences([5 + i, 30, 9], seed=i)) for i in range(8)]
+    expected = [runner.run(batch) for batch in batches]
+    collected = [collect() for collect in [runner.launch(batch) for batch in batches]]
+    np.testing.assert_array_equal(np.stack(collected), np.stack(expected))
+
+
+def test_memory_of_a_batch_that_does_not_fit_is_given_back(tmp_path: Path) -> None:
+    runner = Runner(on_cuda("bert", tmp_path, "float32"), mean)
+    small = batch_of(random_sequences([5], seed=0))
+    expected = runner.run(small)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            runner.run(batch_of(random_sequences([59] * 200_000, seed=0)))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.memory_allocated() == before
+    np.testing.assert_array_equal(runner.run(small), expected)
+
+
+def test_fallback_family_runs_in_buckets(tmp_path: Path) -> None:
+    sequences = random_sequences(LENGTHS, seed=1)
+    expected = reference("deberta-v2", tmp_path, sequences)
+    runner = Runner(on_cuda("deberta-v2", tmp_path, "float32"), mean)
+    assert runner.mode.startswith("bucketed")
+    np.testing.assert_allclose(runner.run(batch_of(sequences)), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_autocast_computes_products_in_bfloat16(tmp_path: Path, kernel_calls: list[int]) -> None:
+    loaded = load_tiny("bert", tmp_path, device="cuda", autocast="bfloat16")
+    runner = Runner(loaded, mean)
+    assert loaded.dtype is torch.float32
+    assert runner.mode == "packed"
+    assert kernel_calls

@@ -1,0 +1,366 @@
+"""Concurrent requests share one call to each tier, through Ray Serve's own `@serve.batch`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.serve.context
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.serve.schema import ReplicaRank
+
+from serve_app.config import IngressSettings
+from serve_app.errors import (
+    InputTooLongError,
+    ModelFailureError,
+    OverloadedError,
+    ServeAppError,
+    UnavailableError,
+)
+from serve_app.ingress.coalescer import Coalescer, Computed
+from serve_app.ingress.statuses import kind_of
+from serve_app.metrics import IngressMetrics
+from serve_app.types import TokenizeRequest
+from tests.ingress.tiers import Recorder, Tiers, expected_rows, forward
+
+
+@pytest.fixture(autouse=True, scope="module")
+def replica() -> Iterator[None]:
+    """`@serve.batch` asks the replica that it runs in how many requests may be under way."""
+    ray.serve.context._set_internal_replica_context(
+        replica_id=ReplicaID("test", DeploymentID("ingress", "serve_app")),
+        servable_object=None,
+        _deployment_config=DeploymentConfig(max_ongoing_requests=10**10),
+        rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
+        world_size=1,
+    )
+    yield
+    ray.serve.context._INTERNAL_REPLICA_CONTEXT = None
+
+
+class Bench:
+    """A coalescer between stand-ins."""
+
+    def __init__(self, **limits: int) -> None:
+        self.tiers = Tiers()
+        self.metrics = IngressMetrics(*(Recorder() for _ in range(6)))  # type: ignore[arg-type]
+        settings = IngressSettings.model_validate({"max_concurrent_batches": 1, **limits})
+        self.coalescer = Coalescer("tiny", self.tiers, self.tiers, settings, self.metrics)
+
+    async def compute(self, *inputs: str, head: str = "pooled", timeout_s: float = 60.0) -> Computed:
+        return await self.coalescer.compute(TokenizeRequest(inputs, True), head, "interactive", timeout_s)
+
+    def start(self, *inputs: str) -> asyncio.Task[Computed]:
+        return asyncio.create_task(self.compute(*inputs))
+
+    async def hold_one(self) -> asyncio.Task[Computed]:
+        """A request that occupies the only batch until `release`, so that what comes now waits for the next."""
+        self.tiers.tokenize.go.clear()
+        self.tiers.tokenize.called.clear()
+        held = self.start("held")
+        await self.tiers.tokenize.called.wait()
+        return held
+
+    def release(self) -> None:
+        self.tiers.tokenize.go.set()
+
+    @property
+    def batches(self) -> list[int]:
+        """Requests in each call to the tokenizer."""
+        return [len(call) for call in self.tiers.tokenize.calls]
+
+    @property
+    def retries(self) -> list[float]:
+        return self.metrics.retries.values  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.fixture
+async def bench() -> Bench:
+    return Bench()
+
+
+async def settle() -> None:
+    """Let every task go as far as it can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def assert_rows(computed: Computed, *inputs: str) -> None:
+    np.testing.assert_array_equal(computed.rows, expected_rows(inputs))
+    assert computed.tokens == sum(len(text) for text in inputs)
+
+
+async def test_requests_that_came_while_a_batch_was_under_way_share_one_call_to_each_tier(bench: Bench) -> None:
+    held = await bench.hold_one()
+    waiting = [bench.start(f"text {i}", "x" * i) for i in range(50)]
+    await settle()
+    assert bench.batches == [1]
+    bench.release()
+    for i, computed in enumerate(await asyncio.gather(*waiting)):
+        assert_rows(computed, f"text {i}", "x" * i)
+    assert_rows(await held, "held")
+    assert bench.batches == [1, 50]
+    assert [call.tokens.num_requests for call in bench.tiers.forward.calls] == [1, 50]
+    assert bench.metrics.coalesced_requests.values == [1, 50]  # type: ignore[attr-defined]
+
+
+async def test_requests_of_one_moment_share_a_call(bench: Bench) -> None:
+    await asyncio.gather(*(bench.compute(f"text {i}") for i in range(30)))
+    assert bench.batches == [30]
+
+
+async def test_an_idle_ingress_waits_for_nothing_but_the_tiers(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    waits: list[float] = []
+    at = loop.call_at
+
+    def call_at(when: float, *args: Any, **kwargs: Any) -> asyncio.TimerHandle:
+        waits.append(when - loop.time())
+        return at(when, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "call_at", call_at)
+    for _ in range(3):
+        await bench.compute("alone")
+    assert bench.batches == [1, 1, 1]
+    assert [wait for wait in waits if wait > 0] == []
+
+
+async def test_limits_close_a_batch_and_can_be_changed_while_running() -> None:
+    bench = Bench(max_batch_requests=4)
+    held = await bench.hold_one()
+    first = [bench.start("text") for _ in range(10)]
+    await settle()
+    bench.release()
+    await asyncio.gather(held, *first)
+    assert bench.batches == [1, 4, 4, 2]
+    bench.coalescer.reconfigure(IngressSettings(max_concurrent_batches=1, max_batch_characters=8))
+    held = await bench.hold_one()
+    second = [bench.start("text") for _ in range(5)]
+    await settle()
+    bench.release()
+    await asyncio.gather(held, *second)
+    assert bench.batches[4:] == [1, 2, 2, 1]
+
+
+async def test_what_one_request_costs_is_told(bench: Bench) -> None:
+    computed, other = await asyncio.gather(bench.compute("two", "cut!"), bench.compute("other"))
+    assert (computed.tokens, computed.truncated, other.truncated) == (7, 1, 0)
+    assert (computed.timings.tokenize_s, other.timings.tokenize_s) == (0.5, 0.5)
+    assert (other.timings.queue_s, other.timings.forward_s) == (1.0, 10.0)
+
+
+async def test_the_model_is_told_how_long_each_request_may_still_take(bench: Bench) -> None:
+    await asyncio.gather(bench.compute("a", timeout_s=5), bench.compute("b", timeout_s=500))
+    short, long = bench.tiers.forward.calls[0].time_left_s
+    assert short is not None
+    assert long is not None
+    assert 0 < short <= 5 < long <= 500
+
+
+async def test_each_head_has_its_own_call_and_each_request_its_own_rows(bench: Bench) -> None:
+    one, two, three = await asyncio.gather(
+        bench.compute("a", head="pooled"), bench.compute("b", head="other head"), bench.compute("c", head="pooled")
+    )
+    assert sorted((call.head, call.tokens.num_requests) for call in bench.tiers.forward.calls) == [
+        ("other head", 1),
+        ("pooled", 2),
+    ]
+    np.testing.assert_array_equal(two.rows, expected_rows(("b",), "other head"))
+    assert_rows(one, "a")
+    assert_rows(three, "c")
+
+
+@pytest.mark.parametrize(("bad", "error"), [("bad", InputTooLongError), ("poison", ModelFailureError)])
+async def test_a_request_that_fails_leaves_its_neighbours_alone(
+    bench: Bench, bad: str, error: type[ServeAppError]
+) -> None:
+    texts = ["first", bad, "second", bad, "third"]
+    outcomes = await asyncio.gather(*(bench.compute(text) for text in texts), return_exceptions=True)
+    for text, outcome in zip(texts, outcomes, strict=True):
+        if text == bad:
+            assert isinstance(outcome, error)
+        else:
+            assert isinstance(outcome, Computed)
+            assert_rows(outcome, text)
+    assert bench.batches == [5]
+    assert bench.retries == []
+
+
+async def test_the_model_is_not_asked_where_no_request_can_be_tokenized(bench: Bench) -> None:
+    outcomes = await asyncio.gather(bench.compute("bad 1"), bench.compute("bad 2"), return_exceptions=True)
+    assert [str(outcome) for outcome in outcomes] == ["bad 1 is too long", "bad 2 is too long"]
+    assert bench.tiers.forward.calls == []
+
+
+LOST = [
+    ActorDiedError(),
+    ActorUnavailableError("gone", None),
+    ReplicaUnavailableError("gone"),
+    ConnectionResetError("gone"),
+    UnavailableError("draining"),
+]
+
+
+def names(error: BaseException) -> str:
+    return type(error).__name__
+
+
+@pytest.mark.parametrize("tier", ["tokenize", "forward"])
+@pytest.mark.parametrize("lost", LOST, ids=names)
+async def test_a_lost_replica_costs_a_second_try_and_no_request(bench: Bench, tier: str, lost: Exception) -> None:
+    getattr(bench.tiers, tier).failures = [lost]
+    outcomes = await asyncio.gather(*(bench.compute(f"text {i}") for i in range(5)))
+    for i, computed in enumerate(outcomes):
+        assert_rows(computed, f"text {i}")
+    assert bench.batches == [5, 5]
+    assert bench.retries == [1]
+
+
+@pytest.mark.parametrize("tier", ["tokenize", "forward"])
+@pytest.mark.parametrize("lost", LOST, ids=names)
+async def test_replicas_lost_twice_make_every_request_of_the_batch_unavailable(
+    bench: Bench, tier: str, lost: Exception
+) -> None:
+    getattr(bench.tiers, tier).failures = [lost, lost]
+    outcomes = await asyncio.gather(*(bench.compute(f"text {i}") for i in range(3)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [UnavailableError] * 3
+    assert bench.batches == [3, 3]
+    assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+async def test_only_what_a_replica_lost_is_sent_again(bench: Bench) -> None:
+    """As where a model replica drains: what it has begun it answers, the rest it gives back."""
+    bench.tiers.forward.answers = [lambda call: replace(forward(call), failures={1: UnavailableError("draining")})]
+    outcomes = await asyncio.gather(bench.compute("first"), bench.compute("given back"), bench.compute("third"))
+    for text, computed in zip(("first", "given back", "third"), outcomes, strict=True):
+        assert_rows(computed, text)
+    assert bench.batches == [3, 1]
+    assert bench.retries == [1]
+
+
+@pytest.mark.parametrize("tier", ["tokenize", "forward"])
+@pytest.mark.parametrize(
+    "full",
+    [
+        BackPressureError(num_queued_requests=9, max_queued_requests=9),
+        OverloadedError("queue is full", retry_after_s=2.0),
+        RayTaskError("forward", "traceback", OverloadedError("queue is full")).as_instanceof_cause(),
+    ],
+    ids=["Serve's queue", "our queue", "our queue, told by Ray"],
+)
+async def test_a_full_queue_is_told_to_every_request_and_not_tried_again(
+    bench: Bench, tier: str, full: Exception
+) -> None:
+    getattr(bench.tiers, tier).failures = [full]
+    outcomes = await asyncio.gather(*(bench.compute(f"text {i}") for i in range(3)), return_exceptions=True)
+    for outcome in outcomes:
+        assert isinstance(outcome, OverloadedError)
+        assert kind_of(outcome).status == 429
+        assert outcome.message
+    assert bench.batches == [3]
+    assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+BUG = ZeroDivisionError("a bug")
+
+
+@pytest.mark.parametrize("bug", [BUG, RayTaskError("forward", "traceback", BUG).as_instanceof_cause()], ids=["", "Ray"])
+@pytest.mark.parametrize("tier", ["tokenize", "forward"])
+async def test_a_bug_reaches_every_caller_as_it_is_and_hangs_none(bench: Bench, tier: str, bug: Exception) -> None:
+    getattr(bench.tiers, tier).failures = [bug]
+    outcomes = await asyncio.gather(*(bench.compute(f"text {i}") for i in range(3)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError] * 3
+    assert bench.retries == []
+    assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+async def test_a_request_cancelled_while_it_waits_is_not_computed(bench: Bench) -> None:
+    held = await bench.hold_one()
+    stays, leaves, also_stays = bench.start("stays"), bench.start("leaves"), bench.start("also stays")
+    await settle()
+    leaves.cancel()
+    await settle()
+    bench.release()
+    assert_rows(await stays, "stays")
+    assert_rows(await also_stays, "also stays")
+    await held
+    assert leaves.cancelled()
+    assert [request.inputs for request in bench.tiers.tokenize.calls[1]] == [("stays",), ("also stays",)]
+
+
+async def test_a_request_cancelled_in_a_batch_leaves_its_neighbours_alone(bench: Bench) -> None:
+    bench.tiers.forward.go.clear()
+    stays, leaves = bench.start("stays"), bench.start("leaves")
+    await bench.tiers.forward.called.wait()
+    leaves.cancel()
+    await settle()
+    bench.tiers.forward.go.set()
+    assert_rows(await stays, "stays")
+    assert leaves.cancelled()
+    assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+async def test_cancelled_requests_make_room_for_others() -> None:
+    bench = Bench(max_batch_requests=2)
+    held = await bench.hold_one()
+    held.cancel()
+    for _ in range(20):
+        leaves = bench.start("leaves")
+        await settle()
+        leaves.cancel()
+    bench.release()
+    assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+async def test_models_do_not_share_a_queue() -> None:
+    one, other = Bench(), Bench()
+    await asyncio.gather(*(bench.compute("text") for bench in (one, other) for _ in range(5)))
+    assert (one.batches, other.batches) == ([5], [5])
+
+
+texts = st.text(st.characters(codec="ascii", categories=["L"]), min_size=1, max_size=30)
+requests = st.lists(st.lists(st.sampled_from(["bad", "poison", "cut!"]) | texts, min_size=1, max_size=5), max_size=40)
+
+
+@given(
+    several=requests,
+    batches=st.integers(1, 4),
+    max_requests=st.integers(1, 20),
+    max_characters=st.integers(1, 300),
+    pauses=st.lists(st.booleans(), min_size=40, max_size=40),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_request_gets_its_own_rows_whatever_came_with_it(
+    several: list[list[str]], batches: int, max_requests: int, max_characters: int, pauses: list[bool]
+) -> None:
+    async def run() -> tuple[Bench, list[Computed | BaseException]]:
+        limits = {"max_batch_requests": max_requests, "max_batch_characters": max_characters}
+        bench = Bench(max_concurrent_batches=batches, **limits)
+        started = []
+        for texts, pause in zip(several, pauses, strict=False):
+            started.append(bench.start(*texts))
+            if pause:
+                await asyncio.sleep(0)
+        return bench, await asyncio.gather(*started, return_exceptions=True)
+
+    bench, outcomes = asyncio.run(run())
+    for texts, outcome in zip(several, outcomes, strict=True):
+        if any(text.startswith("bad") for text in texts):
+            assert isinstance(outcome, InputTooLongError)
+        elif "poison" in texts:
+            assert isinstance(outcome, ModelFailureError)
+        else:
+            assert isinstance(outcome, Computed)
+            assert_rows(outcome, *texts)
+            assert outcome.truncated == texts.count("cut!")
+    assert sum(bench.batches) == len(several)
+    assert max(bench.batches, default=0) <= max_requests * batches

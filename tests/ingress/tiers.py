@@ -1,0 +1,97 @@
+"""Stand-ins for the handles of the tokenizer and model tiers, whose answers can be told from each other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from serve_app.errors import InputTooLongError, ModelFailureError, RequestError
+from serve_app.tokenizer.encoder import Encoded, flatten
+from serve_app.types import FloatArray, ForwardCall, Rows, TextInput, TokenBatch, TokenizeRequest
+
+ArgumentT = TypeVar("ArgumentT")
+AnswerT = TypeVar("AnswerT")
+
+
+class Method(Generic[ArgumentT, AnswerT]):
+    """A method of a handle: `remote(argument)` answers once it may, with the next failure, the next of `answers`, or
+    what it always answers.
+    """
+
+    def __init__(self, answer: Callable[[ArgumentT], AnswerT]) -> None:
+        self.calls: list[ArgumentT] = []
+        self.failures: list[BaseException] = []
+        self.answers: list[Callable[[ArgumentT], AnswerT]] = []
+        self.go = asyncio.Event()
+        self.go.set()
+        self.called = asyncio.Event()
+        self._answer = answer
+
+    def remote(self, argument: ArgumentT) -> Awaitable[AnswerT]:
+        self.calls.append(argument)
+        self.called.set()
+        return self._answered(argument)
+
+    async def _answered(self, argument: ArgumentT) -> AnswerT:
+        await self.go.wait()
+        if self.failures:
+            raise self.failures.pop(0)
+        return self.answers.pop(0)(argument) if self.answers else self._answer(argument)
+
+
+class Tiers:
+    """Both handles of one model."""
+
+    def __init__(self) -> None:
+        self.tokenize: Method[list[TokenizeRequest], TokenBatch] = Method(tokenize)
+        self.forward: Method[ForwardCall, Rows] = Method(forward)
+
+
+def tokenize(requests: list[TokenizeRequest]) -> TokenBatch:
+    """A token for each character; a text that starts with "bad" is refused, one with "!" was cut."""
+    return flatten([_outcome(request) for request in requests], tokenize_s=0.5)
+
+
+def _outcome(request: TokenizeRequest) -> list[Encoded] | RequestError:
+    if any(str(text).startswith("bad") for text in request.inputs):
+        return InputTooLongError(f"{request.inputs[0]} is too long")
+    return [Encoded(ids(text), truncated="!" in str(text)) for text in request.inputs]
+
+
+def ids(value: TextInput) -> list[int]:
+    return [ord(character) for character in str(value)]
+
+
+def forward(call: ForwardCall) -> Rows:
+    """(n, 3): sum and number of a sequence's ids, and the head. A request with a sequence of "poison" fails."""
+    tokens = call.tokens
+    failures = {i: ModelFailureError("not a number") for i in range(tokens.num_requests) if _poisoned(tokens, i)}
+    numbers = np.arange(tokens.num_requests, dtype=np.float64)
+    sequences = [tokens.select(i, i + 1).input_ids for i in range(tokens.num_sequences)]
+    values = np.array([[ids.sum(), len(ids), len(call.head)] for ids in sequences], np.float32).reshape(-1, 3)
+    return Rows(values, queue_s=numbers, forward_s=numbers * 10, failures=failures)
+
+
+def _poisoned(tokens: TokenBatch, request: int) -> bool:
+    where = tokens.sequences_of(request)
+    texts = (tokens.select(i, i + 1).input_ids.tolist() for i in range(where.start, where.stop))
+    return any(text == ids("poison") for text in texts)
+
+
+def expected_rows(inputs: tuple[TextInput, ...], head: str = "pooled") -> FloatArray:
+    return np.array([[sum(ids(value)), len(ids(value)), len(head)] for value in inputs], np.float32)
+
+
+class Recorder:
+    """A metric that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def inc(self, value: float, tags: dict[str, Any]) -> None:
+        self.values.append(value)
+
+    observe = inc

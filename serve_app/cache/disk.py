@@ -43,9 +43,12 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise DiskFullError(
-            f"{what}: the disk of {folder} ran full ({free_bytes(folder)} bytes are free); make space and try again"
-        ) from error
+        raise ran_full(what, folder) from error
+
+
+def ran_full(what: str, folder: Path) -> DiskFullError:
+    free = free_bytes(folder)
+    return DiskFullError(f"{what}: the disk of {folder} ran full ({free} bytes are free); make space and try again")
 
 
 def filesystem_type(folder: Path, mounts: str | None = None) -> str:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.cache.disk import ProcessMark, disk_errors, refuse_network_filesystem
+from serve_app.cache.disk import ProcessMark, disk_errors, ran_full, refuse_network_filesystem
 from serve_app.cache.environment import warn_of_dead_settings
 from serve_app.cache.fetch import fetch
 from serve_app.cache.hub import Hub
@@ -27,7 +27,7 @@ from serve_app.cache.staging import Staging
 from serve_app.cache.status import Phase, Progress
 from serve_app.cache.store import Store, expand
 from serve_app.config import CacheConfig, ModelConfig, source_kind
-from serve_app.errors import CacheError, IncompleteModelError, SourceNotFoundError
+from serve_app.errors import CacheError, DiskFullError, IncompleteModelError, SourceNotFoundError
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,10 @@ class Arrival:
     def folder(self) -> Path:
         return self.staging.folder
 
-    def bytes_here(self) -> int:
+    def progress(self) -> Progress:
+        return Progress(self.phase, self._bytes_here(), time.monotonic() - self.started_at)
+
+    def _bytes_here(self) -> int:
         """Bytes of the model that are on this node's disk."""
         if self.received:
             whole = sum(file.size for file in self.checked.values())
@@ -185,8 +188,12 @@ class NodeCache:
         return wrong
 
     def _fetch(self, arrival: Arrival, files: Sequence[ModelFile]) -> None:
-        with self._disk_errors(arrival.manifest):
-            fetch(arrival.manifest, files, arrival.folder, arrival.hub)
+        manifest = arrival.manifest
+        try:
+            with self._disk_errors(manifest):
+                fetch(manifest, files, arrival.folder, arrival.hub)
+        except DiskFullError as error:  # the Hub's process does not know what and where
+            raise ran_full(_sized(manifest), self._store.root) from error
 
     def verify(self, key: Key, index: int) -> bool:
         """Read a file all pieces of which have come. If it is not what was pinned, it is removed, and False."""
@@ -265,9 +272,11 @@ class NodeCache:
     def progress(self, key: Key) -> Progress | None:
         """How far a model is that is arriving; None if none of that name and revision is."""
         arrival = self._arrivals.get(key)
-        if arrival is None:
-            return None
-        return Progress(arrival.phase, arrival.bytes_here(), time.monotonic() - arrival.started_at)
+        return None if arrival is None else arrival.progress()
+
+    def arriving(self) -> list[tuple[Manifest, Progress]]:
+        """All models that are on their way."""
+        return [(arrival.manifest, arrival.progress()) for arrival in list(self._arrivals.values())]
 
     def _arrival(self, key: Key) -> Arrival:
         try:
@@ -277,8 +286,12 @@ class NodeCache:
 
     @contextmanager
     def _disk_errors(self, manifest: Manifest) -> Iterator[None]:
-        with disk_errors(f"{manifest.name} ({manifest.total_bytes} bytes)", self._store.root):
+        with disk_errors(_sized(manifest), self._store.root):
             yield
+
+
+def _sized(manifest: Manifest) -> str:
+    return f"{manifest.name} ({manifest.total_bytes} bytes)"
 
 
 def warm_this_node(model: ModelConfig, cache: CacheConfig, node: NodeCache | None = None) -> Path:

@@ -87,12 +87,7 @@ class Warmer:
             progress = await asyncio.wait_for(site.progress(key), _SURVEY_S)
         except Exception as error:
             return replace(known, error=f"{type(error).__name__}: the node does not answer")
-        if progress is None:
-            return known
-        rate = progress.bytes_done / progress.elapsed_s if progress.elapsed_s > 0 else 0.0
-        left = (known.bytes_total - progress.bytes_done) / rate if rate > 0 else None
-        done = progress.bytes_done
-        return replace(known, phase=progress.phase, bytes_done=done, bytes_per_s=rate, seconds_left=left)
+        return known if progress is None else known.at(progress)
 
     async def _once(self, model: ModelConfig, node_id: str, in_full: bool) -> str:
         """As `_bring`, shared by all that ask for the same model on the same node at the same time."""

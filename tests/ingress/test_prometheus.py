@@ -75,6 +75,11 @@ def test_head_lines_stand_once_and_before_their_samples() -> None:
     assert [line.split(" ")[1] for line in lines[own[0] - 2 : own[0]]] == ["HELP", "TYPE"]
 
 
+def test_the_first_help_stands_where_nodes_differ() -> None:
+    texts = [f"# HELP up {words}\n# TYPE up gauge\nup{{n=\"{words}\"}} 1.0\n" for words in ("one", "other")]
+    assert merge(texts) == '# HELP up one\n# TYPE up gauge\nup{n="one"} 1.0\nup{n="other"} 1.0\n'
+
+
 def test_a_sample_that_two_nodes_tell_alike_stands_once() -> None:
     """Prometheus refuses a scrape that has a sample twice."""
     assert merge([exposition("a"), exposition("a")]) == merge([exposition("a")])

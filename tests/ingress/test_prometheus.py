@@ -76,7 +76,7 @@ def test_head_lines_stand_once_and_before_their_samples() -> None:
 
 
 def test_the_first_help_stands_where_nodes_differ() -> None:
-    texts = [f"# HELP up {words}\n# TYPE up gauge\nup{{n=\"{words}\"}} 1.0\n" for words in ("one", "other")]
+    texts = [f'# HELP up {words}\n# TYPE up gauge\nup{{n="{words}"}} 1.0\n' for words in ("one", "other")]
     assert merge(texts) == '# HELP up one\n# TYPE up gauge\nup{n="one"} 1.0\nup{n="other"} 1.0\n'
 
 

@@ -1,0 +1,58 @@
+"""A configuration that is wrong ends with the key and the reason, and nothing left running."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.live import ROOT, local_config, served
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+
+def misspelled_task(config: dict[str, Any]) -> None:
+    config["applications"][0]["args"]["models"][0]["task"] = "embeding"
+
+
+def unpinned_revision(config: dict[str, Any]) -> None:
+    model = config["applications"][0]["args"]["models"][0]
+    model |= {"source": "sentence-transformers/all-MiniLM-L6-v2", "revision": "main"}
+
+
+def budget_too_small(config: dict[str, Any]) -> None:
+    config["applications"][0]["deployments"][2]["user_config"]["max_batch_tokens"] = 100
+
+
+CASES = {
+    misspelled_task: "args.models[0].task: Input should be 'embedding'",
+    unpinned_revision: "args.models[0].revision: 'main' is not a full 40-hex commit",
+    budget_too_small: "deployments[2].user_config.max_batch_tokens: 100 is below the model's longest input",
+}
+
+
+@pytest.mark.parametrize("change", CASES, ids=lambda change: change.__name__)
+def test_serve_app_serve_ends_at_once_with_the_key_and_the_reason(change, tmp_path: Path):
+    file = tmp_path / "serve_config.yaml"
+    file.write_text(yaml.safe_dump(local_config(tmp_path, change)))
+    done = subprocess.run(
+        [sys.executable, "-m", "serve_app.cli.main", "serve", str(file)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert CASES[change] in done.stderr
+
+
+def test_plain_serve_run_prints_the_key_and_the_reason():
+    with served(misspelled_task, wait=False) as running:
+        deadline = time.monotonic() + 90
+        while CASES[misspelled_task] not in running.log and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert CASES[misspelled_task] in running.log

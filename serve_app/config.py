@@ -97,8 +97,8 @@ class ModelConfig(_Frozen):
     )
     autocast: Literal["bfloat16", "float16"] | None = Field(
         None,
-        description="Compute matrix products in this type while weights stay as `dtype` says (then float32 by "
-        "default). Slower than weights of that type.",
+        description="GPU only: compute matrix products in this type while weights stay as `dtype` says (then float32 "
+        "by default). Slower than weights of that type.",
     )
     num_threads: PositiveInt = Field(
         1, description="Intra-op threads of one model replica on CPU. Keep threads x replicas at or below the cores."

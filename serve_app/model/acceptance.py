@@ -91,7 +91,7 @@ def _exchange_projections(loaded: LoadedModel, forward: Forward, probes: TokenBa
         rounded = _hidden(forward, probes)
         log.info("%s in 8 bits: hidden states move by %.1e", loaded.model_type, _difference(rounded, stock))
         return rounded, True
-    if loaded.precision.autocast is not None or not linear.pays(loaded.module):
+    if not linear.pays(loaded.module):
         return stock, False
     swaps = _apply(linear.plan_swaps(loaded.module, lambda: _hidden(forward, probes)))
     error = _difference(_hidden(forward, probes), stock)

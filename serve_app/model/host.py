@@ -43,12 +43,15 @@ def keep_freed_memory() -> bool:
 
     Activations of one layer are megabytes; by default each is returned to the system when freed and cleared by it when
     allocated again, which cost 10 to 30 % of a forward pass. The process keeps its peak, which the token budget bounds.
-    Returns False where the C library has no mallopt (nothing is changed then).
+    What is free at the time of the call is given back, so call it when loading is done. Returns False where the C
+    library has no mallopt (nothing is changed then).
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        library = ctypes.CDLL(None)
+        mallopt, malloc_trim = library.mallopt, library.malloc_trim
     except (AttributeError, OSError):
         return False
+    malloc_trim(0)
     largest_threshold = 32 << 20  # glibc refuses more
     return all(
         mallopt(option, value)

@@ -88,11 +88,20 @@ def pays(module: nn.Module) -> bool:
     if not linears or not torch.backends.mkldnn.is_available() or linears[0].weight.device.type != "cpu":
         return False
     if linears[0].weight.dtype is not torch.float32:
-        return linears[0].weight.dtype is torch.bfloat16  # torch uses oneDNN here anyway; the layout still pays
+        return _has_half(linears[0].weight.dtype)
     linear = max(linears, key=lambda part: part.weight.numel())
     x = torch.randn(_PROBE_TOKENS, linear.in_features)
     candidate = OneDnnLinear(linear, Activation())
     return _seconds(lambda: linear(x)) > _WORTHWHILE * _seconds(lambda: candidate(x))
+
+
+def _has_half(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in this half precision here; then torch uses it, too, but without bounding shapes."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in supported and bool(supported[dtype]())
 
 
 def _seconds(call: Callable[[], Tensor], repeats: int = 5) -> float:

@@ -97,4 +97,5 @@ def _encoder(module: Any, missing_keys: set[str]) -> Any:
         raise IncompleteModelError(f"the model's files lack {len(missing)} weights, among them {missing[0]}")
     if getattr(module, "pooler", None) is not None:
         module.pooler = None
+    module.config.use_cache = False  # nothing is generated: keys and values are never wanted again
     return module

@@ -56,17 +56,19 @@ class Precision:
 def pick_precision(config: ModelConfig, device: torch.device) -> Precision:
     """The configured precision; `auto` is bfloat16 on CUDA and float32 on CPU.
 
-    Raises ConfigError for int8 anywhere but on CPU. bfloat16 on a CPU that emulates it (several times slower) becomes
-    float32, with a warning.
+    Raises ConfigError for int8 on a GPU and for autocast on CPU. bfloat16 on a CPU that emulates it (several times
+    slower) becomes float32, with a warning.
     """
     where = f"models.{config.name}.dtype"
     autocast: torch.dtype | None = None if config.autocast is None else getattr(torch, config.autocast)
+    if autocast is not None and device.type == "cpu":
+        raise ConfigError(f"models.{config.name}.autocast: is for GPUs; on CPU set dtype to bfloat16, which is faster")
     if config.dtype == "int8":
-        if device.type != "cpu" or autocast is not None:
-            raise ConfigError(f"{where}: int8 is for CPU, and without autocast; use bfloat16 on a GPU")
+        if device.type != "cpu":
+            raise ConfigError(f"{where}: int8 is for CPU; use bfloat16 on a GPU")
         return Precision(torch.float32, int8=True)
     weights = _pick_weights(config, device)
-    if device.type == "cpu" and torch.bfloat16 in (weights, autocast) and not fast_bfloat16():
+    if device.type == "cpu" and weights is torch.bfloat16 and not fast_bfloat16():
         log.warning("%s: this CPU has no bfloat16 instructions and would emulate them; float32 is used", where)
         return Precision(torch.float32)
     return Precision(weights, None if autocast == weights else autocast)

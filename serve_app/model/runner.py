@@ -26,10 +26,10 @@ class Runner:
         self._head = head
         self._thread: int | None = None
         self._govern_threads()
-        if loaded.device.type == "cpu":
-            keep_freed_memory()
         accepted = accept(loaded)
         self._forward, self.mode = accepted.forward, accepted.mode
+        if loaded.device.type == "cpu":
+            keep_freed_memory()
 
     def run(self, batch: TokenBatch) -> FloatArray:
         """The head's rows (n, d) float32 for the n sequences of `batch`, in its order.

@@ -33,11 +33,10 @@ def test_configured_dtype_is_taken_on_cuda(dtype: str) -> None:
     assert pick_precision(config(dtype=dtype), CUDA) == Precision(getattr(torch, dtype))
 
 
-@pytest.mark.parametrize("keys", [{"dtype": "bfloat16"}, {"autocast": "bfloat16"}], ids=str)
 def test_bfloat16_that_a_cpu_would_emulate_becomes_float32_and_says_so(
-    keys: dict[str, str], has_bfloat16: bool, caplog: pytest.LogCaptureFixture
+    has_bfloat16: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    picked = pick_precision(config(**keys), CPU)
+    picked = pick_precision(config(dtype="bfloat16"), CPU)
     assert (picked == Precision(torch.float32)) is not has_bfloat16
     assert ("float32 is used" in caplog.text) is not has_bfloat16
 
@@ -47,11 +46,15 @@ def test_autocast_keeps_weights_in_float32_by_default() -> None:
     assert pick_precision(config(autocast="bfloat16", dtype="bfloat16"), CUDA) == Precision(torch.bfloat16)
 
 
-@pytest.mark.parametrize(("keys", "device"), [({}, CUDA), ({"autocast": "bfloat16"}, CPU)])
-def test_int8_is_for_cpu_alone(keys: dict[str, str], device: torch.device) -> None:
+def test_int8_is_for_cpu_alone() -> None:
     assert pick_precision(config(dtype="int8"), CPU) == Precision(torch.float32, int8=True)
     with pytest.raises(ConfigError, match=r"models\.m\.dtype: int8 is for CPU"):
-        pick_precision(config(dtype="int8", **keys), device)
+        pick_precision(config(dtype="int8"), CUDA)
+
+
+def test_autocast_is_for_gpus_alone() -> None:
+    with pytest.raises(ConfigError, match=r"models\.m\.autocast: is for GPUs"):
+        pick_precision(config(autocast="bfloat16"), CPU)
 
 
 def test_products_inside_the_block_have_the_autocast_type() -> None:

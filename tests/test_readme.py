@@ -20,12 +20,13 @@ import httpx
 import numpy as np
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from serve_app import errors
 from serve_app.cli.check import check_file
 from serve_app.ingress.statuses import STATUSES
 from tests.live import ROOT, Live
-from tests.reference import cosines, minilm_embeddings
+from tests.reference import cosines, minilm_embeddings, minilm_folder
 
 COMMIT = "0123456789" * 4
 README = (ROOT / "README.md").read_text("utf-8")
@@ -86,7 +87,9 @@ def check_huggingface_hub(output: str) -> None:
 
 
 def check_openai(output: str) -> None:
-    assert output == "2 384 15\n"
+    tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
+    tokens = sum(map(len, tokenizer(["What is Deep Learning?", "What is a replica?"])["input_ids"]))
+    assert output == f"2 384 {tokens}\n"
 
 
 def check_tei(output: str) -> None:

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from serve_app.cli.bench.wire import Prepared
 
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 _HEAD_END = b"\r\n\r\n"
+_LAST_CHUNK = b"0\r\n\r\n"
 
 CONNECTION_LOST = 0
 """Status of a request that got no answer: refused, reset, or out of time."""
@@ -80,7 +82,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._body_at = 0
-        self._needed = 0
+        self._needed: int | None = None
         self._status = CONNECTION_LOST
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None
 
@@ -105,28 +107,46 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        if not self._needed and not self._read_head():
+        if not self._body_at and not self._read_head():
             return
-        if len(self._buffer) >= self._needed:
-            body = bytes(self._buffer[self._body_at : self._needed])
-            del self._buffer[: self._needed]
-            self._needed = 0
-            if self._answer is not None and not self._answer.done():
-                self._answer.set_result((self._status, body))
+        body = self._whole_chunks() if self._needed is None else self._whole_length(self._needed)
+        if body is None:
+            return
+        self._buffer.clear()  # one request at a time: nothing follows an answer
+        self._body_at = 0
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result((self._status, body))
 
     def _read_head(self) -> bool:
         end = self._buffer.find(_HEAD_END)
         if end < 0:
             return False
-        found = _CONTENT_LENGTH.search(self._buffer, 0, end + 2)
-        if found is None:
-            self._fail(ConnectionError("an answer without Content-Length, which this client does not read"))
+        length = _CONTENT_LENGTH.search(self._buffer, 0, end + 2)
+        if length is None and _CHUNKED.search(self._buffer, 0, end + 2) is None:
+            self._fail(ConnectionError("an answer of which neither length nor chunks are told"))
             self.close()
             return False
         self._status = int(self._buffer[9:12])
         self._body_at = end + len(_HEAD_END)
-        self._needed = self._body_at + int(found[1])
+        self._needed = None if length is None else self._body_at + int(length[1])
         return True
+
+    def _whole_length(self, needed: int) -> bytes | None:
+        return bytes(self._buffer[self._body_at : needed]) if len(self._buffer) >= needed else None
+
+    def _whole_chunks(self) -> bytes | None:
+        """The chunks put together, once the last one is there (which can be told from the end of the buffer alone)."""
+        at = self._body_at
+        if not self._buffer.endswith(_LAST_CHUNK) or len(self._buffer) < at + len(_LAST_CHUNK):
+            return None
+        parts: list[bytes] = []
+        while True:
+            line = self._buffer.find(b"\r\n", at)
+            size = int(self._buffer[at:line].partition(b";")[0], 16)
+            if not size:
+                return b"".join(parts)
+            parts.append(bytes(self._buffer[line + 2 : line + 2 + size]))
+            at = line + 2 + size + 2
 
     def _fail(self, error: Exception) -> None:
         if self._answer is not None and not self._answer.done():

@@ -133,7 +133,7 @@ def summarize(
         p50_s=p50,
         p95_s=p95,
         p99_s=p99,
-        errors=Counter(_name(outcome.status) for outcome in began if outcome.status != 200),
+        errors=dict(Counter(_name(outcome.status) for outcome in began if outcome.status != 200)),
         client_cpu_s=client_cpu_s,
         server_cpu_s_per_1000_texts=None if server_cpu_s is None or not texts else server_cpu_s / texts * 1000,
         server=None if server is None else server.usage(),

@@ -30,9 +30,10 @@ def launched(
     probe: Prepared,
     log: Path,
     environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
     timeout_s: float = 300.0,
 ) -> Iterator[int]:
-    """Start `command` and yield its process id once it answers `probe` with 200; stop it as Ctrl-C would.
+    """Start `command` (in `folder`) and yield its process id once it answers `probe` with 200; stop it as Ctrl-C would.
 
     What it prints goes to `log`. Raises ServerError, with the end of the log, if it ends or takes too long.
     """
@@ -43,6 +44,7 @@ def launched(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | dict(environment or {}),
+            cwd=folder,
             start_new_session=True,
             preexec_fn=_heed_ctrl_c,
         )

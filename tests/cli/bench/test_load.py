@@ -118,19 +118,28 @@ async def test_the_status_is_read(answer: bytes, status: int) -> None:
     assert {outcome.status for outcome in loop.outcomes} == {status}
 
 
-async def test_an_answer_in_pieces_is_put_together() -> None:
+CHUNKS = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n[1,2,\r\nA;x=y\r\n3,4,5,6,7]\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"), [(OK, b"[]"), (CHUNKS, b"[1,2,3,4,5,6,7]"), (CHUNKS[:47] + CHUNKS[-5:], b"")]
+)
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+async def test_an_answer_in_pieces_is_put_together(answer: bytes, body: bytes, piece: int) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        for i in range(len(OK)):
-            writer.write(OK[i : i + 1])
-            await writer.drain()
-            await asyncio.sleep(0)
+        for _ in range(2):
+            await read_request(reader)
+            for i in range(0, len(answer), piece):
+                writer.write(answer[i : i + piece])
+                await writer.drain()
+                await asyncio.sleep(0)
         await reader.read()
         writer.close()
 
     async with listening(handle) as port:
         _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", port)
-        assert await connection.ask(REQUESTS[0].payload) == (200, b"[]")
+        for _ in range(2):
+            assert await connection.ask(REQUESTS[0].payload) == (200, body)
         connection.close()
 
 
@@ -140,9 +149,7 @@ async def closes_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWri
 
 
 @pytest.mark.parametrize(
-    "handler",
-    [closes_at_once, answering(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n")],
-    ids=["closes", "no content-length"],
+    "handler", [closes_at_once, answering(b"HTTP/1.1 200 OK\r\n\r\n[]")], ids=["closes", "no length"]
 )
 async def test_no_answer_is_an_error_and_not_a_hang(handler: Handler) -> None:
     async with listening(handler) as port:

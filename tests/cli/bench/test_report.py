@@ -4,9 +4,11 @@ import orjson
 import pytest
 
 from serve_app.cli.bench.ceiling import Ceiling
-from serve_app.cli.bench.measure import Measured, Scenario, Verdict
+from serve_app.cli.bench.load import Outcome, Window
+from serve_app.cli.bench.measure import Measured, Scenario, Verdict, summarize
 from serve_app.cli.bench.processes import Usage
 from serve_app.cli.bench.report import Report, ScenarioResult, as_json, as_text
+from serve_app.cli.bench.wire import Prepared
 
 
 def measured(rate: float, errors: dict[str, int] | None = None) -> Measured:
@@ -57,6 +59,15 @@ def test_errors_are_counted_by_what_they_were() -> None:
 
     assert "3 x 429, 4 x no answer" in as_text(told)
     assert told.failed
+
+
+def test_errors_are_in_the_json() -> None:
+    outcomes = [Outcome(0, 0.0, 1.0, status) for status in (200, 429, 0, 429)]
+    one = summarize(outcomes, [Prepared(b"", 0, 1, 5)], Window(0.0, 10.0))
+
+    told = orjson.loads(orjson.dumps(as_json(report(one))))
+
+    assert told["results"][0]["repeats"][0]["errors"] == {"429": 2, "no answer": 1}
 
 
 def test_wrong_answers_are_told_with_their_reason() -> None:

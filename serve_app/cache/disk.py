@@ -37,13 +37,18 @@ def _existing(folder: Path) -> Path:
 
 @contextmanager
 def disk_errors(what: str, folder: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into DiskFullError that says what did not fit where."""
+    """Turn "no space left" and "quota exceeded" into DiskFullError that says what did not fit where.
+
+    Where something may not be read or written, CacheError that names it.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ran_full(what, folder) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ran_full(what, folder) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise CacheError(f"{what}: {error.filename or folder}: {error.strerror}") from error
+        raise
 
 
 def ran_full(what: str, folder: Path) -> DiskFullError:

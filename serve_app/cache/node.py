@@ -21,7 +21,7 @@ from serve_app.cache.fetch import fetch
 from serve_app.cache.hub import Hub
 from serve_app.cache.leases import Leases
 from serve_app.cache.manifest import Manifest, ModelFile, check_content, check_shards, has_size
-from serve_app.cache.resolve import resolve, selection_of, source_folder
+from serve_app.cache.resolve import files_in, resolve, selection_of, source_folder
 from serve_app.cache.space import make_room
 from serve_app.cache.staging import Staging
 from serve_app.cache.status import Phase, Progress
@@ -80,7 +80,8 @@ class NodeCache:
             refuse_network_filesystem(root)
         self._cache = cache
         self._store = Store(root)
-        self._store.sweep()
+        with disk_errors("the cache", root):
+            self._store.sweep()
         self._leases = Leases(root / ".leases")
         self._wanted: set[tuple[str, str]] = set()
         self._arrivals: dict[tuple[str, str], Arrival] = {}
@@ -105,8 +106,13 @@ class NodeCache:
         return Hub(self._cache.download_timeout_s, offline=self._cache.offline)
 
     def direct(self, model: ModelConfig) -> Path:
-        """The source directory itself, which is served from without a copy. Raises SourceNotFoundError."""
-        return source_folder(model.source)
+        """The source directory itself, which is served from without a copy.
+
+        Raises SourceNotFoundError or IncompleteModelError.
+        """
+        folder = source_folder(model.source)
+        files_in(folder, model)
+        return folder
 
     def open(self, manifest: Manifest, in_full: bool = False) -> Path | None:
         """The folder of a complete copy, or None if there is none (or a broken one, which is said in the log)."""

@@ -33,10 +33,14 @@ def resolve(model: ModelConfig, hub: Hub) -> Manifest:
     if kind == "hub":
         return _resolve_hub(model, hub)
     folder = source_folder(model.source)
-    listed = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files = tuple(_pin(folder, path) for path in _needed(model, listed))
+    files = tuple(_pin(folder, path) for path in files_in(folder, model))
     version = _package_version(model.source) if kind == "package" else "0"
     return Manifest(model.name, model.source, f"{version}-{content_hash(files)}", selection_of(model), files)
+
+
+def files_in(folder: Path, model: ModelConfig) -> list[str]:
+    """The files of `folder` that `model` needs, with `/`. Raises IncompleteModelError."""
+    return _needed(model, sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
 
 
 def _resolve_hub(model: ModelConfig, hub: Hub) -> Manifest:

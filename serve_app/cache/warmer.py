@@ -26,7 +26,7 @@ from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import CacheError, SourceNotFoundError, SourceUnavailableError
 from serve_app.metrics import CacheMetrics
 
-_NAMESPACE = "serve_app"
+NAMESPACE = "serve_app"
 _RETRY_S = 0.5
 _DEPOT_TRIES = 3
 _SURVEY_S = 30.0
@@ -34,8 +34,9 @@ _TEND_S = 5.0
 _IDLE_S = 60.0
 """After so long without work the depots are ended; they are made again when they are needed."""
 
-_held: dict[str, Any] = {}
-"""Handles of the warmers that this process uses. A warmer lives as long as its maker holds it."""
+_held: dict[tuple[str, str], Any] = {}
+"""Handles of the warmers that this process uses, by name and by this process's id in the cluster it is connected to.
+A warmer lives as long as its maker holds it."""
 
 
 class Warmer:
@@ -51,16 +52,23 @@ class Warmer:
         self._metrics = CacheMetrics()
         self._tending: asyncio.Task[None] | None = None
 
-    async def warm(self, models: Sequence[ModelConfig]) -> None:
-        """Put `models` on every node that is alive. Raises the first CacheError, which names the node."""
+    async def warm(self, models: Sequence[ModelConfig], keep_going: bool = False) -> None:
+        """Put `models` on every node that is alive.
+
+        Raises the first CacheError, which names the node, as soon as it comes; with `keep_going` when all is done.
+        """
         nodes = await asyncio.to_thread(alive_nodes)
-        pairs = [(model, node) for model in models for node in nodes]
         in_full = self._cache.verify == "sha256"
-        results = await asyncio.gather(*(self._once(*pair, in_full) for pair in pairs), return_exceptions=True)
-        still_alive = await asyncio.to_thread(alive_nodes)
-        for (_, node), result in zip(pairs, results, strict=True):
-            if isinstance(result, BaseException) and node in still_alive:
-                raise result
+        waiting = {asyncio.create_task(self._once(model, node, in_full)): node for model in models for node in nodes}
+        errors: list[BaseException] = []
+        while waiting and (keep_going or not errors):
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            failed = {waiting[task]: error for task in done if (error := task.exception()) is not None}
+            alive = await asyncio.to_thread(alive_nodes) if failed else {}
+            errors += [error for node, error in failed.items() if node in alive]
+            waiting = {task: node for task, node in waiting.items() if task not in done}
+        if errors:
+            raise errors[0]
 
     async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark | None = None) -> str:
         """The folder of `model` on that node, complete, and kept there while `process` lives. Raises CacheError."""
@@ -107,8 +115,9 @@ class Warmer:
         self._status.setdefault(where, ModelOnNode(node_id, address, model.name, model.revision or "", "pending"))
         try:
             path = await self._retried(model, node_id, in_full)
-        except CacheError as error:
-            self._note(where, phase="error", error=error.message)
+        except Exception as error:
+            reason = error.message if isinstance(error, CacheError) else f"{type(error).__name__}: {error}"
+            self._note(where, phase="error", error=reason)
             raise
         self._note(where, phase="ready", bytes_done=self._status[where].bytes_total, error=None)
         return path
@@ -243,7 +252,7 @@ async def open_gate(models: list[dict[str, Any]], cache: dict[str, Any]) -> Any:
     app = serve.get_deployment_actor_context().app_name
     parsed = CacheConfig.model_validate(cache)
     await ask_warmer(app, parsed, "warm", [ModelConfig.model_validate(model) for model in models])
-    return _held[_warmer_name(app, parsed)]
+    return _held[_place(app, parsed)]
 
 
 async def ask_warmer(app: str, cache: CacheConfig, method: str, *arguments: Any) -> Any:
@@ -257,21 +266,24 @@ async def ask_warmer(app: str, cache: CacheConfig, method: str, *arguments: Any)
                 raise error.cause from None
             raise
         except RayActorError:
-            _held.pop(_warmer_name(app, cache), None)
+            _held.pop(_place(app, cache), None)
             await asyncio.sleep(_RETRY_S)
 
 
 def _warmer(app: str, cache: CacheConfig) -> Any:
-    name = _warmer_name(app, cache)
-    if name in _held:
-        return _held[name]
-    options = {"name": name, "namespace": _NAMESPACE, "get_if_exists": True, "num_cpus": 0}
-    actor = ray.remote(Warmer).options(**options, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000)
-    _held[name] = actor.remote(cache)
-    return _held[name]
+    place = _place(app, cache)
+    if place not in _held:
+        options = {"name": place[1], "namespace": NAMESPACE, "get_if_exists": True, "num_cpus": 0}
+        actor = ray.remote(Warmer).options(**options, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000)
+        _held[place] = actor.remote(cache)
+    return _held[place]
 
 
-def _warmer_name(app: str, cache: CacheConfig) -> str:
+def _place(app: str, cache: CacheConfig) -> tuple[str, str]:
+    return ray.get_runtime_context().get_worker_id(), warmer_name(app, cache)
+
+
+def warmer_name(app: str, cache: CacheConfig) -> str:
     """Differs with the cache's configuration, so that a changed one does not meet a warmer that has the old."""
     digest = hashlib.sha256(cache.model_dump_json().encode()).hexdigest()[:12]
     return f"warmer::{app}::{digest}"

@@ -128,7 +128,7 @@ async def _warm_all(plans: Sequence[Plan], board: Board) -> list[ModelOnNode]:
 async def _warm_plan(plan: Plan, board: Board) -> list[ModelOnNode]:
     from serve_app.cache.warmer import ask_warmer
 
-    warming = asyncio.create_task(ask_warmer("prewarm", plan.cache, "warm", plan.models))
+    warming = asyncio.create_task(ask_warmer("prewarm", plan.cache, "warm", plan.models, True))
     while not warming.done():
         await asyncio.wait({warming}, timeout=LOOK_S)
         board.show(await ask_warmer("prewarm", plan.cache, "status"))

@@ -59,9 +59,16 @@ def test_a_full_disk_is_named(tmp_path: Path, code: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def test_other_errors_of_the_disk_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), disk_errors("model", tmp_path):
-        raise PermissionError("no")
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_what_may_not_be_written_is_named(tmp_path: Path, code: int) -> None:
+    refused = pytest.raises(CacheError, match=r"model: /some/file: (Permission denied|Read-only)")
+    with refused, disk_errors("model", tmp_path):
+        raise OSError(code, os.strerror(code), "/some/file")
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), disk_errors("model", tmp_path):
+        tmp_path.read_bytes()
 
 
 def test_a_process_is_told_from_a_later_one_with_its_number() -> None:

@@ -12,7 +12,7 @@ from serve_app.cache.node import NodeCache, warm_this_node
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.cache.store import READY
 from serve_app.config import CacheConfig, ModelConfig
-from serve_app.errors import DiskFullError, IncompleteModelError, SourceAccessError
+from serve_app.errors import DiskFullError, IncompleteModelError, SourceAccessError, SourceUnavailableError
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import Fault, LocalHub
 
@@ -38,6 +38,7 @@ async def test_the_packaged_model_loads_offline_from_the_cache(cache: CacheConfi
     path = await ensure_local(MINILM, cache)
     assert path.parent == Path(cache.root) / "minilm"
     assert load_offline(path, cache) == "(1, 4, 384)"
+    assert sorted(path.name for path in path.parent.parent.iterdir()) == ["minilm"]
 
 
 def test_a_hub_model_loads_offline_from_the_cache(hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig) -> None:
@@ -122,6 +123,20 @@ def test_a_directory_is_copied_or_served_in_place_as_configured(tiny_bert: Path,
     assert copied.is_relative_to(cache.root)
     assert (copied / "model.safetensors").read_bytes() == (tiny_bert / "model.safetensors").read_bytes()
     assert warm_this_node(model, cache.model_copy(update={"directory_mode": "direct"})) == tiny_bert
+
+
+def test_a_directory_that_is_served_in_place_must_hold_a_model(cache: CacheConfig, tmp_path: Path) -> None:
+    model = ModelConfig(name="empty", source=str(tmp_path))
+    with pytest.raises(IncompleteModelError, match=r"config\.json"):
+        warm_this_node(model, cache.model_copy(update={"directory_mode": "direct"}))
+
+
+def test_a_warm_node_needs_no_hub_when_offline(hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig) -> None:
+    offline = cache.model_copy(update={"offline": True})
+    with pytest.raises(SourceUnavailableError, match=r"cache\.offline"):
+        warm_this_node(tiny_model, offline)
+    warm_this_node(tiny_model, cache)
+    assert warm_this_node(tiny_model, offline).is_dir()
 
 
 def test_a_model_that_does_not_fit_is_refused_before_the_first_byte(

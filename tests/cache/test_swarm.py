@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 from hypothesis import given
@@ -30,7 +31,7 @@ def test_pieces_cover_every_byte_once(sizes: list[int], chunk_bytes: int) -> Non
     for file, size in enumerate(sizes):
         pieces = sorted((c.offset, c.length) for c in swarm.chunks if c.file == file)
         assert sum(length for _, length in pieces) == size
-        assert all(a + length == b for (a, length), (b, _) in zip(pieces, pieces[1:], strict=False))
+        assert all(a + length == b for (a, length), (b, _) in itertools.pairwise(pieces))
 
 
 @given(SIZES, NODES, st.integers(0, 100))

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from serve_app.cache.store import READY
-from serve_app.cache.warmer import _warmer_name, ask_warmer
+from serve_app.cache.warmer import NAMESPACE, ask_warmer, warmer_name
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import SourceUnavailableError
 from tests.cluster.prewarm_cluster import OBJECT_STORE_BYTES, ROOT, Nodes, nodes_of_a_cluster
@@ -182,7 +182,7 @@ async def test_a_warmer_killed_midway_is_made_again_and_ends_ready(
     hub.fail(Fault("00002.safetensors", times=1, bytes_per_s=2 * MIB))
     warming = asyncio.create_task(ask_warmer(app, CACHE, "warm", [model]))
     await downloading(hub, "model-00002-of-00002.safetensors")
-    warmer = ray.get_actor(_warmer_name(app, CACHE), namespace="serve_app")
+    warmer = ray.get_actor(warmer_name(app, CACHE), namespace=NAMESPACE)
     if how == "kill":
         ray.kill(warmer)
     else:
@@ -225,10 +225,26 @@ async def test_the_token_is_written_nowhere(hub: LocalHub, nodes: Nodes, app: st
     assert files_with(CANARY, Path(os.environ["RAY_TMPDIR"])) == []
 
 
+async def test_a_node_lost_while_it_gives_is_replaced_by_others_or_the_source(
+    hub: LocalHub, nodes: Nodes, app: str, tmp_path: Path
+) -> None:
+    model = model_on(hub, tmp_path / "m", weights_bytes=3 * OBJECT_STORE_BYTES)
+    nodes.add("giver")
+    await ask_warmer(app, CACHE, "ensure", model, nodes.node_id("giver"))
+    warming = asyncio.create_task(ask_warmer(app, CACHE, "warm", [model]))
+    while not list((nodes.models("b") / model.name).glob(".*.partial/model-*")):
+        await asyncio.sleep(0.01)
+    nodes.remove("giver")
+    assert not copy_on(nodes, "b", model).exists()
+    await asyncio.wait_for(warming, 100)
+    for name in nodes.names():
+        assert_whole(nodes, name, model, tmp_path / "m")
+    assert max(hub.downloads().values()) <= 2
+
+
 async def test_a_node_lost_while_it_downloads_is_replaced_as_the_reader(
     hub: LocalHub, nodes: Nodes, app: str, tmp_path: Path
 ) -> None:
-    """Last in this file: it takes a node away."""
     model = model_on(hub, tmp_path / "m")
     hub.fail(Fault("00002.safetensors", times=1, bytes_per_s=1 * MIB))
     nodes.add("d")

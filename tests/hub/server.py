@@ -59,6 +59,9 @@ class LocalHub:
         self.required_token: str | None = None
         self.seen: list[Seen] = []
         self.bytes_sent = 0
+        self.bytes_per_s: float | None = None
+        """What all answers together may take, as an uplink or a rate limit does."""
+        self._line_free_at = 0.0
         self._faults: list[list[Any]] = []
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer((address, 0), _handler(self))
@@ -97,9 +100,14 @@ class LocalHub:
         with self._lock:
             self.seen.append(seen)
 
-    def count_bytes(self, sent: int) -> None:
+    def count_bytes(self, sent: int) -> float:
+        """Note what was sent; for how long the sender must now wait, as all senders share one line."""
         with self._lock:
             self.bytes_sent += sent
+            if self.bytes_per_s is None:
+                return 0.0
+            self._line_free_at = max(self._line_free_at, time.monotonic()) + sent / self.bytes_per_s
+            return self._line_free_at - time.monotonic()
 
     def downloads(self) -> Counter[str]:
         """How often each file's content was asked for."""
@@ -218,8 +226,7 @@ class _Answers(BaseHTTPRequestHandler):
             except OSError:  # the client has gone
                 self.close_connection = True
                 return
-            self.hub.count_bytes(len(piece))
-            time.sleep(wait_s)
+            time.sleep(max(wait_s, self.hub.count_bytes(len(piece))))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are in `LocalHub.seen`; the test's output stays clean."""

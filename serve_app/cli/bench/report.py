@@ -28,6 +28,9 @@ _HEAD = (
     "client CPU",
 )
 
+QUIET = 0.9
+"""Of two ceilings measured on a machine that does nothing else, the lower is at least this part of the higher."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScenarioResult:
@@ -150,12 +153,18 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _complaints(report: Report) -> list[str]:
-    return [
+    lines = [
         f"{result.scenario}: {result.verdict.wrong} of {result.verdict.checked} answers looked at are wrong, "
         f"the first: {result.verdict.reason}"
         for result in report.results
         if result.verdict.wrong
     ]
+    speeds = [ceiling.tokens_per_s for ceiling in report.ceilings]
+    if speeds and min(speeds) < QUIET * max(speeds):
+        lines.append(
+            "the ceilings before and after differ: other work ran here meanwhile, so keep no figure of this run"
+        )
+    return lines
 
 
 def as_json(report: Report) -> dict[str, Any]:

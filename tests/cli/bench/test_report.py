@@ -44,10 +44,17 @@ def test_figures_are_medians_of_the_repeats() -> None:
 
 
 def test_the_share_is_of_the_mean_of_both_ceilings() -> None:
-    told = report(measured(70), ceilings=(ceiling(4000), ceiling(6000)))
+    told = report(measured(70), ceilings=(ceiling(4800), ceiling(5200)))
 
     assert told.share(told.results[0]) == pytest.approx(0.7)
     assert "70.0%" in row(told)
+
+
+def test_a_machine_that_was_not_quiet_is_told() -> None:
+    noisy, quiet = (as_text(report(measured(70), ceilings=(ceiling(5000), ceiling(after)))) for after in (3000, 4800))
+
+    assert "keep no figure of this run" in noisy
+    assert "keep no figure" not in quiet
 
 
 def test_without_a_ceiling_there_is_no_share() -> None:

@@ -13,7 +13,7 @@ from serve_app.ingress.operations import DIALECT
 from serve_app.ingress.routes import Endpoint, Route
 
 _SAFE = (
-    (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'"),
+    (b"content-security-policy", b"default-src 'self'; img-src data:; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
 )
 _FILES = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-from serve_app.cli.profile import Profile
+from serve_app.cli.profile_result import Profile
 
 matplotlib.use("Agg")  # no display is needed, or looked for
 

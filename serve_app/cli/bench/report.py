@@ -161,9 +161,7 @@ def _complaints(report: Report) -> list[str]:
     ]
     speeds = [ceiling.tokens_per_s for ceiling in report.ceilings]
     if speeds and min(speeds) < QUIET * max(speeds):
-        lines.append(
-            "the ceilings before and after differ: other work ran here meanwhile, so keep no figure of this run"
-        )
+        lines.append("the ceilings before and after differ: other work ran here, so keep no figure of this run")
     return lines
 
 

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -76,14 +76,22 @@ def _type(field: FieldInfo) -> str:
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
-    """The least value, which the types PositiveInt and the like carry."""
-    for constraint in metadata:
-        if isinstance(constraint, FieldInfo):
+    """The least and the greatest value, some of which types like PositiveInt carry."""
+    return "".join(_bound(constraint) for constraint in metadata)
+
+
+def _bound(constraint: Any) -> str:
+    match constraint:
+        case FieldInfo():
             return _bounds(constraint.metadata)
-        if isinstance(constraint, Gt):
-            return f" above {constraint.gt}"
-        if isinstance(constraint, Ge):
-            return f" from {constraint.ge}"
+        case Gt(gt=bound):
+            return f" above {bound}"
+        case Ge(ge=bound):
+            return f" from {bound}"
+        case Lt(lt=bound):
+            return f" below {bound}"
+        case Le(le=bound):
+            return f" to {bound}"
     return ""
 
 

@@ -89,7 +89,7 @@ def _threads(model: ModelConfig, entry: Entry, cores: int) -> Iterator[Finding]:
             "where they all run on one machine, they slow each other down to less than half",
             is_error=False,
         )
-    cpus = _resources(entry).get("num_cpus", 1)
+    cpus = _resources(entry).get("num_cpus", model.num_threads)
     if cpus and int(cores / cpus) * model.num_threads > cores:
         yield Finding(
             f"{entry.where}.ray_actor_options.num_cpus",
@@ -100,7 +100,7 @@ def _threads(model: ModelConfig, entry: Entry, cores: int) -> Iterator[Finding]:
 
 
 def _cpus(deployed: Deployed, cores: int) -> Iterator[Finding]:
-    needed = sum(entry.replicas[0] * _resources(entry).get("num_cpus", 1) for entry in deployed.entries.values())
+    needed = sum(entry.replicas[0] * _resources(entry).get("num_cpus", 0) for entry in deployed.entries.values())
     if needed > cores:
         yield Finding(
             "deployments",

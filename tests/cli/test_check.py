@@ -32,6 +32,7 @@ GOOD: dict[str, Any] = {
                     "name": "minilm-model",
                     "autoscaling_config": {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2},
                     "user_config": {"max_batch_tokens": 1024},
+                    "ray_actor_options": {"num_cpus": 1},
                 },
             ],
         }
@@ -197,6 +198,13 @@ def test_settings_that_contradict_each_other_are_named(check: Check, config: dic
 )
 def test_what_may_be_right_elsewhere_is_only_a_warning(check: Check, config: dict[str, Any], line: str) -> None:
     assert line in [found[: len(line)] for found in check(config)]
+
+
+def test_what_the_file_leaves_open_is_not_found_fault_with(check: Check) -> None:
+    config = deployment(2, "user_config", to=None)
+    del config["applications"][0]["deployments"][2]["ray_actor_options"]
+
+    assert check(config) == []
 
 
 def test_threads_of_a_gpu_replica_are_no_matter(check: Check) -> None:

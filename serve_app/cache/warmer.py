@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from serve_app.cache.delivery import Delivery
 from serve_app.cache.depot import RemoteSite, is_lost
@@ -31,6 +33,8 @@ _RETRY_S = 0.5
 _DEPOT_TRIES = 3
 _SURVEY_S = 30.0
 _TEND_S = 5.0
+_KEEP_S = 10.0
+_WANTED_S = 60.0
 _IDLE_S = 60.0
 """After so long without work the depots are ended; they are made again when they are needed."""
 
@@ -49,6 +53,7 @@ class Warmer:
         self._under_way: dict[tuple[str, str], asyncio.Task[str]] = {}
         self._status: dict[tuple[str, str], ModelOnNode] = {}
         self._keys: dict[tuple[str, str], Key] = {}
+        self._wanted: dict[str, tuple[ModelConfig, float]] = {}
         self._metrics = CacheMetrics()
         self._tending: asyncio.Task[None] | None = None
 
@@ -69,6 +74,12 @@ class Warmer:
             waiting = {task: node for task, node in waiting.items() if task not in done}
         if errors:
             raise errors[0]
+
+    async def keep(self, models: Sequence[ModelConfig]) -> None:
+        """Warm nodes that join later too, until this has not been said again for a while."""
+        for model in models:
+            self._wanted[model.model_dump_json()] = (model, time.monotonic())
+        self._start_tending()
 
     async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark | None = None) -> str:
         """The folder of `model` on that node, complete, and kept there while `process` lives. Raises CacheError."""
@@ -99,8 +110,7 @@ class Warmer:
 
     async def _once(self, model: ModelConfig, node_id: str, in_full: bool) -> str:
         """As `_bring`, shared by all that ask for the same model on the same node at the same time."""
-        if self._tending is None:
-            self._tending = asyncio.create_task(self._tend())
+        self._start_tending()
         key = (model.model_dump_json(), node_id)
         task = self._under_way.get(key)
         if task is None:
@@ -175,7 +185,7 @@ class Warmer:
     async def _start_delivery(self, model: ModelConfig, node_id: str) -> Delivery:
         """Find out what `model` consists of, from a node that has it or from its source, and who has it."""
         nodes = await asyncio.to_thread(alive_nodes)
-        found = await self._survey(nodes, lambda site: site.find(model))
+        found = await self._survey(nodes, lambda site: site.find(model)) if model.revision is not None else {}
         manifest = next(iter(found.values()), None) or await self._resolve(model, [node_id, *nodes])
         delivery = Delivery(manifest, lambda node: self._sites[node])
         for node in await self._survey(nodes, lambda site: site.open(manifest, False)):
@@ -220,19 +230,38 @@ class Warmer:
                 if task.done() and not task.cancelled() and task.exception() is None:
                     task.result().lost(node_id)
 
+    def _start_tending(self) -> None:
+        if self._tending is None:
+            self._tending = asyncio.create_task(self._tend())
+
     async def _tend(self) -> None:
-        """Keep the metrics up to date, and end the depots when there is nothing to do for them."""
+        """Warm new nodes, keep the metrics up to date, and end the depots when there is nothing to do for them."""
         idle_s = 0.0
         while True:
             await asyncio.sleep(_TEND_S)
-            idle_s = 0.0 if self._under_way else idle_s + _TEND_S
+            await self._warm_newcomers()
             for status in await self.status():
                 self._export(status)
-            if idle_s >= _IDLE_S and self._sites:
-                self._deliveries.clear()
-                for site in self._sites.values():
-                    site.close()
-                self._sites.clear()
+            idle_s = 0.0 if self._under_way else idle_s + _TEND_S
+            if idle_s >= _IDLE_S:
+                self._end_depots()
+
+    async def _warm_newcomers(self) -> None:
+        """Start bringing what is wanted to nodes that have not been looked at; what fails there is in the status."""
+        now = time.monotonic()
+        self._wanted = {key: (model, said) for key, (model, said) in self._wanted.items() if now - said < _WANTED_S}
+        nodes = await asyncio.to_thread(alive_nodes)
+        for model, _ in self._wanted.values():
+            for node in nodes:
+                if (model.name, node) not in self._status:
+                    bringing = asyncio.create_task(self._once(model, node, False))
+                    bringing.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def _end_depots(self) -> None:
+        self._deliveries.clear()
+        for site in self._sites.values():
+            site.close()
+        self._sites.clear()
 
     def _export(self, status: ModelOnNode) -> None:
         labels = {"model": status.model, "node": status.address}
@@ -247,12 +276,23 @@ def alive_nodes() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
-async def open_gate(models: list[dict[str, Any]], cache: dict[str, Any]) -> Any:
-    """Wait until every node has `models`; the warmer's handle, to be held while the gate lives. Raises CacheError."""
+async def open_gate(models: list[dict[str, Any]], cache: dict[str, Any]) -> None:
+    """Wait until every node has `models`. For deployment actors. Raises CacheError."""
+    await _ask_mine("warm", models, cache)
+
+
+async def keep_warm(models: list[dict[str, Any]], cache: dict[str, Any]) -> None:
+    """Have a warmer that keeps `models` on all nodes, and make a new one whenever it is lost. Does not end."""
+    while True:
+        await asyncio.sleep(_KEEP_S)
+        with suppress(RayError):
+            await _ask_mine("keep", models, cache)
+
+
+async def _ask_mine(method: str, models: list[dict[str, Any]], cache: dict[str, Any]) -> None:
     app = serve.get_deployment_actor_context().app_name
-    parsed = CacheConfig.model_validate(cache)
-    await ask_warmer(app, parsed, "warm", [ModelConfig.model_validate(model) for model in models])
-    return _held[_place(app, parsed)]
+    parsed = [ModelConfig.model_validate(model) for model in models]
+    await ask_warmer(app, CacheConfig.model_validate(cache), method, parsed)
 
 
 async def ask_warmer(app: str, cache: CacheConfig, method: str, *arguments: Any) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray import serve
 from ray.util import list_named_actors
 
@@ -135,14 +136,32 @@ def test_a_node_that_joins_later_is_warm_before_its_replica_loads(
     serve._run(application(model, nodes, ["a", "late"], version=2), name="gated", route_prefix=None, _blocking=False)
     time.sleep(5)
     nodes.add("late")
-    deadline = time.monotonic() + 90
-    while serve.status().applications["gated"].status != "RUNNING":
-        assert time.monotonic() < deadline, serve.status()
-        time.sleep(0.5)
+    wait_until(lambda: serve.status().applications["gated"].status == "RUNNING")
     _, (_, loaded, folder) = serve.get_app_handle("gated").remote().result()
     assert loaded
     assert Path(folder).is_relative_to(nodes.disk("late"))
     assert hub.seen == []
+
+
+def test_a_node_that_joins_is_warm_without_any_replica(hub: LocalHub, nodes: Nodes, model: ModelConfig) -> None:
+    hub.seen.clear()
+    nodes.add("spare")
+    wait_until(lambda: Path(markers_on(nodes, model)[-1]).exists())
+    assert hub.downloads() == {}
+
+
+def test_a_warmer_that_was_killed_is_made_again_and_knows_all_nodes(nodes: Nodes) -> None:
+    (warmer,) = (a for a in list_named_actors(all_namespaces=True) if a["name"].startswith("warmer::gated"))
+    ray.kill(ray.get_actor(**warmer))
+    handle = serve.get_app_handle("gated")
+    wait_until(lambda: [s.phase for s in handle.status.remote().result()] == ["ready"] * len(nodes.names()))
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +188,4 @@ def test_what_can_never_work_fails_soon_and_says_why(
 
 def test_nothing_of_an_application_is_left_when_it_is_deleted(nodes: Nodes) -> None:
     serve.delete("gated")
-    deadline = time.monotonic() + 30
-    while names := [a["name"] for a in list_named_actors(all_namespaces=True) if "gated" in a["name"]]:
-        assert time.monotonic() < deadline, names
-        time.sleep(0.5)
+    wait_until(lambda: not [a for a in list_named_actors(all_namespaces=True) if "gated" in a["name"]])

@@ -5,8 +5,8 @@ encoder works token by token (embeddings, projections, norms) except attention, 
 (`serve_app.model.attention`). Three kinds of modules count positions themselves from the length of the row, and get
 small wrappers: `embed_positions` (BART, Marian, Pegasus), `compute_bias` (T5) and MPNet's own attention.
 
-Which families this is right for is a table (`serve_app.model.families`); at load, each model is compared with itself
-padded, and one that differs is not packed.
+Which families this is right for is a table (`serve_app.model.families`); at load, each model is compared with its own
+answers for texts alone, and one that differs is not packed (`serve_app.model.acceptance`).
 """
 
 from __future__ import annotations

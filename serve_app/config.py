@@ -45,7 +45,8 @@ class CacheConfig(_Frozen):
         "(and reads what looks touched, or everything after a reboot), `sha256` reads every byte.",
     )
     min_free_bytes: NonNegativeInt = Field(
-        1 << 30, description="Bytes to leave free on the disk of `root`; a model that does not fit beside them is refused."
+        1 << 30,
+        description="Bytes to leave free on the disk of `root`; a model that does not fit beside them is refused.",
     )
     max_bytes: PositiveInt | None = Field(
         None,
@@ -102,6 +103,15 @@ class ModelConfig(_Frozen):
     )
     num_threads: PositiveInt = Field(
         1, description="Intra-op threads of one model replica on CPU. Keep threads x replicas at or below the cores."
+    )
+    memory_reserve: float = Field(
+        0.1, ge=0.0, lt=1.0, description="Share of a GPU's memory that the token budget leaves free."
+    )
+    memory_fraction: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="Share of a GPU's memory that one replica may use; set it where replicas share a GPU.",
     )
     tokenizer_threads: PositiveInt = Field(
         2,
@@ -206,8 +216,11 @@ class IngressSettings(_Frozen):
 class ModelSettings(_Frozen):
     """`user_config` of a `<model>-model` deployment."""
 
-    max_batch_tokens: PositiveInt = Field(
-        1024, description="Most tokens in one forward pass; at least the model's longest input."
+    max_batch_tokens: PositiveInt | None = Field(
+        None,
+        description="Most tokens in one forward pass, at least the model's longest input. By default 1,024 on CPU (or "
+        "the longest input, if that is more) and, on CUDA, what the memory that is really free carries, up to 32,768; "
+        "on CUDA a larger number than fits is lowered to what fits.",
     )
     max_batch_sequences: PositiveInt = Field(512, description="Most sequences in one forward pass.")
     max_queued_tokens: PositiveInt = Field(

@@ -42,6 +42,7 @@ class ModelReplica:
 
         card = read_card(path, self._config, path.name)
         self._max_input_tokens = card.max_input_tokens
+        memory.limit_share(self._config.memory_fraction)
         self._loaded = load(path, self._config, card.max_input_tokens)
         self._runner = Runner(self._loaded, pooled(card.pooling))
         self._runner.warm_up(self._default_batch_tokens)

@@ -36,6 +36,14 @@ def configure_allocator(environment: MutableMapping[str, str] = os.environ) -> N
         environment.setdefault(ALLOCATOR, EXPANDABLE_SEGMENTS)
 
 
+def limit_share(fraction: float | None) -> None:
+    """Let this process have no more than that share of the current CUDA device; nothing where there is none."""
+    import torch
+
+    if fraction is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
     """What torch.cuda.memory_stats() and mem_get_info() say; bytes, and counts since the process began."""

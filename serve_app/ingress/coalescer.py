@@ -80,7 +80,7 @@ class Coalescer:
     async def _run(self, items: list[Item]) -> list[Outcome]:
         """One batch: failures are returned per item, because an error raised here would fail every neighbour."""
         for item in items:
-            item.group.sealed = True
+            self._gate.seal(item.group)
         self._metrics.coalesced_requests.observe(len(items), {"model": self._name})
         heads = sorted({item.head for item in items})
         members = [[item for item in items if item.head == head] for head in heads]

@@ -3,6 +3,8 @@
 `@serve.batch` seals a batch before it waits for a free slot, so with every slot busy, requests that arrive one by one
 become batches of one. The gate stands before it: while a slot is free a request passes at once (an idle ingress adds
 no waiting), and when a batch ends, all that waited go together, in one turn of the event loop, and become one batch.
+`@serve.batch` also takes everything that is there into one batch, so a group goes only when the one before it has
+become a batch: else groups for several free slots would be one batch, and one replica would get what was for all.
 """
 
 from __future__ import annotations
@@ -92,8 +94,8 @@ class Gate:
     def _open_group(self, characters: int) -> Group | None:
         """The group that is forming, if this request fits it; else a new one, if a slot is free."""
         forming = self._forming
-        if forming is not None and not forming.sealed and self._fits(forming, characters):
-            return forming
+        if forming is not None and not forming.sealed:
+            return forming if self._fits(forming, characters) else None
         if self._groups >= self._limits.max_groups:
             return None
         self._groups += 1
@@ -109,6 +111,12 @@ class Gate:
         even = -(-self._outstanding_characters // self._limits.max_groups)
         return min(self._limits.max_characters, even)
 
+    def seal(self, group: Group) -> None:
+        """The group's batch has started; the next group may go."""
+        if not group.sealed:
+            group.sealed = True
+            self._release()
+
     def _leave(self, group: Group) -> None:
         group.unfinished -= 1
         if group.unfinished == 0:
@@ -117,13 +125,17 @@ class Gate:
             self._release()
 
     def _release(self) -> None:
-        """Let waiters go into free slots, oldest first."""
+        """Let waiters go into a free slot, oldest first."""
+        if self._forming is not None and not self._forming.sealed:
+            return
         while self._waiting and self._groups < self._limits.max_groups:
             self._groups += 1
             self._forming = group = Group()
             self._admit(group)
-            if not group.unfinished:
-                self._groups -= 1
+            if group.unfinished:
+                return
+            group.sealed = True
+            self._groups -= 1
 
     def _admit(self, group: Group) -> None:
         while self._waiting and (not group.requests or self._fits(group, self._waiting[0].characters)):

@@ -37,7 +37,7 @@ class Batches:
         """What the batch function does first."""
         await self.settle()
         for group in self.groups:
-            group.sealed = True
+            self.gate.seal(group)
 
     async def finish(self, group: Group) -> None:
         self._done[id(group)].set()
@@ -77,6 +77,9 @@ async def test_with_every_slot_busy_requests_wait_and_then_go_as_one_group(batch
     assert batches.gate.waiting == 2, "a share of what is outstanding goes; the rest waits for the other slot"
     assert batches.groups[2].requests == 3
     await batches.finish(batches.groups[1])
+    assert batches.gate.waiting == 2, "the group before has not become a batch yet, and would take these into it"
+    await batches.start()
+    await batches.settle()
     assert batches.gate.waiting == 0
     assert batches.groups[3].requests == 2
 
@@ -164,3 +167,22 @@ async def test_nobody_is_overtaken_by_a_later_request(batches: Batches):
 
     await asyncio.gather(*(one(number) for number in range(50)))
     assert order == list(range(50))
+
+
+async def test_a_group_of_which_every_waiter_left_is_joined_by_nobody(batches: Batches):
+    for _ in range(2):
+        batches.send()
+        await batches.start()
+    late = batches.send()
+    await batches.settle()
+    late.cancel()  # not yet delivered: the waiter is still in the line when the slots become free
+    for group in batches.groups[:2]:
+        batches._done[id(group)].set()
+    await batches.settle()
+    for _ in range(2):
+        batches.send()
+        await batches.start()
+    assert batches.gate.waiting == 0
+    batches.send()
+    await batches.start()
+    assert batches.gate.waiting == 1, "both slots are taken, by groups that hold them"

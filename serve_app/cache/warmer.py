@@ -29,6 +29,8 @@ from serve_app.errors import CacheError, SourceNotFoundError, SourceUnavailableE
 from serve_app.metrics import CacheMetrics
 
 NAMESPACE = "serve_app"
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""Warmers and gates run on the head node: on another they would keep it from being scaled away."""
 _RETRY_S = 0.5
 _DEPOT_TRIES = 3
 _SURVEY_S = 30.0
@@ -313,7 +315,7 @@ async def ask_warmer(app: str, cache: CacheConfig, method: str, *arguments: Any)
 def _warmer(app: str, cache: CacheConfig) -> Any:
     place = _place(app, cache)
     if place not in _held:
-        options = {"name": place[1], "namespace": NAMESPACE, "get_if_exists": True, "num_cpus": 0}
+        options = {"name": place[1], "namespace": NAMESPACE, "get_if_exists": True, "resources": ON_HEAD, "num_cpus": 0}
         actor = ray.remote(Warmer).options(**options, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000)
         _held[place] = actor.remote(cache)
     return _held[place]

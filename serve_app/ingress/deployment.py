@@ -28,6 +28,9 @@ READY_FOR_S = 5.0
 
 PROBE_TIMEOUT_S = 5.0
 
+ASK_TIMEOUT_S = 30.0
+"""For what a replica says of itself; longer than a probe, because a request may wait for it once, at the start."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelHandles:
@@ -141,7 +144,7 @@ class Ingress:
 
     async def _ask(self, method: Any, name: str) -> Any:
         try:
-            return await asyncio.wait_for(method.remote(), PROBE_TIMEOUT_S)
+            return await asyncio.wait_for(method.remote(), ASK_TIMEOUT_S)
         except asyncio.TimeoutError as error:
             raise UnavailableError(f"model {name} is starting", retry_after_s=1.0) from error
         except (RayError, RayServeException) as error:

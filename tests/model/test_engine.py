@@ -183,8 +183,8 @@ async def test_a_bug_in_the_device_thread_hangs_nobody(model: Model, monkeypatch
     await asyncio.wait_for(first, 10)
     rows = await asyncio.wait_for(queued, 10)
     assert isinstance(rows.failures[0], UnavailableError)
-    assert [str(error) for error in seen] == ["a bug of ours"]
     engine.close()
+    assert [str(error) for error in seen] == ["a bug of ours"]
 
 
 async def test_closing_answers_what_waits(engine: Engine, model: Model):

@@ -27,7 +27,8 @@ START_TIMEOUT_S = 150
 STOP_TIMEOUT_S = 60
 
 _ingress_ports = itertools.count(20_000 + os.getpid() % 100 * 40, 40)
-"""Ingress replicas listen with SO_REUSEPORT: two servers on the same ports would answer each other's requests."""
+"""Serve listens with SO_REUSEPORT: two servers on the same ports would answer each other's requests. Its fallback
+proxies, which answer while no ingress replica is ready, have a fixed port of their own by default."""
 
 
 def free_port() -> int:
@@ -80,6 +81,8 @@ def local_config(folder: Path, change: Callable[[dict[str, Any]], None] = lambda
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + 19),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + 20),

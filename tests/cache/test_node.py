@@ -95,6 +95,19 @@ def test_only_the_harmed_file_is_fetched_again(
     assert hub.downloads() == {"model.safetensors": 1}
 
 
+def test_a_byte_that_flipped_unseen_is_repaired_where_every_byte_is_checked(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig
+) -> None:
+    weights = warm_this_node(tiny_model, cache) / "model.safetensors"
+    content, before = weights.read_bytes(), weights.stat()
+    weights.write_bytes(b"!" + content[1:])
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    warm_this_node(tiny_model, cache)
+    assert weights.read_bytes() != content
+    warm_this_node(tiny_model, cache.model_copy(update={"verify": "sha256"}))
+    assert weights.read_bytes() == content
+
+
 def test_after_a_failed_download_the_next_goes_on_where_it_stopped(
     hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig
 ) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,11 +23,15 @@ from serve_app.cache.environment import download_environment
 from serve_app.cache.manifest import ModelFile
 from serve_app.errors import CacheError, SourceUnavailableError
 
+logger = logging.getLogger(__name__)
+
 ResultT = TypeVar("ResultT")
 
 _CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from serve_app.cache.hub_process import main; main()"
 _BACKOFF_S = (1.0, 30.0)
 """First and longest wait between two attempts."""
+_KILLED_LIMIT = 3
+"""So often may the process that downloads be killed from outside, as the system does where memory is short."""
 
 
 class Hub:
@@ -39,6 +46,7 @@ class Hub:
         self._offline = offline
         self._cancelled = threading.Event()
         self._child: subprocess.Popen[str] | None = None
+        self._killed = 0
 
     def list_files(self, repo_id: str, revision: str) -> tuple[ModelFile, ...]:
         """Every file at that commit. Raises SourceNotFoundError, SourceAccessError or SourceUnavailableError."""
@@ -65,45 +73,65 @@ class Hub:
         repo_id = request["repo_id"]
         if self._offline:
             raise SourceUnavailableError(f"{repo_id}: no node has a copy, and cache.offline forbids asking the Hub")
-        answer = self._ask(request, download_environment(home))
+        child = self._start(download_environment(home))
+        try:
+            output = _converse(child, request, max(0.0, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise SourceUnavailableError(
+                f"{repo_id}: not there after {self._timeout_s:g} s (cache.download_timeout_s){_last_words(child)}"
+            ) from None
+        finally:
+            child.kill()
+            child.wait()
         if self._cancelled.is_set():
             raise SourceUnavailableError(f"{repo_id}: the download was cancelled")
-        if answer is None:
-            raise SourceUnavailableError(f"{repo_id}: not there after {self._timeout_s:g} s (cache.download_timeout_s)")
+        return self._result(repo_id, child, *output)
+
+    def _start(self, environment: dict[str, str]) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", _CHILD, json.dumps(sys.path)]
+        pipe = subprocess.PIPE
+        self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, text=True)
+        return self._child
+
+    def _result(self, repo_id: str, child: subprocess.Popen[str], output: str, complaints: str) -> Any:
+        """What the child answered. Raises the error that it answered, or CacheError if it died before."""
+        try:
+            answer = json.loads(output.rpartition("\n")[2])
+        except ValueError:
+            raise self._died(repo_id, child.returncode, complaints) from None
         if "error" in answer:
             raise _from_json(answer["error"])
         return answer["result"]
 
-    def _ask(self, request: dict[str, Any], environment: dict[str, str]) -> Any:
-        """The child's answer, or None if the time ran out. Raises CacheError if it died."""
-        command = [sys.executable, "-c", _CHILD, json.dumps(sys.path)]
-        pipe = subprocess.PIPE
-        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, text=True)
-        self._child = child
-        try:
-            output, complaints = _converse(child, request, max(0.0, self._deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            child.kill()
-            child.wait()
-        try:
-            return json.loads(output.rpartition("\n")[2])
-        except ValueError:
-            if self._cancelled.is_set():
-                return None
-            tail = redact(" | ".join(complaints.splitlines()[-5:]))
-            raise CacheError(f"the download process ended with status {child.returncode}: {tail}") from None
+    def _died(self, repo_id: str, status: int, complaints: str) -> CacheError:
+        """Worth another try, a few times, if somebody killed it."""
+        tail = redact(" | ".join(complaints.splitlines()[-5:]))
+        message = f"{repo_id}: the download process ended with status {status}: {tail}"
+        self._killed += status < 0
+        if status < 0 and self._killed < _KILLED_LIMIT:
+            return SourceUnavailableError(message, retry_after_s=0.0)
+        return CacheError(message)
 
 
 def _converse(child: subprocess.Popen[str], request: dict[str, Any], timeout_s: float) -> tuple[str, str]:
     """Send one request; stdin stays open until the answer is there, as its end tells the child that we have gone."""
     assert child.stdin is not None
     stdin, child.stdin = child.stdin, None
-    with stdin:
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
+    try:
+        with suppress(BrokenPipeError):  # it died at once, and has said why
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
         return child.communicate(timeout=timeout_s)
+    finally:
+        with suppress(BrokenPipeError):
+            stdin.close()
+
+
+def _last_words(child: subprocess.Popen[str]) -> str:
+    """What a child that is out of time complained of last: the answers of the Hub that it waited after."""
+    child.kill()
+    complaints = child.communicate()[1].splitlines()
+    return f"; the last it said: {redact(complaints[-1])}" if complaints else ""
 
 
 def with_retries(
@@ -121,7 +149,9 @@ def with_retries(
         try:
             return attempt()
         except SourceUnavailableError as error:  # noqa: PERF203
-            sleep(_wait_s(error, tries, deadline - clock()))
+            wait_s = _wait_s(error, tries, deadline - clock())
+            logger.warning("%s; trying again in %.1f s", error.message, wait_s)
+            sleep(wait_s)
     raise AssertionError("itertools.count does not end")
 
 
@@ -139,9 +169,9 @@ def _wait_s(error: SourceUnavailableError, tries: int, time_left_s: float) -> fl
 
 
 def redact(text: str) -> str:
-    """`text` without the token, should a library have printed it."""
+    """`text` without the token and without signatures of URLs, should a library have printed them."""
     token = os.environ.get("HF_TOKEN")
-    return text.replace(token, "***") if token else text
+    return re.sub(r"(https?://[^\s?]+)\?\S+", r"\1?***", text.replace(token, "***") if token else text)
 
 
 def _from_json(raw: dict[str, Any]) -> CacheError:

@@ -61,6 +61,10 @@ class Arrival:
     def progress(self) -> Progress:
         return Progress(self.phase, self._bytes_here(), time.monotonic() - self.started_at)
 
+    def bytes_to_come(self) -> int:
+        """Bytes of the model that the disk does not hold, nor has set aside, yet."""
+        return max(0, self.manifest.total_bytes - self.staging.bytes_on_disk())
+
     def _bytes_here(self) -> int:
         """Bytes of the model that are on this node's disk."""
         if self.received:
@@ -88,11 +92,14 @@ class NodeCache:
         self._space = threading.Lock()
 
     def find(self, model: ModelConfig) -> Manifest | None:
-        """The manifest of a complete copy of a pinned commit, chosen by the rule that `model` has; no request."""
+        """What a pinned commit consists of, from the marker of a copy by the rule that `model` has; no request.
+
+        The copy's files are not looked at (reading them may take minutes): `open` does that.
+        """
         if model.revision is None:
             return None
         try:
-            manifest = self._store.check(model.name, model.revision)
+            manifest = self._store.marker(model.name, model.revision).manifest
         except IncompleteModelError:
             return None
         same = (manifest.source, manifest.selection) == (model.source, selection_of(model))
@@ -146,16 +153,28 @@ class NodeCache:
             self._store.root.mkdir(parents=True, exist_ok=True)
             staging = self._store.stage(manifest)
             arrival = Arrival(manifest, staging, staging.held(manifest.files), self._hub())
-            missing = sum(file.size for i, file in enumerate(manifest.files) if i not in arrival.checked)
             try:
-                make_room(self._store, self._cache, self._leases.in_use() | self._wanted, manifest.name, missing)
+                self._make_room(arrival)
             except CacheError:
                 staging.leave()
                 raise
             self._arrivals[key] = arrival
         if source_kind(manifest.source) == "package":
-            self._copy_own(arrival)
+            try:
+                self._copy_own(arrival)
+            except CacheError:
+                self.abandon(key)
+                raise
         return sorted(arrival.checked)
+
+    def _make_room(self, arrival: Arrival) -> None:
+        """For what is missing of it, beside what the models that are arriving already will take yet."""
+        files = arrival.manifest.files
+        missing = sum(file.size for index, file in enumerate(files) if index not in arrival.checked)
+        promised = sum(other.bytes_to_come() for other in list(self._arrivals.values()))
+        others = f" (with {promised} bytes for models that are arriving)" if promised else ""
+        kept = self._leases.in_use() | self._wanted
+        make_room(self._store, self._cache, kept, arrival.manifest.name + others, missing + promised)
 
     def _copy_own(self, arrival: Arrival) -> None:
         with suppress(SourceNotFoundError), self._disk_errors(arrival.manifest):

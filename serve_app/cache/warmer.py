@@ -233,7 +233,7 @@ class Warmer:
                     task.result().lost(node_id)
 
     def _start_tending(self) -> None:
-        if self._tending is None:
+        if self._tending is None or self._tending.done():  # done: the cluster did not answer for a while
             self._tending = asyncio.create_task(self._tend())
 
     async def _tend(self) -> None:

@@ -2,18 +2,23 @@ from __future__ import annotations
 
 import random
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from serve_app.cache.hub import Hub, with_retries
+from serve_app.cache.hub import Hub, redact, with_retries
 from serve_app.cache.manifest import ModelFile
 from serve_app.cache.resolve import resolve
 from serve_app.config import ModelConfig
-from serve_app.errors import SourceAccessError, SourceNotFoundError, SourceUnavailableError
+from serve_app.errors import CacheError, SourceAccessError, SourceNotFoundError, SourceUnavailableError
 from tests.hub.server import Fault, LocalHub
 
 CANARY = "hf_canary0123456789"
+LIBRARY_TRIES = 6
+"""How often huggingface_hub itself asks a hub that is busy."""
 
 
 def download(model: ModelConfig, into: Path, timeout_s: float = 60.0) -> None:
@@ -41,6 +46,35 @@ def test_sends_the_token_of_the_environment(
     assert {seen.authorization for seen in hub.seen} == {f"Bearer {CANARY}"}
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(CANARY.encode() in content for content in written)
+
+
+def test_a_token_in_a_file_is_sent_and_stands_in_no_environment(
+    hub: LocalHub, tiny_model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.required_token = CANARY
+    secret = tmp_path / "secret"
+    secret.write_text(CANARY)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(secret))
+    hub.fail(Fault("model.safetensors", times=1, delay_s=2.0))
+    thread = in_thread(lambda: download(tiny_model, tmp_path / "into"))
+    child = downloader(hub)
+    assert CANARY not in repr(child.environ()) + repr(child.cmdline())
+    thread.join()
+    assert {seen.authorization for seen in hub.seen} == {f"Bearer {CANARY}"}
+
+
+def in_thread(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def downloader(hub: LocalHub, number: int = 1) -> psutil.Process:
+    """The process that has begun to take the weights, for the `number`th time."""
+    while hub.downloads()["model.safetensors"] < number:
+        time.sleep(0.02)
+    [child] = [child for child in psutil.Process().children() if "hub_process" in " ".join(child.cmdline())]
+    return child
 
 
 @pytest.mark.parametrize(
@@ -81,6 +115,66 @@ def test_a_busy_hub_is_asked_again(hub: LocalHub, tiny_model: ModelConfig, tmp_p
     hub.fail(Fault("model.safetensors", times=1, status=status, headers={"Retry-After": "0"}))
     download(tiny_model, tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_a_hub_that_is_busy_for_longer_than_its_library_waits_is_asked_again(
+    hub: LocalHub, tiny_model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.fail(Fault("model.safetensors", times=LIBRARY_TRIES + 1, status=429, headers={"Retry-After": "0"}))
+    download(tiny_model, tmp_path)
+    assert hub.downloads()["model.safetensors"] == LIBRARY_TRIES + 2
+    assert "the Hub answered 429; trying again in" in caplog.text
+
+
+def test_the_hub_is_not_asked_before_the_time_that_it_named(
+    hub: LocalHub, tiny_model: ModelConfig, tmp_path: Path
+) -> None:
+    hub.fail(Fault("model.safetensors", times=1, status=429, headers={"Retry-After": "2"}))
+    download(tiny_model, tmp_path)
+    first, second = (seen.at for seen in hub.seen if seen.method == "GET" and "model.safetensors" in seen.path)
+    assert second - first >= 2
+
+
+def test_where_the_time_runs_out_the_hubs_last_answer_is_told(
+    hub: LocalHub, tiny_model: ModelConfig, tmp_path: Path
+) -> None:
+    hub.fail(Fault("model.safetensors", status=429, headers={"Retry-After": "3600"}))
+    with pytest.raises(SourceUnavailableError, match=r"after 6 s \(cache\.download_timeout_s\).*Rate limited"):
+        download(tiny_model, tmp_path, timeout_s=6.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(401, SourceAccessError), (403, SourceAccessError), (404, SourceNotFoundError)]
+)
+def test_a_file_that_is_refused_is_asked_for_once(
+    hub: LocalHub, tiny_model: ModelConfig, tmp_path: Path, status: int, error: type[CacheError]
+) -> None:
+    hub.fail(Fault("model.safetensors", status=status))
+    with pytest.raises(error, match=tiny_model.source):
+        download(tiny_model, tmp_path)
+    assert hub.downloads()["model.safetensors"] == 1
+
+
+def test_a_download_that_the_system_kills_is_begun_again(
+    hub: LocalHub, tiny_model: ModelConfig, tiny_bert: Path, tmp_path: Path
+) -> None:
+    hub.fail(Fault("model.safetensors", times=1, delay_s=60.0))
+    thread = in_thread(lambda: download(tiny_model, tmp_path))
+    downloader(hub).kill()
+    thread.join()
+    assert (tmp_path / "model.safetensors").read_bytes() == (tiny_bert / "model.safetensors").read_bytes()
+    assert hub.downloads()["config.json"] == 1
+
+
+def test_a_download_that_is_killed_again_and_again_is_an_error(
+    hub: LocalHub, tiny_model: ModelConfig, tmp_path: Path
+) -> None:
+    hub.fail(Fault("model.safetensors", delay_s=60.0))
+    killing = in_thread(lambda: [downloader(hub, number).kill() for number in (1, 2, 3)])
+    with pytest.raises(CacheError, match="ended with status -9") as caught:
+        download(tiny_model, tmp_path)
+    killing.join()
+    assert not isinstance(caught.value, SourceUnavailableError)
 
 
 def test_a_file_cut_midway_is_completed(
@@ -178,3 +272,9 @@ def test_what_is_final_is_raised_at_once(clock: Clock) -> None:
     with pytest.raises(SourceAccessError):
         with_retries(refused, 300.0, clock.sleep, clock.time)
     assert clock.waits == []
+
+
+def test_tokens_and_signatures_are_cut_out_of_what_libraries_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    said = f"503 for https://cdn.example/a/b?X-Signature=abc&Expires=1 with {CANARY}"
+    assert redact(said) == "503 for https://cdn.example/a/b?*** with ***"

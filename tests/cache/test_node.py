@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import serve_app.cache.disk as disk_module
+import serve_app.cache.store as store_module
+from serve_app.cache.disk import ProcessMark
+from serve_app.cache.manifest import Marker, hash_file
 from serve_app.cache.node import NodeCache, warm_this_node
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.cache.store import READY
 from serve_app.config import CacheConfig, ModelConfig
-from serve_app.errors import DiskFullError, IncompleteModelError, SourceAccessError, SourceUnavailableError
+from serve_app.errors import (
+    CacheError,
+    DiskFullError,
+    IncompleteModelError,
+    SourceAccessError,
+    SourceUnavailableError,
+)
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import Fault, LocalHub
 
@@ -45,6 +57,69 @@ def test_a_hub_model_loads_offline_from_the_cache(hub: LocalHub, tiny_model: Mod
     path = warm_this_node(tiny_model, cache)
     assert path == Path(cache.root) / "tiny" / str(tiny_model.revision)
     assert load_offline(path, cache) == "(1, 2, 32)"
+
+
+REPLICA = """
+import asyncio, json, os, sys
+from {module} import {name}
+from serve_app.config import CacheConfig, ModelConfig
+model, cache = ModelConfig(**json.loads(sys.argv[1])), CacheConfig(**json.loads(sys.argv[2]))
+asyncio.run({name}.__init__({name}.__new__({name}), model, cache))
+import huggingface_hub.constants as hub
+assert "transformers" in sys.modules or "tokenizers" in sys.modules
+print(json.dumps([hub.is_offline_mode(), hub.HF_HOME, hub.HF_HUB_CACHE, os.environ["HF_TOKEN"]]))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("serve_app.model.deployment", "ModelReplica"), ("serve_app.tokenizer.deployment", "TokenizerReplica")],
+)
+def test_a_true_replica_is_offline_and_writes_nothing(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, tmp_path: Path, module: str, name: str
+) -> None:
+    rooted = cache.model_copy(update={"root": "~/models"})
+    environment = {**os.environ, "HOME": str(tmp_path), "HF_TOKEN": "hf_canary0123456789"}
+    environment = {key: value for key, value in environment.items() if not key.startswith(("HF_HOME", "HF_HUB", "XDG"))}
+    script = REPLICA.format(module=module, name=name)
+    command = [sys.executable, "-c", script, tiny_model.model_dump_json(), rooted.model_dump_json()]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    home = tmp_path / "models" / ".hf-home"
+    assert output.stdout.splitlines(), output.stderr
+    assert json.loads(output.stdout.splitlines()[-1]) == [True, str(home), str(home / "hub"), ""]
+    assert not home.exists()
+    assert not (tmp_path / ".cache").exists()
+
+
+def test_the_marker_records_the_hash_of_every_file(hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig) -> None:
+    path = warm_this_node(tiny_model, cache)
+    files = Marker.from_json((path / READY).read_text()).manifest.files
+    assert {file.path for file in files} == {p.name for p in path.iterdir()} - {READY}
+    assert {file.path: file.sha256 for file in files} == {f.path: hash_file(path / f.path)[0] for f in files}
+
+
+def test_a_root_on_a_network_filesystem_is_refused_unless_that_is_asked_for(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_module, "filesystem_type", lambda folder, mounts=None: "nfs4")
+    with pytest.raises(CacheError, match=r"network filesystem \(nfs4\).*allow_network_filesystem: true"):
+        warm_this_node(tiny_model, cache)
+    assert not Path(cache.root).exists()
+    assert hub.seen == []
+    assert warm_this_node(tiny_model, cache.model_copy(update={"allow_network_filesystem": True})).is_dir()
+
+
+def test_what_a_model_consists_of_is_known_after_a_reboot_without_reading_it(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm_this_node(tiny_model, cache)
+    monkeypatch.setattr(store_module, "boot_id", lambda: "another boot")
+    monkeypatch.setattr(store_module, "check_content", None)
+    manifest = NodeCache(cache).find(tiny_model)
+    assert manifest is not None
+    assert len(manifest.files) == 4
 
 
 def test_a_warm_node_asks_the_hub_nothing(hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig) -> None:
@@ -172,6 +247,39 @@ def test_wanted_models_stay_when_room_is_made_for_another(
     warm_this_node(models[2], bounded, node)
     assert not paths[0].exists()
     assert paths[1].exists()
+
+
+def test_a_copy_that_another_process_uses_is_not_removed_for_a_new_one(
+    hub: LocalHub, tiny_model: ModelConfig, tiny_bert: Path, cache: CacheConfig
+) -> None:
+    size = sum(p.stat().st_size for p in tiny_bert.iterdir() if p.is_file())
+    bounded = cache.model_copy(update={"max_bytes": int(size * 1.5), "min_free_bytes": 0})
+    used = warm_this_node(tiny_model, bounded)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as user:
+        mark = ProcessMark(ProcessMark.mine().host, user.pid, time.time())
+        NodeCache(bounded).lease(tiny_model.name, used.name, mark)
+        other = tiny_model.model_copy(update={"name": "other"})
+        with pytest.raises(DiskFullError, match="no copy that is not in use is left"):
+            warm_this_node(other, bounded)
+        assert (used / READY).exists()
+        user.communicate(b"")
+    warm_this_node(other, bounded)
+    assert not used.exists()
+
+
+def test_two_models_that_arrive_at_once_must_both_fit(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig
+) -> None:
+    node = NodeCache(cache)
+    first, second = (node.resolve(tiny_model.model_copy(update={"name": name})) for name in ("first", "second"))
+    bounded = cache.model_copy(update={"max_bytes": int(first.total_bytes * 1.5), "min_free_bytes": 0})
+    node = NodeCache(bounded)
+    node.begin(first)
+    with pytest.raises(DiskFullError, match=r"second \(with \d+ bytes for models that are arriving\)"):
+        node.begin(second)
+    node.abandon((first.name, first.revision))
+    node.begin(second)
+    node.abandon((second.name, second.revision))
 
 
 def test_a_dead_setting_is_named_in_the_log(

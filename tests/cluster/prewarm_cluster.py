@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -88,3 +90,23 @@ def nodes_of_a_cluster(*names: str, environment: dict[str, str] | None = None) -
         finally:
             ray.shutdown()
             nodes.close()
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    """Files below `folder` (Ray's logs, configuration and all nodes' disks are) that contain `text`."""
+    written = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(written) > 20
+    return [path for path in written if text.encode() in path.read_bytes()]
+
+
+def metrics_of_all_nodes() -> str:
+    """What Prometheus would read."""
+    pages = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes() if node["Alive"]]
+    return "".join(httpx.get(f"http://{address}:{port}/metrics", timeout=10).text for address, port in pages)
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.util import list_named_actors
 
+from serve_app.app import build
+from serve_app.cache.node import NodeCache
 from serve_app.cache.prewarm import cache_status, ensure_local, warmer_actors
 from serve_app.cache.store import READY
 from serve_app.config import CacheConfig, ModelConfig
-from tests.cluster.prewarm_cluster import ROOT, Nodes, nodes_of_a_cluster
+from serve_app.errors import DiskFullError
+from tests.cluster.prewarm_cluster import (
+    ROOT,
+    Nodes,
+    files_with,
+    metrics_of_all_nodes,
+    nodes_of_a_cluster,
+    wait_until,
+)
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import Fault, LocalHub, local_hub
 
@@ -47,21 +60,35 @@ def model(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> ModelConfi
     return ModelConfig(name="tiny", source="org/tiny", revision=hub.add("org/tiny", folder))
 
 
-def exists(path: str | Path) -> bool:
-    return Path(path).exists()
+def ready_at(marker: str | Path) -> float | None:
+    """When that copy became ready or was last asked for, in seconds since the epoch; None if it is not there."""
+    try:
+        return Path(marker).stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What a replica saw: when each node was ready, when it was created itself, and what it then loaded from."""
+
+    nodes_ready_at: list[float | None]
+    created_at: float
+    ready_when_loaded: bool
+    folder: Path
+
+    def came_after_all_nodes(self) -> bool:
+        return all(ready is not None and ready <= self.created_at for ready in self.nodes_ready_at)
 
 
 class Replica:
-    """Notes what was there when it was created, and what it loaded from."""
-
     async def __init__(self, model: ModelConfig, cache: CacheConfig, markers: Sequence[str], *_: Any) -> None:  # type: ignore[misc]
-        self.all_ready_before = all(map(exists, markers))
+        nodes, now = [ready_at(marker) for marker in markers], time.time()
         path = await ensure_local(model, cache)
-        self.ready_when_loaded = exists(path / READY)
-        self.folder = str(path)
+        self.witness = Witness(nodes, now, ready_at(path / READY) is not None, path)
 
-    def __call__(self) -> tuple[bool, bool, str]:
-        return self.all_ready_before, self.ready_when_loaded, self.folder
+    def __call__(self) -> Witness:
+        return self.witness
 
     async def status(self) -> list[Any]:
         return await cache_status(CACHE)
@@ -104,10 +131,25 @@ def test_no_replica_is_created_before_every_node_is_warm(hub: LocalHub, nodes: N
     hub.fail(Fault("model.safetensors", delay_s=3.0))
     handle = serve.run(application(model, nodes, ["a", "b"]), name="gated", route_prefix=None)
     hub.recover()
-    answers = handle.remote().result()
-    assert [(before, loaded) for before, loaded, _ in answers] == [(True, True)] * 2
-    assert [Path(folder).is_relative_to(nodes.disk(name)) for (_, _, folder), name in zip(answers, "ab", strict=True)]
+    on_a, on_b = handle.remote().result()
+    given_at = next(seen.at for seen in hub.seen if seen.path.endswith("model.safetensors")) + 3.0
+    for witness in (on_a, on_b):
+        assert witness.came_after_all_nodes()
+        assert len(witness.nodes_ready_at) == 4
+        assert witness.created_at > given_at
+        assert witness.ready_when_loaded
+    assert on_a.folder.is_relative_to(nodes.disk("a"))
+    assert on_b.folder.is_relative_to(nodes.disk("b"))
     assert set(hub.downloads().values()) == {1}
+
+
+def test_a_copy_that_a_replica_uses_is_not_removed(nodes: Nodes, model: ModelConfig) -> None:
+    crowded = NodeCache(CACHE.model_copy(update={"root": str(nodes.models("a")), "max_bytes": 1}))
+    manifest = crowded.find(model)
+    assert manifest is not None
+    with pytest.raises(DiskFullError, match="no copy that is not in use is left"):
+        crowded.begin(replace(manifest, name="other"))
+    assert ready_at(nodes.models("a") / model.name / manifest.revision / READY) is not None
 
 
 def test_the_application_has_one_warmer(nodes: Nodes) -> None:
@@ -125,7 +167,7 @@ def test_every_node_is_seen_as_ready(nodes: Nodes, model: ModelConfig) -> None:
 def test_a_new_code_version_asks_the_hub_nothing(hub: LocalHub, nodes: Nodes, model: ModelConfig) -> None:
     hub.seen.clear()
     handle = serve.run(application(model, nodes, ["a", "b"], version=2), name="gated", route_prefix=None)
-    assert [(before, loaded) for before, loaded, _ in handle.remote().result()] == [(True, True)] * 2
+    assert all(seen.came_after_all_nodes() and seen.ready_when_loaded for seen in handle.remote().result())
     assert hub.seen == []
 
 
@@ -137,9 +179,9 @@ def test_a_node_that_joins_later_is_warm_before_its_replica_loads(
     time.sleep(5)
     nodes.add("late")
     wait_until(lambda: serve.status().applications["gated"].status == "RUNNING")
-    _, (_, loaded, folder) = serve.get_app_handle("gated").remote().result()
-    assert loaded
-    assert Path(folder).is_relative_to(nodes.disk("late"))
+    _, late = serve.get_app_handle("gated").remote().result()
+    assert late.ready_when_loaded
+    assert late.folder.is_relative_to(nodes.disk("late"))
     assert hub.seen == []
 
 
@@ -155,13 +197,6 @@ def test_a_warmer_that_was_killed_is_made_again_and_knows_all_nodes(nodes: Nodes
     ray.kill(ray.get_actor(**warmer))
     handle = serve.get_app_handle("gated")
     wait_until(lambda: [s.phase for s in handle.status.remote().result()] == ["ready"] * len(nodes.names()))
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
 
 
 @pytest.mark.parametrize(
@@ -189,3 +224,29 @@ def test_what_can_never_work_fails_soon_and_says_why(
 def test_nothing_of_an_application_is_left_when_it_is_deleted(nodes: Nodes) -> None:
     serve.delete("gated")
     wait_until(lambda: not [a for a in list_named_actors(all_namespaces=True) if "gated" in a["name"]])
+
+
+def test_the_true_application_is_warm_and_its_replicas_write_nothing(
+    hub: LocalHub, nodes: Nodes, model: ModelConfig
+) -> None:
+    hub.seen.clear()
+    true = {**model.model_dump(mode="json"), "name": "true"}
+    arguments = {"models": [true], "cache": CACHE.model_dump(mode="json")}
+    serve.run(build(arguments), name="true", route_prefix=None)  # type: ignore[arg-type]
+    assert set(hub.downloads().values()) == {1}
+    card = serve.get_deployment_handle("true-tokenizer", "true").card.remote().result()
+    assert card.revision == model.revision
+    gates = [a["name"] for a in list_named_actors(all_namespaces=True) if a["name"].endswith("warm-gate")]
+    assert len([name for name in gates if "true-tokenizer" in name or "true-model" in name]) == 2
+    leases = [path.name for name in nodes.names() for path in (nodes.models(name) / ".leases").glob("true@*")]
+    assert len(leases) == 2
+    assert [list(nodes.disk(name).rglob(".hf-home")) for name in nodes.names()] == [[]] * len(nodes.names())
+
+
+def test_the_token_is_in_no_log_no_file_no_configuration_and_no_metric(nodes: Nodes) -> None:
+    details = _get_global_client().get_serve_details()
+    assert set(details["applications"]) == {"true"}
+    assert CANARY not in repr(details) + repr(serve.status())
+    assert CANARY not in metrics_of_all_nodes()
+    assert files_with(CANARY, Path(os.environ["RAY_TMPDIR"])) == []
+    serve.delete("true")

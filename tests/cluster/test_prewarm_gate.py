@@ -144,9 +144,10 @@ def test_no_replica_is_created_before_every_node_is_warm(hub: LocalHub, nodes: N
 
 
 def test_a_copy_that_a_replica_uses_is_not_removed(nodes: Nodes, model: ModelConfig) -> None:
-    crowded = NodeCache(CACHE.model_copy(update={"root": str(nodes.models("a")), "max_bytes": 1}))
-    manifest = crowded.find(model)
+    cache = CACHE.model_copy(update={"root": str(nodes.models("a"))})
+    manifest = NodeCache(cache).find(model)
     assert manifest is not None
+    crowded = NodeCache(cache.model_copy(update={"max_bytes": manifest.total_bytes * 3 // 2}))  # room for one
     with pytest.raises(DiskFullError, match="no copy that is not in use is left"):
         crowded.begin(replace(manifest, name="other"))
     assert ready_at(nodes.models("a") / model.name / manifest.revision / READY) is not None
@@ -245,7 +246,7 @@ def test_the_true_application_is_warm_and_its_replicas_write_nothing(
 
 def test_the_token_is_in_no_log_no_file_no_configuration_and_no_metric(nodes: Nodes) -> None:
     details = _get_global_client().get_serve_details()
-    assert set(details["applications"]) == {"true"}
+    assert "true" in details["applications"]
     assert CANARY not in repr(details) + repr(serve.status())
     assert CANARY not in metrics_of_all_nodes()
     assert files_with(CANARY, Path(os.environ["RAY_TMPDIR"])) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from serve_app.cache.prewarm import warmer_actors
 from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse
@@ -15,6 +16,9 @@ MAX_ONGOING_REQUESTS = 1024
 """Wide, because the bounds that matter are the ingress's gate and the model replica's queue, both in our units."""
 
 HEALTH_CHECK_PERIOD_S = 5.0
+
+ROUTER = RequestRouterConfig(request_router_class="serve_app.ingress.router.LeastOutstandingRouter")
+"""How the ingress chooses among a tier's replicas."""
 
 LIGHT_TIER_CPUS = 0.2
 """Cores that Ray reserves for an ingress or tokenizer replica: what they use on a small machine, beside the model."""
@@ -46,6 +50,7 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         name=f"{model.name}-tokenizer",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         deployment_actors=warm,
+        request_router_config=ROUTER,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
@@ -54,6 +59,7 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         name=f"{model.name}-model",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         deployment_actors=warm,
+        request_router_config=ROUTER,
         user_config=ModelSettings().model_dump(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": model.num_threads, "num_gpus": 1 if model.device == "cuda" else 0},

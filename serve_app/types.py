@@ -162,6 +162,11 @@ class ForwardCall:
     priorities: tuple[Priority, ...] = ()
     """(m,), or empty where all are interactive."""
 
+    @property
+    def weight(self) -> int:
+        """Tokens, by which calls are spread over replicas."""
+        return len(self.tokens.input_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:

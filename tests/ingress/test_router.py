@@ -1,0 +1,141 @@
+"""Calls go to the replica with the least work under way, whatever replicas said when calls began."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import PendingRequest
+
+from serve_app.app import ROUTER
+from serve_app.ingress.router import LeastOutstandingRouter
+from serve_app.types import ForwardCall, TokenBatch
+
+DEPLOYMENT = DeploymentID(name="m-model", app_name="app")
+
+
+@dataclass
+class Replica:
+    """As much of a RunningReplica as a router looks at."""
+
+    name: str
+    max_ongoing_requests: int = 100
+    node_id: str = "node"
+    availability_zone: str | None = None
+    multiplexed_model_ids: set[str] = field(default_factory=set)
+    queue_len: int = 0
+
+    @property
+    def replica_id(self) -> ReplicaID:
+        return ReplicaID(self.name, DEPLOYMENT)
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return self.queue_len
+
+    def push_proxy_handle(self, handle: Any) -> None:
+        pass
+
+
+class Calls:
+    """Sends calls as Serve's handle does: choose, count, and tell the router when one has ended."""
+
+    def __init__(self, router: LeastOutstandingRouter) -> None:
+        self._router = router
+        self._number = 0
+
+    async def send(self, tokens: int) -> tuple[str, str]:
+        """(replica's name, id of the call)"""
+        self._number += 1
+        metadata = RequestMetadata(request_id=str(self._number), internal_request_id=f"call-{self._number}")
+        pending = PendingRequest(args=[_call(tokens)], kwargs={}, metadata=metadata)
+        replica = await self._router._choose_replica_for_request(pending)
+        self._router.on_send_request(replica.replica_id)
+        return replica.replica_id.unique_id, metadata.internal_request_id
+
+    def end(self, sent: tuple[str, str], length_when_begun: int) -> None:
+        """As over gRPC: first the length that the replica had when the call began, then one less."""
+        replica_id = ReplicaID(sent[0], DEPLOYMENT)
+        self._router.on_new_queue_len_info(replica_id, length_when_begun)
+        self._router.on_request_completed(replica_id, sent[1])
+        self._router.decrement_queue_len_cache(replica_id)
+
+
+def _call(tokens: int) -> ForwardCall:
+    batch = TokenBatch(
+        input_ids=np.zeros(tokens, np.int32),
+        cu_seqlens=np.array([0, tokens], np.int32),
+        cu_requests=np.array([0, 1], np.int32),
+        truncated=np.zeros(1, np.bool_),
+    )
+    return ForwardCall(batch, "pooled", (None,))
+
+
+@pytest.fixture
+async def router() -> LeastOutstandingRouter:
+    return make_router([Replica("a"), Replica("b")])
+
+
+def make_router(replicas: list[Replica]) -> LeastOutstandingRouter:
+    router = LeastOutstandingRouter(
+        deployment_id=DEPLOYMENT,
+        handle_source=DeploymentHandleSource.REPLICA,
+        self_node_id="node",
+        self_actor_id="actor",
+        self_actor_handle=None,
+        use_replica_queue_len_cache=True,
+    )
+    router.update_replicas(replicas)
+    return router
+
+
+async def test_calls_alternate_while_none_ends(router: LeastOutstandingRouter) -> None:
+    calls = Calls(router)
+    names = [(await calls.send(10))[0] for _ in range(8)]
+    assert sorted(names) == ["a"] * 4 + ["b"] * 4
+    assert all(sorted(names[i : i + 2]) == ["a", "b"] for i in range(0, 8, 2))
+
+
+async def test_a_call_that_ends_does_not_make_its_replica_look_empty(router: LeastOutstandingRouter) -> None:
+    calls = Calls(router)
+    first = await calls.send(10)
+    others = [await calls.send(10) for _ in range(5)]
+    busy = [sent for sent in others if sent[0] == first[0]]
+    calls.end(first, length_when_begun=1)
+    assert len(busy) == 2
+    assert (await calls.send(10))[0] == first[0], "it has the fewest now"
+    names = [(await calls.send(10))[0] for _ in range(6)]
+    assert sorted(names) == ["a"] * 3 + ["b"] * 3, "and then they are even"
+
+
+async def test_calls_are_weighed_by_their_tokens(router: LeastOutstandingRouter) -> None:
+    calls = Calls(router)
+    heavy = await calls.send(1000)
+    light = [await calls.send(100) for _ in range(9)]
+    assert {sent[0] for sent in light} == {"a", "b"} - {heavy[0]}
+
+
+async def test_a_replica_that_takes_no_more_is_passed_over() -> None:
+    full = Replica("full", max_ongoing_requests=1, queue_len=1)
+    router = make_router([full, Replica("free")])
+    calls = Calls(router)
+    names = {(await asyncio.wait_for(calls.send(1), 5))[0] for _ in range(6)}
+    assert names == {"free"}
+
+
+async def test_what_has_ended_is_forgotten(router: LeastOutstandingRouter) -> None:
+    calls = Calls(router)
+    for _ in range(3):
+        calls.end(await calls.send(10), length_when_begun=1)
+    calls.end(("a", "never sent"), length_when_begun=0)
+    assert not router._sent
+    assert not router._outstanding
+
+
+def test_serve_finds_the_router_by_its_name() -> None:
+    assert isinstance(ROUTER, RequestRouterConfig)
+    assert ROUTER.get_request_router_class() is LeastOutstandingRouter

@@ -19,6 +19,21 @@ _REVISION = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 PositiveInt = Annotated[int, Field(gt=0)]
+TaskName = Literal[
+    "embedding",
+    "sparse-embedding",
+    "text-classification",
+    "rerank",
+    "zero-shot-classification",
+    "token-classification",
+    "fill-mask",
+    "question-answering",
+    "text-generation",
+    "text2text-generation",
+    "summarization",
+    "translation",
+]
+
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -86,7 +101,10 @@ class ModelConfig(_Frozen):
     allow_pickle: bool = Field(
         False, description="Take pickled weights (*.bin) where there are no others. They can run code when read."
     )
-    task: Literal["embedding"] = Field("embedding", description="What the model is served for.")
+    task: TaskName | None = Field(
+        None,
+        description="What the model is served for; by default what `architectures` in its config.json say.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the model runs; `auto` takes the GPU that Ray assigned to the replica, else the CPU."
     )
@@ -135,8 +153,15 @@ class ModelConfig(_Frozen):
         None, description="Texts put before inputs, by `prompt_name`; by default config_sentence_transformers.json."
     )
     default_prompt_name: str | None = Field(None, description="The prompt used where a request names none.")
-    auto_truncate: bool = Field(
-        True, description="Cut inputs that are too long where a request does not say; false refuses them."
+    long_texts: Literal["truncate", "error", "windows"] = Field(
+        "truncate",
+        description="What becomes of inputs that are too long where a request does not say: cut, refused with the "
+        "number of tokens, or read in overlapping windows whose results are put together as suits the task.",
+    )
+    stride: NonNegativeInt | None = Field(
+        None,
+        description="Tokens that neighbouring windows share where a request does not say; by default an eighth of the "
+        "longest input.",
     )
 
     @field_validator("revision")

@@ -7,43 +7,49 @@ A call carries the requests of one coalesced batch, so that each hop is paid onc
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from serve_app.errors import ServeAppError
+from serve_app.options import TaskOptions
+from serve_app.outputs import TaskOutput
 
 TokenIds: TypeAlias = tuple[int, ...]
 TextPair: TypeAlias = tuple[str, str]
-TextInput: TypeAlias = str | TextPair | TokenIds
-"""One thing to encode: a text, a pair of texts, or token ids that the client made itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, which the model's chat template turns into one prompt."""
+
+    messages: tuple[ChatMessage, ...]
+
+    def __len__(self) -> int:
+        """Characters, as of a text."""
+        return sum(len(message.content) for message in self.messages)
+
+
+TextInput: TypeAlias = str | TextPair | TokenIds | Chat
+"""One thing to encode: a text, a pair of texts, token ids that the client made itself, or a conversation."""
 
 Side: TypeAlias = Literal["left", "right"]
 Priority: TypeAlias = Literal["interactive", "bulk"]
+LongTexts: TypeAlias = Literal["truncate", "error", "windows"]
+"""What becomes of a text that is longer than the model takes: cut, refused, or read in overlapping windows."""
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingOptions:
-    """How an embedding is finished; None means as the model's own files say."""
-
-    normalize: bool | None = None
-    dimensions: int | None = None
-    prompt_name: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SimilarityOptions:
-    """Cosine of the first input with each of the others; `prompt_name` as for embeddings."""
-
-    prompt_name: str | None = None
-
-
-TaskOptions: TypeAlias = EmbeddingOptions | SimilarityOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +61,11 @@ class Request:
     task: str
     inputs: tuple[TextInput, ...]
     options: TaskOptions
-    truncate: bool | None = None
-    """Cut inputs that are too long (True), refuse them (False), or as the model is configured (None)."""
+    long_texts: LongTexts | None = None
+    """What becomes of inputs that are too long; None: as the model is configured."""
     truncation_side: Side = "right"
+    stride: int | None = None
+    """Tokens that neighbouring windows share; None: as the model is configured."""
     priority: Priority = "interactive"
 
 
@@ -66,10 +74,32 @@ class TokenizeRequest:
     """One request's part of a call to a tokenizer replica."""
 
     inputs: tuple[TextInput, ...]
-    truncate: bool
+    long_texts: LongTexts
     truncation_side: Side = "right"
     prompt: str = ""
     """Put before every text (not before token ids)."""
+    stride: int = 0
+    """Tokens that neighbouring windows of one input share."""
+    cut: Literal["longest_first", "only_first", "only_second"] = "longest_first"
+    """Which text of a pair is cut, or read in windows while the other is repeated in each."""
+    max_tokens: int | None = None
+    """A lower limit than the model's, special tokens included."""
+    align: bool = False
+    """Whether `TokenBatch.alignment` is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Where tokens stand in their texts, which tasks with positions in their answers need.
+
+    `offsets` (total, 2) int32: first and last-plus-one character, in the text as it was sent (without the prompt);
+    `word_ids` (total,) int32: the tokenizer's word, -1 for special tokens; `text_ids` (total,) int8: 0 for the first
+    text of an input, 1 for the second, -1 for special tokens.
+    """
+
+    offsets: Int32Array
+    word_ids: Int32Array
+    text_ids: npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +109,8 @@ class TokenBatch:
     `input_ids` (total,) int32; `cu_seqlens` (n + 1,) int32, where each sequence starts and the last one ends;
     `cu_requests` (m + 1,) int32, the same over sequences, for requests; `token_type_ids` (total,) int32 or None
     where all are zero; `truncated` (n,) bool. A request in `failures` (by index) has no sequences.
+    `input_of` (n,) int32 is the index of the input, within its request, that a sequence is a window of; None where
+    each input is one sequence. `alignment` is there where a request asked for it; it does not go to a model replica.
     """
 
     input_ids: Int32Array
@@ -88,6 +120,8 @@ class TokenBatch:
     token_type_ids: Int32Array | None = None
     failures: Mapping[int, ServeAppError] = field(default_factory=dict)
     tokenize_s: float = 0.0
+    input_of: Int32Array | None = None
+    alignment: Alignment | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -118,11 +152,28 @@ class TokenBatch:
             cu_requests=np.array([0, last - first], np.int32),
             truncated=self.truncated[first:last],
             token_type_ids=None if self.token_type_ids is None else self.token_type_ids[start:stop],
+            input_of=None if self.input_of is None else self.input_of[first:last],
+            alignment=None if self.alignment is None else _aligned(self.alignment, start, stop),
         )
+
+    def of_request(self, request: int) -> TokenBatch:
+        """One request's sequences as a batch; views, no copies."""
+        rows = self.sequences_of(request)
+        return self.select(rows.start, rows.stop)
+
+    def for_model(self) -> TokenBatch:
+        """Without what a model replica has no use for."""
+        return replace(self, alignment=None, input_of=None)
+
+
+def _aligned(alignment: Alignment, start: int, stop: int) -> Alignment:
+    return Alignment(alignment.offsets[start:stop], alignment.word_ids[start:stop], alignment.text_ids[start:stop])
 
 
 def concatenate(batches: list[TokenBatch]) -> TokenBatch:
     """One batch with the sequences of all, in order; its requests are the requests of all, failures aside.
+
+    For the device: windows and alignments are left out.
 
     Raises ValueError if `batches` is empty.
     """
@@ -151,6 +202,18 @@ def _types_or_zeros(batches: list[TokenBatch]) -> Iterator[Int32Array]:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskArguments:
+    """What the head of fill-mask needs to know of one request; `targets` are token ids."""
+
+    top_k: int
+    targets: tuple[int, ...] = ()
+
+
+HeadArguments: TypeAlias = MaskArguments
+"""What a head may need to know of a request, beside its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardCall:
     """One call to a model replica: which head to apply, and how long each request may still take."""
 
@@ -161,6 +224,8 @@ class ForwardCall:
     of two nodes differ."""
     priorities: tuple[Priority, ...] = ()
     """(m,), or empty where all are interactive."""
+    arguments: tuple[HeadArguments | None, ...] = ()
+    """(m,), or empty where the head needs none."""
 
     @property
     def weight(self) -> int:
@@ -170,15 +235,44 @@ class ForwardCall:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the head left of each sequence: `values` (n, d) float32, `queue_s` and `forward_s` (m,) float64.
+    """What the head left of each sequence: `values` (r, d) float32, `queue_s` and `forward_s` (m,) float64.
 
-    A request in `failures` (by index) failed alone; its rows are zeros.
+    `cu_rows` (n + 1,) int32 says where each sequence's rows start and the last one's end; None where each sequence has
+    one row. A request in `failures` (by index) failed alone; its rows are zeros, or none where `cu_rows` is given.
     """
 
     values: FloatArray
     queue_s: npt.NDArray[np.float64]
     forward_s: npt.NDArray[np.float64]
     failures: Mapping[int, ServeAppError] = field(default_factory=dict)
+    cu_rows: Int32Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """One request after the model: its sequences, and what the head left of each.
+
+    `values` (r, d) float32; `cu_rows` as in Rows, starting at 0.
+    """
+
+    tokens: TokenBatch
+    values: FloatArray
+    cu_rows: Int32Array | None = None
+
+    def of_sequence(self, sequence: int) -> FloatArray:
+        """The rows of one sequence, (k, d) float32."""
+        if self.cu_rows is None:
+            return self.values[sequence : sequence + 1]
+        return self.values[self.cu_rows[sequence] : self.cu_rows[sequence + 1]]
+
+    def windows(self) -> list[list[int]]:
+        """The sequences of each input, in order."""
+        if self.tokens.input_of is None:
+            return [[i] for i in range(self.tokens.num_sequences)]
+        found: list[list[int]] = [[] for _ in range(int(self.tokens.input_of.max(initial=-1)) + 1)]
+        for sequence, index in enumerate(self.tokens.input_of.tolist()):
+            found[index].append(sequence)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +289,13 @@ class Timings:
 class Answer:
     """One request's answer before a protocol writes it: the task's `output` and what it cost."""
 
-    output: FloatArray
+    output: TaskOutput
     tokens: int
     timings: Timings
     truncated: int = 0
     """How many of the inputs were cut."""
+    windows: int = 0
+    """How many windows were computed for inputs that needed more than one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +312,20 @@ class ModelCard:
     hidden_size: int
     pooling: Literal["mean", "cls", "lasttoken"]
     normalize: bool
-    auto_truncate: bool
+    long_texts: LongTexts = "truncate"
+    """Where a request does not say."""
+    stride: int = 0
+    """Tokens that neighbouring windows share where a request does not say."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, by index (`id2label`)."""
+    problem_type: str | None = None
+    """Of a classifier, from its config: regression, single_label_classification, multi_label_classification."""
+    default_function: str | None = None
+    """`function_to_apply` of the model's config."""
+    mask_token_id: int | None = None
+    cls_token_id: int | None = None
+    can_chat: bool = False
+    """The tokenizer has a chat template."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
 

@@ -84,7 +84,7 @@ class Measurements:
         return _seconds(lambda: _run_all(self._runner.run, parts))
 
     def _encode(self, texts: Sequence[str]) -> TokenBatch:
-        return concatenate([self._encoder.encode([TokenizeRequest(tuple(texts), truncate=True)])])
+        return concatenate([self._encoder.encode([TokenizeRequest(tuple(texts), long_texts="truncate")])])
 
 
 def _run_all(run: Callable[[TokenBatch], FloatArray], parts: Sequence[TokenBatch]) -> None:

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -16,7 +17,18 @@ from serve_app.config import IngressSettings
 from serve_app.errors import OverloadedError, ServeAppError, UnavailableError
 from serve_app.ingress.gate import Gate, GateLimits, Group
 from serve_app.metrics import IngressMetrics
-from serve_app.types import FloatArray, ForwardCall, Priority, Rows, Timings, TokenBatch, TokenizeRequest
+from serve_app.types import (
+    Chat,
+    Features,
+    ForwardCall,
+    HeadArguments,
+    Priority,
+    Rows,
+    TextInput,
+    Timings,
+    TokenBatch,
+    TokenizeRequest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,23 +37,32 @@ REPLICA_LOST = (RayError, RayServeException, ConnectionError)
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One request on its way; `deadline` on time.monotonic's clock."""
+class Work:
+    """What one request asks of the tiers: texts to tokenize, the head to apply and what that needs to know."""
 
     tokenize: TokenizeRequest
     head: str
-    priority: Priority
+    priority: Priority = "interactive"
+    arguments: HeadArguments | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One request on its way; `deadline` on time.monotonic's clock."""
+
+    work: Work
     deadline: float
     group: Group
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """One request's rows (n, d) float32 and what they cost; `timings.total_s` is not known here."""
+    """What the tiers made of one request, and what it cost; `timings.total_s` is not known here."""
 
-    rows: FloatArray
+    features: Features
     tokens: int
     truncated: int
+    windows: int
     timings: Timings
 
 
@@ -68,11 +89,11 @@ class Coalescer:
     def reconfigure(self, settings: IngressSettings) -> None:
         self._gate.set_limits(_gate_limits(settings))
 
-    async def compute(self, request: TokenizeRequest, head: str, priority: Priority, timeout_s: float) -> Computed:
-        """One request's rows. Raises ServeAppError: this request's own failure, or that its batch was lost."""
+    async def compute(self, work: Work, timeout_s: float) -> Computed:
+        """One request's features. Raises ServeAppError: this request's own failure, or that its batch was lost."""
         deadline = time.monotonic() + timeout_s
-        async with self._gate.admitted(_characters(request)) as group:
-            outcome = await self._share(Item(request, head, priority, deadline, group))
+        async with self._gate.admitted(_characters(work.tokenize)) as group:
+            outcome = await self._share(Item(work, deadline, group))
         if isinstance(outcome, ServeAppError):
             raise outcome
         return outcome  # type: ignore[no-any-return]  # serve.batch is untyped; _run returns only these two
@@ -82,8 +103,8 @@ class Coalescer:
         for item in items:
             self._gate.seal(item.group)
         self._metrics.coalesced_requests.observe(len(items), {"model": self._name})
-        heads = sorted({item.head for item in items})
-        members = [[item for item in items if item.head == head] for head in heads]
+        heads = sorted({item.work.head for item in items})
+        members = [[item for item in items if item.work.head == head] for head in heads]
         answered = await asyncio.gather(*(self._run_head(*each) for each in zip(heads, members, strict=True)))
         outcome_of = {
             id(item): outcome
@@ -116,13 +137,14 @@ class Coalescer:
             return [UnavailableError("the replica that computed this request was lost", retry_after_s=1.0)] * len(items)
 
     async def _through_the_tiers(self, head: str, items: list[Item]) -> list[Outcome]:
-        tokens: TokenBatch = await _call(self._tokenizer.tokenize, [item.tokenize for item in items])
+        tokens: TokenBatch = await _call(self._tokenizer.tokenize, [item.work.tokenize for item in items])
         now = time.monotonic()
         call = ForwardCall(
-            tokens=tokens,
+            tokens=tokens.for_model(),
             head=head,
             time_left_s=tuple(item.deadline - now for item in items),
-            priorities=tuple(item.priority for item in items),
+            priorities=tuple(item.work.priority for item in items),
+            arguments=_arguments(items),
         )
         if len(tokens.failures) == len(items):
             return [tokens.failures[i] for i in range(len(items))]
@@ -142,23 +164,53 @@ def _outcome(index: int, tokens: TokenBatch, rows: Rows) -> Outcome:
     failure = tokens.failures.get(index) or rows.failures.get(index)
     if failure is not None:
         return failure
-    where = tokens.sequences_of(index)
+    mine = tokens.of_request(index)
     return Computed(
-        rows=rows.values[where],
+        features=_features(mine, rows, tokens.sequences_of(index)),
         tokens=tokens.tokens_of(index),
-        truncated=int(tokens.truncated[where].sum()),
+        truncated=_cut_inputs(mine),
+        windows=_extra_windows(mine),
         timings=Timings(
             tokenize_s=tokens.tokenize_s, queue_s=float(rows.queue_s[index]), forward_s=float(rows.forward_s[index])
         ),
     )
 
 
+def _features(tokens: TokenBatch, rows: Rows, where: slice) -> Features:
+    if rows.cu_rows is None:
+        return Features(tokens, rows.values[where])
+    cu_rows = rows.cu_rows[where.start : where.stop + 1]
+    return Features(tokens, rows.values[cu_rows[0] : cu_rows[-1]], cu_rows - cu_rows[0])
+
+
+def _cut_inputs(tokens: TokenBatch) -> int:
+    if tokens.input_of is None:
+        return int(tokens.truncated.sum())
+    return len(set(tokens.input_of[tokens.truncated].tolist()))
+
+
+def _extra_windows(tokens: TokenBatch) -> int:
+    """Windows of the inputs that are read in more than one."""
+    if tokens.input_of is None:
+        return 0
+    windows = np.bincount(tokens.input_of)
+    return int(windows[windows > 1].sum())
+
+
+def _arguments(items: list[Item]) -> tuple[HeadArguments | None, ...]:
+    arguments = tuple(item.work.arguments for item in items)
+    return arguments if any(one is not None for one in arguments) else ()
+
+
 def _characters(request: TokenizeRequest) -> int:
     """A request's weight before it is tokenized: its characters, a token id counting as four."""
-    return sum(
-        len(value) if isinstance(value, str) else sum(len(v) if isinstance(v, str) else 4 for v in value)
-        for value in request.inputs
-    )
+    return sum(map(_length, request.inputs))
+
+
+def _length(value: TextInput) -> int:
+    if isinstance(value, (str, Chat)):
+        return len(value)
+    return sum(len(part) if isinstance(part, str) else 4 for part in value)
 
 
 def _gate_limits(settings: IngressSettings) -> GateLimits:

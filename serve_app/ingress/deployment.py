@@ -16,12 +16,14 @@ from serve_app.cache.status import ModelOnNode
 from serve_app.config import AppConfig, IngressSettings, parse
 from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppError, UnavailableError
 from serve_app.ingress.asgi import create_app
-from serve_app.ingress.coalescer import Coalescer
+from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.prometheus import scrape_cluster
 from serve_app.ingress.service import ModelInfo, SettingsRef
 from serve_app.metrics import IngressMetrics
+from serve_app.options import EmbeddingOptions
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
-from serve_app.types import Answer, EmbeddingOptions, ModelCard, ModelState, Request
+from serve_app.tasks.vocabulary import Vocabulary
+from serve_app.types import Answer, ModelCard, ModelState, Request
 
 READY_FOR_S = 5.0
 """A forward that succeeded this recently proves readiness; without one, a probe runs a forward of its own."""
@@ -46,7 +48,6 @@ class Ingress:
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
         self._handles = dict(handles)
         self._cache = config.cache
-        self._tasks = {model.name: ANSWERED_BY[model.task] for model in config.models}
         self._settings = SettingsRef(IngressSettings())
         self._metrics = IngressMetrics()
         self._coalescers = {
@@ -55,6 +56,7 @@ class Ingress:
         }
         self._cards: dict[str, ModelCard] = {}
         self._states: dict[str, ModelState] = {}
+        self._vocabularies: dict[str, Vocabulary] = {}
         self._answered_at: dict[str, float] = {}
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -88,17 +90,25 @@ class Ingress:
 
     async def _answer(self, request: Request, started: float) -> Answer:
         card = await self.card(request.model)
-        if request.task not in self._tasks[request.model]:
-            can = ", ".join(sorted(self._tasks[request.model]))
+        if request.task not in ANSWERED_BY[card.task]:
+            can = ", ".join(sorted(ANSWERED_BY[card.task]))
             raise InvalidInputError(f"model {request.model} does not answer task {request.task}; it answers: {can}")
         task = TASKS[request.task]
-        computed = await self._coalescers[request.model].compute(
-            task.prepare(request, card), task.head, request.priority, self._settings.current.request_timeout_s
-        )
+        vocabulary = await self._vocabulary(request.model) if task.needs_vocabulary else None
+        work = Work(task.prepare(request, card), task.head, request.priority, task.arguments(request, vocabulary))
+        computed = await self._coalescers[request.model].compute(work, self._settings.current.request_timeout_s)
         self._answered_at[request.model] = time.monotonic()
-        output = task.postprocess(request, card, computed.rows)
+        output = task.postprocess(request, card, computed.features, vocabulary)
         timings = replace(computed.timings, total_s=time.perf_counter() - started)
-        return Answer(output, computed.tokens, timings, computed.truncated)
+        return Answer(output, computed.tokens, timings, computed.truncated, computed.windows)
+
+    async def _vocabulary(self, model: str) -> Vocabulary:
+        vocabulary = self._vocabularies.get(model)
+        if vocabulary is None:
+            definition = await self._ask(self._handles[model].tokenizer.definition, model)
+            vocabulary = await asyncio.to_thread(Vocabulary.read, definition)
+            self._vocabularies[model] = vocabulary
+        return vocabulary
 
     async def ready(self, name: str | None = None) -> None:
         if name is not None:

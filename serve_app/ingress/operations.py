@@ -159,7 +159,7 @@ def model_facts(model: ModelInfo) -> Mapping[str, Any]:
         "served_model_name": card.name,
         "max_input_length": card.max_input_tokens,
         "max_batch_tokens": state and state.max_batch_tokens,
-        "auto_truncate": card.auto_truncate,
+        "auto_truncate": card.long_texts != "error",
         "task": card.task,
         "architecture": card.model_type,
         "hidden_size": card.hidden_size,

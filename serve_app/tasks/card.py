@@ -64,17 +64,19 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
     folder = transformer_folder(path)
     model = _json(folder / "config.json", required=True)
     prompts, default_prompt_name = _prompts(path, config)
+    max_input_tokens = _max_input_tokens(folder, model, config)
     return ModelCard(
         name=config.name,
         source=config.source,
         revision=revision,
-        task=config.task,
+        task=config.task or "embedding",
         model_type=str(model.get("model_type", "")),
-        max_input_tokens=_max_input_tokens(folder, model, config),
+        max_input_tokens=max_input_tokens,
         hidden_size=_hidden_size(model, config),
         pooling=config.pooling or _pooling(path, modules, prompts, config),
         normalize="Normalize" in modules if config.normalize is None else config.normalize,
-        auto_truncate=config.auto_truncate,
+        long_texts=config.long_texts,
+        stride=max_input_tokens // 8 if config.stride is None else config.stride,
         prompts=prompts,
         default_prompt_name=default_prompt_name,
     )

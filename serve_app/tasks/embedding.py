@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from serve_app.errors import InvalidInputError, MalformedRequestError
-from serve_app.types import EmbeddingOptions, FloatArray, ModelCard, Request, SimilarityOptions, TokenizeRequest
+from serve_app.options import EmbeddingOptions, SimilarityOptions
+from serve_app.tasks.vocabulary import Vocabulary
+from serve_app.types import Features, FloatArray, ModelCard, Request, TokenizeRequest
 
 
 class Embedding:
@@ -17,6 +19,7 @@ class Embedding:
 
     name = "embedding"
     head = "pooled"
+    needs_vocabulary = False
 
     def prepare(self, request: Request, card: ModelCard) -> TokenizeRequest:
         options = request.options
@@ -26,8 +29,13 @@ class Embedding:
             raise InvalidInputError(f"dimensions: must be 1 to {card.hidden_size} for model {card.name}")
         return tokenize_request(request, card, options.prompt_name)
 
-    def postprocess(self, request: Request, card: ModelCard, rows: FloatArray) -> FloatArray:
-        options = request.options
+    def arguments(self, request: Request, vocabulary: Vocabulary | None) -> None:
+        return None
+
+    def postprocess(
+        self, request: Request, card: ModelCard, features: Features, vocabulary: Vocabulary | None
+    ) -> FloatArray:
+        options, rows = request.options, features.values
         assert isinstance(options, EmbeddingOptions)
         vectors = rows if options.dimensions is None else rows[:, : options.dimensions]
         wanted = card.normalize if options.normalize is None else options.normalize
@@ -39,6 +47,7 @@ class Similarity:
 
     name = "similarity"
     head = "pooled"
+    needs_vocabulary = False
 
     def prepare(self, request: Request, card: ModelCard) -> TokenizeRequest:
         options = request.options
@@ -46,9 +55,14 @@ class Similarity:
             raise MalformedRequestError(f"task {self.name} takes similarity options")
         return tokenize_request(request, card, options.prompt_name)
 
-    def postprocess(self, request: Request, card: ModelCard, rows: FloatArray) -> FloatArray:
+    def arguments(self, request: Request, vocabulary: Vocabulary | None) -> None:
+        return None
+
+    def postprocess(
+        self, request: Request, card: ModelCard, features: Features, vocabulary: Vocabulary | None
+    ) -> FloatArray:
         """Cosines (n - 1,) float32."""
-        vectors = normalize(rows)
+        vectors = normalize(features.values)
         cosines: FloatArray = vectors[1:] @ vectors[0]
         return cosines
 
@@ -57,9 +71,10 @@ def tokenize_request(request: Request, card: ModelCard, prompt_name: str | None)
     """The request's inputs as they are, with the prompt and the truncation that it or the model asks for."""
     return TokenizeRequest(
         inputs=request.inputs,
-        truncate=card.auto_truncate if request.truncate is None else request.truncate,
+        long_texts=request.long_texts or card.long_texts,
         truncation_side=request.truncation_side,
         prompt=_prompt(prompt_name, card),
+        stride=card.stride if request.stride is None else request.stride,
     )
 
 

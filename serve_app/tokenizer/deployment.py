@@ -31,6 +31,10 @@ class TokenizerReplica:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._encoder.encode, requests)
 
+    async def definition(self) -> str:
+        """The tokenizer as the JSON of a `tokenizer.json`; an ingress asks once, for tasks that answer with words."""
+        return self._encoder.definition
+
     async def card(self) -> ModelCard:
         """What the model's files say; the ingress asks once."""
         return self._card

@@ -14,7 +14,7 @@ import numpy as np
 from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError, RequestError
 from serve_app.tokenizer.bounded import BoundedTokenizer
 from serve_app.tokenizer.loader import load
-from serve_app.types import Int32Array, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
+from serve_app.types import Int32Array, LongTexts, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -44,6 +44,7 @@ class Encoder:
         self.max_input_tokens = max_input_tokens
         tokenizer = load(path)
         _check_room(tokenizer, max_input_tokens)
+        self.definition: str = tokenizer.to_str()
         self._vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self._whole = BoundedTokenizer(tokenizer, max_input_tokens, None)
         self._cutting = {
@@ -75,7 +76,7 @@ class Encoder:
         ]
 
     def _tokenizer(self, request: TokenizeRequest) -> BoundedTokenizer:
-        return self._cutting[request.truncation_side] if request.truncate else self._whole
+        return self._cutting[request.truncation_side] if request.long_texts == "truncate" else self._whole
 
     def _outcome(self, request: TokenizeRequest, encodings: Sequence[Encoding]) -> Outcome:
         texts = iter(encodings)
@@ -96,7 +97,7 @@ class Encoder:
         if not ids:
             raise InvalidInputError(f"inputs[{index}]: has no tokens; send a text that is not empty")
         pair = isinstance(request.inputs[index], tuple)
-        cut = request.truncate and len(ids) == self.max_input_tokens and bool(encoding.overflowing)
+        cut = request.long_texts == "truncate" and len(ids) == self.max_input_tokens and bool(encoding.overflowing)
         return Encoded(ids, encoding.type_ids if pair else None, cut)
 
     def _given(self, request: TokenizeRequest, index: int, ids: TokenIds) -> Encoded:
@@ -108,7 +109,7 @@ class Encoder:
         limit = self.max_input_tokens
         if len(ids) <= limit:
             return Encoded(ids)
-        if not request.truncate:
+        if request.long_texts != "truncate":
             raise self._too_long(index, f"{len(ids)}")
         return Encoded(ids[-limit:] if request.truncation_side == "left" else ids[:limit], truncated=True)
 
@@ -151,9 +152,9 @@ def _type_ids(sequences: Sequence[Encoded]) -> Int32Array | None:
 
 def _alike(requests: Sequence[TokenizeRequest]) -> list[list[int]]:
     """Indices of the requests, grouped by how they are truncated."""
-    kinds: dict[tuple[bool, Side], list[int]] = {}
+    kinds: dict[tuple[LongTexts, Side], list[int]] = {}
     for index, request in enumerate(requests):
-        kinds.setdefault((request.truncate, request.truncation_side), []).append(index)
+        kinds.setdefault((request.long_texts, request.truncation_side), []).append(index)
     return list(kinds.values())
 
 

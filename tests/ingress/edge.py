@@ -20,7 +20,8 @@ from serve_app.errors import ModelNotFoundError, UnavailableError
 from serve_app.ingress.asgi import App, create_app
 from serve_app.ingress.service import ModelInfo, SettingsRef
 from serve_app.tasks.registry import TASKS
-from serve_app.types import Answer, FloatArray, ModelCard, ModelState, Request, TextInput, Timings
+from serve_app.types import Answer, Features, FloatArray, ModelCard, ModelState, Request, TextInput, Timings
+from tests.batches import NO_TOKENS
 
 CARD = ModelCard(
     name="tiny",
@@ -32,7 +33,7 @@ CARD = ModelCard(
     hidden_size=16,
     pooling="mean",
     normalize=False,
-    auto_truncate=True,
+    long_texts="truncate",
     prompts={"query": "query: "},
 )
 STATE = ModelState("float32", "cpu", "packed", 1024, {"resident_bytes": 1e8})
@@ -86,7 +87,8 @@ class FakeService:
         prompt = task.prepare(request, card).prompt
         rows = np.stack([vector(value, prompt) for value in request.inputs])
         timings = Timings(tokenize_s=0.0015, queue_s=0.0025, forward_s=0.0405)
-        return Answer(task.postprocess(request, card, rows), sum(map(len, request.inputs)) + 2, timings)
+        output = task.postprocess(request, card, Features(NO_TOKENS, rows), None)
+        return Answer(output, sum(map(len, request.inputs)) + 2, timings)
 
     async def ready(self, name: str | None = None) -> None:
         if name is not None:

@@ -26,7 +26,7 @@ from serve_app.errors import (
     ServeAppError,
     UnavailableError,
 )
-from serve_app.ingress.coalescer import Coalescer, Computed
+from serve_app.ingress.coalescer import Coalescer, Computed, Work
 from serve_app.ingress.statuses import kind_of
 from serve_app.metrics import IngressMetrics
 from serve_app.types import TokenizeRequest
@@ -57,7 +57,7 @@ class Bench:
         self.coalescer = Coalescer("tiny", self.tiers, self.tiers, settings, self.metrics)
 
     async def compute(self, *inputs: str, head: str = "pooled", timeout_s: float = 60.0) -> Computed:
-        return await self.coalescer.compute(TokenizeRequest(inputs, True), head, "interactive", timeout_s)
+        return await self.coalescer.compute(Work(TokenizeRequest(inputs, "truncate"), head), timeout_s)
 
     def start(self, *inputs: str) -> asyncio.Task[Computed]:
         return asyncio.create_task(self.compute(*inputs))
@@ -95,7 +95,7 @@ async def settle() -> None:
 
 
 def assert_rows(computed: Computed, *inputs: str) -> None:
-    np.testing.assert_array_equal(computed.rows, expected_rows(inputs))
+    np.testing.assert_array_equal(computed.features.values, expected_rows(inputs))
     assert computed.tokens == sum(len(text) for text in inputs)
 
 
@@ -187,7 +187,7 @@ async def test_each_head_has_its_own_call_and_each_request_its_own_rows(bench: B
         ("other head", 1),
         ("pooled", 2),
     ]
-    np.testing.assert_array_equal(two.rows, expected_rows(("b",), "other head"))
+    np.testing.assert_array_equal(two.features.values, expected_rows(("b",), "other head"))
     assert_rows(one, "a")
     assert_rows(three, "c")
 

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from serve_app.types import EmbeddingOptions, SimilarityOptions
+from serve_app.options import EmbeddingOptions, SimilarityOptions
 from tests.ingress.edge import FakeService, unit, vector
 
 PATHS = ["/", "/models/tiny"]
@@ -50,7 +50,7 @@ async def test_options_are_taken_from_both_places(
     assert np.array(response.json()).shape == (1, 8)
     request = service.requests[0]
     assert request.options == EmbeddingOptions(True, 8, "query")
-    assert (request.truncate, request.truncation_side) == (True, "left")
+    assert (request.long_texts, request.truncation_side) == ("truncate", "left")
 
 
 async def test_options_beside_inputs_win(client: httpx.AsyncClient, service: FakeService) -> None:
@@ -62,7 +62,7 @@ async def test_comparisons_take_the_options_about_texts(client: httpx.AsyncClien
     inputs = {"source_sentence": "a", "sentences": ["b"]}
     await client.post("/", json={"inputs": inputs, "prompt_name": "query", "truncate": False})
     assert service.requests[0].options == SimilarityOptions("query")
-    assert service.requests[0].truncate is False
+    assert service.requests[0].long_texts == "error"
 
 
 async def test_errors_have_the_shape_that_the_client_parses(client: httpx.AsyncClient) -> None:

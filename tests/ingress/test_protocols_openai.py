@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from serve_app import errors
-from serve_app.types import EmbeddingOptions
+from serve_app.options import EmbeddingOptions
 from tests.ingress.edge import FakeService, unit, vector
 
 

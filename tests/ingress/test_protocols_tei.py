@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from serve_app.types import EmbeddingOptions, SimilarityOptions
+from serve_app.options import EmbeddingOptions, SimilarityOptions
 from tests.ingress.edge import FakeService, client_of, unit, vector
 
 
@@ -60,7 +60,7 @@ async def test_embed_passes_every_option_on(client: httpx.AsyncClient, service: 
     answer = await post(client, "/embed", body)
     request = service.requests[0]
     assert request.options == EmbeddingOptions(False, 4, "query")
-    assert (request.truncate, request.truncation_side, request.task) == (False, "left", "embedding")
+    assert (request.long_texts, request.truncation_side, request.task) == ("error", "left", "embedding")
     np.testing.assert_array_equal(np.array(answer, np.float32), vector("a", "query: ")[None, :4])
 
 
@@ -95,7 +95,7 @@ async def test_similarity_takes_its_options_in_parameters(client: httpx.AsyncCli
     await post(client, "/similarity", {"inputs": inputs, "parameters": parameters})
     request = service.requests[0]
     assert request.options == SimilarityOptions("query")
-    assert (request.truncate, request.truncation_side) == (True, "left")
+    assert (request.long_texts, request.truncation_side) == ("truncate", "left")
 
 
 async def test_unknown_fields_are_ignored_as_in_tei(client: httpx.AsyncClient) -> None:

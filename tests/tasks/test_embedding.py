@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from serve_app.errors import InvalidInputError, MalformedRequestError
+from serve_app.options import EmbeddingOptions, SimilarityOptions
 from serve_app.tasks.embedding import Embedding, normalize
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
-from serve_app.types import EmbeddingOptions, FloatArray, ModelCard, Request, SimilarityOptions, TokenizeRequest
+from serve_app.types import Features, FloatArray, LongTexts, ModelCard, Request, TokenizeRequest
+from tests.batches import NO_TOKENS
 
 CARD = ModelCard(
     name="tiny",
@@ -26,14 +29,19 @@ CARD = ModelCard(
     hidden_size=8,
     pooling="mean",
     normalize=False,
-    auto_truncate=True,
+    long_texts="truncate",
     prompts={"query": "query: ", "passage": "passage: "},
 )
 ROWS = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32) * 5
 
 
-def request(options: EmbeddingOptions | SimilarityOptions | None = None, truncate: bool | None = None) -> Request:
-    return Request("1", "tiny", "embedding", ("a", "b", (5, 6)), options or EmbeddingOptions(), truncate, "left")
+def request(
+    options: EmbeddingOptions | SimilarityOptions | None = None,
+    long_texts: LongTexts | None = None,
+    stride: int | None = None,
+) -> Request:
+    inputs = ("a", "b", (5, 6))
+    return Request("1", "tiny", "embedding", inputs, options or EmbeddingOptions(), long_texts, "left", stride)
 
 
 def prompt_of(card: ModelCard, prompt_name: str | None) -> str:
@@ -41,20 +49,22 @@ def prompt_of(card: ModelCard, prompt_name: str | None) -> str:
 
 
 def vectors(card: ModelCard, options: EmbeddingOptions) -> FloatArray:
-    return Embedding().postprocess(request(options), card, ROWS)
+    return Embedding().postprocess(request(options), card, Features(NO_TOKENS, ROWS), None)
 
 
 def test_the_inputs_are_tokenized_as_they_came() -> None:
     prepared = Embedding().prepare(request(), CARD)
-    assert prepared == TokenizeRequest(("a", "b", (5, 6)), truncate=True, truncation_side="left", prompt="")
+    assert prepared == TokenizeRequest(("a", "b", (5, 6)), "truncate", "left", prompt="", stride=CARD.stride)
 
 
-@pytest.mark.parametrize("asked", [True, False])
-@pytest.mark.parametrize("configured", [True, False])
-def test_the_request_decides_about_truncation_and_else_the_model(configured: bool, asked: bool) -> None:
-    card = replace(CARD, auto_truncate=configured)
-    assert Embedding().prepare(request(truncate=asked), card).truncate is asked
-    assert Embedding().prepare(request(truncate=None), card).truncate is configured
+@pytest.mark.parametrize("asked", get_args(LongTexts))
+@pytest.mark.parametrize("configured", get_args(LongTexts))
+def test_the_request_decides_about_long_texts_and_else_the_model(configured: LongTexts, asked: LongTexts) -> None:
+    card = replace(CARD, long_texts=configured, stride=3)
+    assert Embedding().prepare(request(long_texts=asked, stride=5), card).long_texts == asked
+    assert Embedding().prepare(request(long_texts=asked, stride=5), card).stride == 5
+    assert Embedding().prepare(request(long_texts=None), card).long_texts == configured
+    assert Embedding().prepare(request(long_texts=None), card).stride == 3
 
 
 def test_the_prompt_is_the_named_one_or_the_models_default_or_none() -> None:

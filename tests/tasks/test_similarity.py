@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from serve_app.errors import InvalidInputError, MalformedRequestError
+from serve_app.options import EmbeddingOptions, SimilarityOptions
 from serve_app.tasks.embedding import Embedding, Similarity
-from serve_app.types import EmbeddingOptions, FloatArray, ModelCard, Request, SimilarityOptions
+from serve_app.types import Features, FloatArray, ModelCard, Request
+from tests.batches import NO_TOKENS
 
 CARD = ModelCard(
     name="tiny",
@@ -25,17 +27,17 @@ CARD = ModelCard(
     hidden_size=8,
     pooling="mean",
     normalize=False,
-    auto_truncate=False,
+    long_texts="error",
     prompts={"query": "query: "},
 )
 
 
 def request(options: SimilarityOptions | EmbeddingOptions) -> Request:
-    return Request("1", "tiny", "similarity", ("a", "b", "c"), options, truncate=True)
+    return Request("1", "tiny", "similarity", ("a", "b", "c"), options, long_texts="truncate")
 
 
 def cosines(rows: FloatArray, card: ModelCard = CARD) -> FloatArray:
-    return Similarity().postprocess(request(SimilarityOptions()), card, rows)
+    return Similarity().postprocess(request(SimilarityOptions()), card, Features(NO_TOKENS, rows), None)
 
 
 values = st.floats(-1e3, 1e3, width=32)
@@ -59,7 +61,7 @@ def test_a_text_compared_with_itself_gives_1_whether_the_model_normalizes_or_not
 def test_it_is_tokenized_and_computed_like_an_embedding() -> None:
     asked = Similarity().prepare(request(SimilarityOptions("query")), CARD)
     assert asked == Embedding().prepare(request(EmbeddingOptions(prompt_name="query")), CARD)
-    assert (asked.prompt, asked.truncate) == ("query: ", True)
+    assert (asked.prompt, asked.long_texts) == ("query: ", "truncate")
     assert Similarity.head == Embedding.head
 
 

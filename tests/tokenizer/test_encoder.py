@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from serve_app.errors import ConfigError, IncompleteModelError, InputTooLongError, InvalidInputError
 from serve_app.tokenizer.encoder import Encoder
-from serve_app.types import Side, TextInput, TokenBatch, TokenizeRequest
+from serve_app.types import LongTexts, Side, TextInput, TokenBatch, TokenizeRequest
 from tests.reference import minilm_folder
 from tests.tokenizer.kinds import byte_level, save, wordpiece
 
@@ -55,7 +55,7 @@ def reference(folder: Path) -> Any:
 
 
 def encode_one(encoder: Encoder, value: TextInput, truncate: bool = True, side: Side = "right") -> TokenBatch:
-    return encoder.encode([TokenizeRequest((value,), truncate, side)])
+    return encoder.encode([TokenizeRequest((value,), "truncate" if truncate else "error", side)])
 
 
 def sequences(batch: TokenBatch) -> list[list[int]]:
@@ -85,7 +85,9 @@ def test_a_text_has_the_references_ids(encoder: Encoder, reference: Any, text: s
 def test_texts_of_several_requests_stay_in_their_order(encoder: Encoder, reference: Any) -> None:
     texts = list(TEXTS.values())
     sides: list[Side] = ["left" if i % 3 else "right" for i in range(len(texts))]
-    batch = encoder.encode([TokenizeRequest((text, text), True, side) for text, side in zip(texts, sides, strict=True)])
+    batch = encoder.encode(
+        [TokenizeRequest((text, text), "truncate", side) for text, side in zip(texts, sides, strict=True)]
+    )
     wanted = [expected(reference, [text] * 2, side) for text, side in zip(texts, sides, strict=True)]
     assert sequences(batch) == [ids for pair in wanted for ids in pair]
     assert batch.cu_requests.tolist() == list(range(0, 2 * len(texts) + 1, 2))
@@ -103,7 +105,7 @@ def test_a_text_that_fits_exactly_is_whole_and_with_one_token_more_is_cut(folder
 
 
 def test_a_prompt_stands_before_each_text_and_not_before_token_ids(encoder: Encoder, reference: Any) -> None:
-    request = TokenizeRequest(("small words", (5, 6), "one vector"), True, prompt="The query: ")
+    request = TokenizeRequest(("small words", (5, 6), "one vector"), "truncate", prompt="The query: ")
     first, given, second = sequences(encoder.encode([request]))
     assert [first, second] == expected(reference, ["The query: small words", "The query: one vector"])
     assert given == [5, 6]
@@ -125,7 +127,7 @@ def test_a_pair_has_the_references_ids_and_types(
 
 
 def test_types_are_zero_for_what_is_no_pair(encoder: Encoder, reference: Any) -> None:
-    batch = encoder.encode([TokenizeRequest(("small words", ("one", "two")), True)])
+    batch = encoder.encode([TokenizeRequest(("small words", ("one", "two")), "truncate")])
     assert batch.token_type_ids is not None
     first = batch.select(0, 1)
     assert first.token_type_ids is not None
@@ -145,7 +147,7 @@ def test_a_text_without_any_token_is_refused(tmp_path: Path) -> None:
     bare = wordpiece()
     bare.post_processor = None
     encoder = Encoder(save(bare, tmp_path), LIMIT)
-    batch = encoder.encode([TokenizeRequest(("", "the"), True), TokenizeRequest(("the",), True)])
+    batch = encoder.encode([TokenizeRequest(("", "the"), "truncate"), TokenizeRequest(("the",), "truncate")])
     assert isinstance(batch.failures[0], InvalidInputError)
     assert "inputs[0]" in batch.failures[0].message
     assert batch.cu_requests.tolist() == [0, 0, 1]
@@ -153,8 +155,8 @@ def test_a_text_without_any_token_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udc80b", "\udfff" * 5, "a \ud83d b"], ids=ascii)
 def test_a_lone_surrogate_fails_alone(minilm: Encoder, text: str) -> None:
-    good = TokenizeRequest(("good", "better"), True)
-    batch = minilm.encode([good, TokenizeRequest(("fine", text), True), good])
+    good = TokenizeRequest(("good", "better"), "truncate")
+    batch = minilm.encode([good, TokenizeRequest(("fine", text), "truncate"), good])
     assert list(batch.failures) == [1]
     assert isinstance(batch.failures[1], InvalidInputError)
     assert text not in batch.failures[1].message
@@ -164,7 +166,7 @@ def test_a_lone_surrogate_fails_alone(minilm: Encoder, text: str) -> None:
 
 
 def test_token_ids_of_the_client_are_taken_as_they_are(minilm: Encoder) -> None:
-    batch = minilm.encode([TokenizeRequest(((101, 7592, 102), (7592,)), False)])
+    batch = minilm.encode([TokenizeRequest(((101, 7592, 102), (7592,)), "error")])
     assert sequences(batch) == [[101, 7592, 102], [7592]]
     assert not batch.truncated.any()
 
@@ -178,7 +180,7 @@ def test_too_many_token_ids_are_cut_from_their_side(minilm: Encoder, side: Side,
 
 @pytest.mark.parametrize("ids", [(-1,), (30522,), (2**31,), ()])
 def test_token_ids_that_the_model_has_not_fail_alone(minilm: Encoder, ids: tuple[int, ...]) -> None:
-    batch = minilm.encode([TokenizeRequest(((5,), ids), True), TokenizeRequest(("good",), True)])
+    batch = minilm.encode([TokenizeRequest(((5,), ids), "truncate"), TokenizeRequest(("good",), "truncate")])
     assert list(batch.failures) == [0]
     assert isinstance(batch.failures[0], InvalidInputError)
     assert "inputs[1]" in batch.failures[0].message
@@ -187,7 +189,7 @@ def test_token_ids_that_the_model_has_not_fail_alone(minilm: Encoder, ids: tuple
 
 @pytest.mark.parametrize("value", ["small words " * 50, tuple(range(102))], ids=["text", "ids"])
 def test_what_is_too_long_is_refused_with_its_count(minilm: Encoder, value: TextInput) -> None:
-    batch = minilm.encode([TokenizeRequest(("good", value), False), TokenizeRequest(("good",), False)])
+    batch = minilm.encode([TokenizeRequest(("good", value), "error"), TokenizeRequest(("good",), "error")])
     assert list(batch.failures) == [0]
     assert isinstance(batch.failures[0], InputTooLongError)
     assert "inputs[1]: 102 tokens, and the model takes 24" in batch.failures[0].message
@@ -195,7 +197,9 @@ def test_what_is_too_long_is_refused_with_its_count(minilm: Encoder, value: Text
 
 def test_requests_with_and_without_truncation_share_a_call(minilm: Encoder) -> None:
     long = "small words " * 50
-    kinds = [(True, "right"), (False, "right"), (True, "left"), (False, "left")]
+    both: tuple[LongTexts, LongTexts] = ("truncate", "error")
+    sides: tuple[Side, Side] = ("right", "left")
+    kinds = [(long_texts, side) for side in sides for long_texts in both]
     batch = minilm.encode([TokenizeRequest((f"first {long} last",), t, side) for t, side in kinds])
     assert sorted(batch.failures) == [1, 3]
     right, left = sequences(batch)
@@ -209,7 +213,7 @@ def test_a_call_without_requests_is_an_empty_batch(minilm: Encoder) -> None:
 
 def test_threads_with_different_truncation_get_what_one_thread_gets(minilm: Encoder) -> None:
     texts = tuple(f"text {i} " + "of small words " * (i % 40) for i in range(120))
-    kinds = [TokenizeRequest(texts, t, side) for t in (True, False) for side in ("right", "left")]
+    kinds = [TokenizeRequest(texts, t, side) for t in ("truncate", "error") for side in ("right", "left")]
     kinds[2:] = [replace(kind, inputs=texts[:2]) for kind in kinds[2:]]
     serial = [minilm.encode([kind]) for kind in kinds]
     wrong: list[int] = []

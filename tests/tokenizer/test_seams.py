@@ -143,7 +143,9 @@ def test_pairs_are_read_in_full() -> None:
 
 def test_what_is_not_unicode_is_refused_wherever_it_stands() -> None:
     encoder = Encoder(minilm_folder(), LIMIT)
-    batch = encoder.encode([TokenizeRequest(("the model " * 500 + "\ud800",), True), TokenizeRequest(("good",), True)])
+    batch = encoder.encode(
+        [TokenizeRequest(("the model " * 500 + "\ud800",), "truncate"), TokenizeRequest(("good",), "truncate")]
+    )
     assert list(batch.failures) == [0]
     assert isinstance(batch.failures[0], InvalidInputError)
 
@@ -151,7 +153,7 @@ def test_what_is_not_unicode_is_refused_wherever_it_stands() -> None:
 def test_a_refusal_says_at_least_where_not_all_was_read() -> None:
     encoder = Encoder(minilm_folder(), LIMIT)
     some, many = ("small words " * n for n in (18, 100_000))
-    refusals = encoder.encode([TokenizeRequest((text,), False) for text in (some, many)]).failures
+    refusals = encoder.encode([TokenizeRequest((text,), "error") for text in (some, many)]).failures
     assert all(isinstance(error, InputTooLongError) for error in refusals.values())
     assert "inputs[0]: 38 tokens" in refusals[0].message
     assert "inputs[0]: at least 4" in refusals[1].message

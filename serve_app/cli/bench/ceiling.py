@@ -107,7 +107,7 @@ class InProcess:
     def compute(self, budget: int) -> tuple[FloatArray, dict[str, Any]]:
         """Vectors (n, d) of this part's texts in their order, and what they took."""
         started = time.perf_counter()
-        batch = self._encoder.encode([TokenizeRequest(self.texts, truncate=True)])
+        batch = self._encoder.encode([TokenizeRequest(self.texts, long_texts="truncate")])
         tokenized = time.perf_counter()
         order = np.argsort(batch.lengths(), kind="stable")
         longest_first = gather(batch, order[::-1])

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from serve_app.errors import EmptyInputError, MalformedRequestError
-from serve_app.types import Request, Side, TextInput, TokenIds
+from serve_app.types import LongTexts, Request, Side, TextInput, TokenIds
 
 _MAX_TOKEN_ID = 2**31 - 1
 _EXPECTED = "send a text, a list of token ids, or a list of texts and lists of token ids"
@@ -175,6 +175,13 @@ Truncate = Annotated[
         "is left out or null."
     ),
 ]
+
+
+def long_texts(truncate: bool | None) -> LongTexts | None:
+    """The wire's `truncate` in our terms."""
+    return None if truncate is None else "truncate" if truncate else "error"
+
+
 TruncationDirection = Annotated[
     Direction | None, Field(description="The side that is cut off; right where it is left out.")
 ]

@@ -24,9 +24,11 @@ from serve_app.ingress.protocols.fields import (
     Truncate,
     TruncationDirection,
     documented,
+    long_texts,
 )
 from serve_app.ingress.routes import COMPUTE_FAILURES, Dialect, Route
-from serve_app.types import Answer, EmbeddingOptions, Request, Side, SimilarityOptions
+from serve_app.options import EmbeddingOptions, SimilarityOptions
+from serve_app.types import Answer, Request, Side
 
 DIALECT = Dialect("Hugging Face", write_error, ErrorBody)
 
@@ -59,7 +61,7 @@ class RootBody(Parameters, InferenceBody):
     def to_request(self, request_id: str, model: str) -> Request:
         nested = self.parameters or Parameters()
         prompt_name = _first(self.prompt_name, nested.prompt_name)
-        truncate = _first(self.truncate, nested.truncate)
+        truncate = long_texts(_first(self.truncate, nested.truncate))
         side: Side = _first(self.truncation_direction, nested.truncation_direction) or "right"
         if isinstance(self.inputs, SimilarityInputs):
             inputs = (self.inputs.source_sentence, *self.inputs.sentences)

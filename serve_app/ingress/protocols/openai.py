@@ -21,7 +21,8 @@ from serve_app.ingress.inference import Inference
 from serve_app.ingress.protocols.fields import Dimensions, EncodingFormat, InferenceBody, Inputs, documented
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Dialect, Route
 from serve_app.ingress.statuses import ErrorKind
-from serve_app.types import Answer, EmbeddingOptions, FloatArray, Request
+from serve_app.options import EmbeddingOptions
+from serve_app.types import Answer, FloatArray, Request
 
 
 class OpenAIError(BaseModel):
@@ -104,7 +105,8 @@ class ModelList(BaseModel):
 
 
 def write_embeddings(body: EmbeddingsBody, request: Request, answer: Answer) -> bytes:
-    rows = _base64(answer.output) if body.encoding_format == "base64" else np.ascontiguousarray(answer.output)
+    vectors = np.ascontiguousarray(np.asarray(answer.output, np.float32))
+    rows = _base64(vectors) if body.encoding_format == "base64" else vectors
     data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
     usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
     return encode({"object": "list", "data": data, "model": request.model, "usage": usage})

@@ -19,9 +19,11 @@ from serve_app.ingress.protocols.fields import (
     Truncate,
     TruncationDirection,
     documented,
+    long_texts,
 )
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Dialect, Route
-from serve_app.types import Answer, EmbeddingOptions, Request, SimilarityOptions
+from serve_app.options import EmbeddingOptions, SimilarityOptions
+from serve_app.types import Answer, Request
 
 DIALECT = Dialect("Text Embeddings Inference", write_error, ErrorBody)
 
@@ -45,7 +47,7 @@ class EmbedBody(InferenceBody):
             task="embedding",
             inputs=self.inputs,
             options=EmbeddingOptions(self.normalize, self.dimensions, self.prompt_name),
-            truncate=self.truncate,
+            long_texts=long_texts(self.truncate),
             truncation_side=self.truncation_direction or "right",
         )
 
@@ -74,7 +76,7 @@ class SimilarityBody(InferenceBody):
             task="similarity",
             inputs=(self.inputs.source_sentence, *self.inputs.sentences),
             options=SimilarityOptions(parameters.prompt_name),
-            truncate=parameters.truncate,
+            long_texts=long_texts(parameters.truncate),
             truncation_side=parameters.truncation_direction or "right",
         )
 

@@ -1,0 +1,125 @@
+"""What a client may choose, task by task; None means what the model's own files or its configuration say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOptions:
+    """How an embedding is finished; None means as the model's own files say."""
+
+    normalize: bool | None = None
+    dimensions: int | None = None
+    prompt_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SimilarityOptions:
+    """Cosine of the first input with each of the others; `prompt_name` as for embeddings."""
+
+    prompt_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEmbeddingOptions:
+    """One vector for each token (feature extraction without pooling), special tokens included."""
+
+    prompt_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SparseEmbeddingOptions:
+    """SPLADE: a weight for each vocabulary entry that counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationOptions:
+    """Labels of texts or pairs. `top_k` None is all labels; `function` None is what the model's config asks for."""
+
+    top_k: int | None = None
+    function: Literal["sigmoid", "softmax", "none"] | None = None
+    over_windows: Literal["max", "mean"] = "mean"
+
+
+@dataclass(frozen=True, slots=True)
+class RerankOptions:
+    """The first input is the query, the others are documents. `raw_scores`: logits instead of probabilities."""
+
+    raw_scores: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroShotOptions:
+    """Labels for texts by entailment; `template` has one `{}`, the label's place."""
+
+    labels: tuple[str, ...]
+    multi_label: bool = False
+    template: str = "This example is {}."
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClassificationOptions:
+    """`aggregation` as in transformers' pipeline."""
+
+    aggregation: Literal["none", "simple", "first", "average", "max"] = "none"
+    ignore_labels: tuple[str, ...] = ("O",)
+
+
+@dataclass(frozen=True, slots=True)
+class FillMaskOptions:
+    """The most likely tokens at each mask, or the scores of `targets` alone."""
+
+    top_k: int = 5
+    targets: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionAnsweringOptions:
+    """Inputs are (question, context) pairs; lengths in tokens. None: as transformers 4.57's pipeline would."""
+
+    top_k: int = 1
+    doc_stride: int | None = None
+    max_seq_len: int | None = None
+    max_answer_len: int = 15
+    max_question_len: int = 64
+    handle_impossible_answer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How text is generated; None is what the model's generation config says, else transformers' default."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    num_beams: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Texts at which an answer ends; none of them is part of it."""
+    logprobs: int | None = None
+    """Log probabilities of so many most likely tokens at each step, beside that of the chosen one."""
+    echo: bool = False
+    """Put the prompt before the answer."""
+    source_language: str | None = None
+    target_language: str | None = None
+
+
+TaskOptions: TypeAlias = (
+    EmbeddingOptions
+    | SimilarityOptions
+    | TokenEmbeddingOptions
+    | SparseEmbeddingOptions
+    | ClassificationOptions
+    | RerankOptions
+    | ZeroShotOptions
+    | TokenClassificationOptions
+    | FillMaskOptions
+    | QuestionAnsweringOptions
+    | GenerationOptions
+)

@@ -40,9 +40,9 @@ _WANTED_S = 60.0
 _IDLE_S = 60.0
 """After so long without work the depots are ended; they are made again when they are needed."""
 
-_held: dict[tuple[str, str], Any] = {}
-"""Handles of the warmers that this process uses, by name and by this process's id in the cluster it is connected to.
-A warmer lives as long as its maker holds it."""
+_held: dict[tuple[str, str, str], Any] = {}
+"""Handles of the warmers that this process uses, by name and by node and id of this process in the cluster that it is
+connected to (the first driver of every cluster has the same id). A warmer lives as long as its maker holds it."""
 
 
 class Warmer:
@@ -315,14 +315,21 @@ async def ask_warmer(app: str, cache: CacheConfig, method: str, *arguments: Any)
 def _warmer(app: str, cache: CacheConfig) -> Any:
     place = _place(app, cache)
     if place not in _held:
-        options = {"name": place[1], "namespace": NAMESPACE, "get_if_exists": True, "resources": ON_HEAD, "num_cpus": 0}
+        options = {
+            "name": place[-1],
+            "namespace": NAMESPACE,
+            "get_if_exists": True,
+            "resources": ON_HEAD,
+            "num_cpus": 0,
+        }
         actor = ray.remote(Warmer).options(**options, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000)
         _held[place] = actor.remote(cache)
     return _held[place]
 
 
-def _place(app: str, cache: CacheConfig) -> tuple[str, str]:
-    return ray.get_runtime_context().get_worker_id(), warmer_name(app, cache)
+def _place(app: str, cache: CacheConfig) -> tuple[str, str, str]:
+    here = ray.get_runtime_context()
+    return here.get_node_id(), here.get_worker_id(), warmer_name(app, cache)
 
 
 def warmer_name(app: str, cache: CacheConfig) -> str:

@@ -1,7 +1,9 @@
 """How long until all nodes have a model, and what the Hub gives for it: one download per cluster, or one per node.
 
 `python -m tests.bench.prewarm` starts real Ray nodes on this machine (each its own folder and address) and the local
-hub, whose answers together are limited to a rate, as an uplink is. Prints one Markdown row for each number of nodes.
+hub, whose answers together are limited to a rate, as an uplink is. The two ways are measured in turn. Prints one
+Markdown row for each number of nodes: medians with the smallest and largest, beside the floor, which is the time that
+the hub's line needs for the bytes that the hub must give. TMPDIR chooses where the nodes' disks are.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.cache.node import warm_this_node
+from serve_app.cache.store import expand
 from serve_app.cache.warmer import alive_nodes, ask_warmer
 from serve_app.config import CacheConfig, ModelConfig
 from tests.cluster.prewarm_cluster import ROOT, nodes_of_a_cluster
@@ -42,29 +46,38 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--model-mb", type=int, default=400, help="size of the model, in four shards")
     parser.add_argument("--hub-mb-per-s", type=float, default=100.0, help="what all downloads together may take")
-    parser.add_argument("--rounds", type=int, default=3, help="the median of so many is printed")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each way is measured")
     args = parser.parse_args()
     print(f"model {args.model_mb} MB, hub {args.hub_mb_per_s:g} MB/s in all, {os.cpu_count()} cores for all nodes")
-    print("| nodes | one download, s | one per node, s | hub bytes, one download | hub bytes, one per node |")
-    print("|---|---|---|---|---|")
+    print("| nodes | one download for all, s | floor, s | hub bytes | one per node, s | floor, s | hub bytes | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
     for count in args.nodes:
         print(row(count, args), flush=True)
 
 
 def row(count: int, args: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder, local_hub() as hub:
-        hub.bytes_per_s = args.hub_mb_per_s * 1e6
         names = [f"n{i}" for i in range(count - 1)]
         with nodes_of_a_cluster(*names, environment={"HF_ENDPOINT": hub.endpoint}):
             model = write_model(hub, Path(folder), args.model_mb * 1_000_000)
             _settle()
-            once = _median(lambda: measure(hub, model, through_the_warmer), args.rounds)
-            each = _median(lambda: measure(hub, model, each_for_itself), args.rounds)
-    size = args.model_mb * 1e6
-    return (
-        f"| {count} | {once.seconds:.1f} | {each.seconds:.1f} "
-        f"| {once.hub_bytes / size:.2f} x the model | {each.hub_bytes / size:.2f} x the model |"
-    )
+            hub.bytes_per_s = args.hub_mb_per_s * 1e6
+            ways = (through_the_warmer, each_for_itself)
+            rounds = [[measure(hub, model, way) for way in ways] for _ in range(args.rounds)]
+    once, each = zip(*rounds, strict=True)
+    line_s = args.model_mb / args.hub_mb_per_s
+    ratio = _median(each) / _median(once)
+    return f"| {count} | {_cells(once, line_s, args)} | {_cells(each, count * line_s, args)} | {ratio:.2f} |"
+
+
+def _cells(measured: Sequence[Measured], floor_s: float, args: argparse.Namespace) -> str:
+    seconds = [m.seconds for m in measured]
+    given = statistics.median(m.hub_bytes for m in measured) / (args.model_mb * 1e6)
+    return f"{_median(measured):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | {floor_s:.1f} | {given:.2f} x"
+
+
+def _median(measured: Sequence[Measured]) -> float:
+    return statistics.median(m.seconds for m in measured)
 
 
 def write_model(hub: LocalHub, folder: Path, size: int) -> ModelConfig:
@@ -80,12 +93,14 @@ def _settle() -> None:
 
 
 def measure(hub: LocalHub, model: ModelConfig, way: Callable[[ModelConfig], Coroutine[Any, Any, None]]) -> Measured:
-    """Under a name that no node knows, so that everything has to arrive."""
+    """Under a name that no node knows, so that everything has to arrive; it is removed again."""
     fresh = model.model_copy(update={"name": f"m-{uuid.uuid4().hex[:8]}"})
     hub.bytes_sent = 0
     start = time.perf_counter()
     asyncio.run(way(fresh))
-    return Measured(time.perf_counter() - start, hub.bytes_sent)
+    measured = Measured(time.perf_counter() - start, hub.bytes_sent)
+    ray.get([_on(node, _remove).remote(fresh.name) for node in alive_nodes()])
+    return measured
 
 
 async def through_the_warmer(model: ModelConfig) -> None:
@@ -100,6 +115,10 @@ def _warm_here(model: ModelConfig) -> None:
     warm_this_node(model, CACHE)
 
 
+def _remove(name: str) -> None:
+    shutil.rmtree(expand(CACHE.root) / name)
+
+
 def _nothing() -> None:
     """Does nothing, on a node."""
 
@@ -107,12 +126,6 @@ def _nothing() -> None:
 def _on(node: str, function: Callable[..., None]) -> Any:
     affinity = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(function).options(num_cpus=0, scheduling_strategy=affinity)
-
-
-def _median(measure_once: Callable[[], Measured], rounds: int) -> Measured:
-    measured = [measure_once() for _ in range(rounds)]
-    seconds = statistics.median(m.seconds for m in measured)
-    return Measured(seconds, round(statistics.median(m.hub_bytes for m in measured)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Exported by Ray with the prefix `ray_`; Serve adds the labels `application`, `de
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 from ray.serve.metrics import Counter, Gauge, Histogram
@@ -48,6 +49,19 @@ class IngressMetrics:
     retries: Counter = field(
         default_factory=lambda: Counter("serve_app_retries", "Batches sent again after a replica was lost.", ("model",))
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMetrics:
+    """What every replica says of itself at each of Serve's health checks."""
+
+    event_loop_tasks: Gauge = field(
+        default_factory=lambda: Gauge("serve_app_event_loop_tasks", "asyncio tasks alive in a replica's event loop.")
+    )
+
+    def look(self) -> None:
+        """Call on the replica's event loop."""
+        self.event_loop_tasks.set(len(asyncio.all_tasks()))
 
 
 @dataclass(frozen=True, slots=True)

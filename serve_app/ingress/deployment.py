@@ -19,7 +19,7 @@ from serve_app.ingress.asgi import create_app
 from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.prometheus import scrape_cluster
 from serve_app.ingress.service import ModelInfo, SettingsRef
-from serve_app.metrics import IngressMetrics
+from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.options import EmbeddingOptions
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from serve_app.tasks.vocabulary import Vocabulary
@@ -50,6 +50,7 @@ class Ingress:
         self._cache = config.cache
         self._settings = SettingsRef(IngressSettings())
         self._metrics = IngressMetrics()
+        self._replica_metrics = ReplicaMetrics()
         self._coalescers = {
             name: Coalescer(name, h.tokenizer, h.model, self._settings.current, self._metrics)
             for name, h in self._handles.items()
@@ -66,6 +67,10 @@ class Ingress:
         self._settings.current = parse(IngressSettings, user_config, "user_config")
         for coalescer in self._coalescers.values():
             coalescer.reconfigure(self._settings.current)
+
+    async def check_health(self) -> None:
+        """An ingress that gets here is healthy: its event loop turns."""
+        self._replica_metrics.look()
 
     @property
     def models(self) -> Sequence[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.config import CacheConfig, ModelConfig, ModelSettings, parse
 from serve_app.errors import ConfigError
-from serve_app.metrics import ModelMetrics
+from serve_app.metrics import ModelMetrics, ReplicaMetrics
 from serve_app.model import memory
 from serve_app.model.engine import BatchReport, Engine
 from serve_app.model.scheduler import Limits
@@ -29,6 +29,7 @@ class ModelReplica:
         memory.configure_allocator()
         self._config = model
         self._metrics = ModelMetrics()
+        self._replica_metrics = ReplicaMetrics()
         path = await ensure_local(model, cache)
         await asyncio.to_thread(self._load, path)
         self._engine.start(asyncio.get_running_loop())
@@ -38,17 +39,16 @@ class ModelReplica:
         from serve_app.model.loader import load
         from serve_app.model.runner import Runner
         from serve_app.tasks.card import read_card
-        from serve_app.tasks.heads import pooled
 
         card = read_card(path, self._config, path.name)
         self._max_input_tokens = card.max_input_tokens
         memory.limit_share(self._config.memory_fraction)
         self._loaded = load(path, self._config, card.max_input_tokens)
-        self._runner = Runner(self._loaded, pooled(card.pooling))
+        self._runner = Runner(self._loaded)
         self._runner.warm_up(self._default_batch_tokens)
         self._affordable_tokens = self._measure_memory()
         self._engine = Engine(
-            launch=lambda head, batch: self._runner.launch(batch),
+            launch=lambda head, work: self._runner.launch(head, work.tokens, work.arguments),
             limits=self._limits(ModelSettings()),
             max_input_tokens=card.max_input_tokens,
             depth=self._depth,
@@ -128,6 +128,7 @@ class ModelReplica:
 
     async def check_health(self) -> None:
         """Raises if this replica must be replaced."""
+        self._replica_metrics.look()
         self._engine.check()
 
     def __del__(self) -> None:

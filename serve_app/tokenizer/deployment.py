@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.config import CacheConfig, ModelConfig
+from serve_app.metrics import ReplicaMetrics
 from serve_app.tasks.card import read_card
 from serve_app.tokenizer.encoder import Encoder
 from serve_app.types import ModelCard, TokenBatch, TokenizeRequest
@@ -24,6 +25,7 @@ class TokenizerReplica:
         path = await ensure_local(model, cache)
         self._card = await asyncio.to_thread(read_card, path, model, path.name)
         self._encoder = await asyncio.to_thread(Encoder, path, self._card.max_input_tokens)
+        self._metrics = ReplicaMetrics()
         self._threads = ThreadPoolExecutor(model.tokenizer_threads, thread_name_prefix="tokenizer")
 
     async def tokenize(self, requests: list[TokenizeRequest]) -> TokenBatch:
@@ -34,6 +36,10 @@ class TokenizerReplica:
     async def definition(self) -> str:
         """The tokenizer as the JSON of a `tokenizer.json`; an ingress asks once, for tasks that answer with words."""
         return self._encoder.definition
+
+    async def check_health(self) -> None:
+        """A tokenizer that gets here is healthy: its event loop turns."""
+        self._metrics.look()
 
     async def card(self) -> ModelCard:
         """What the model's files say; the ingress asks once."""

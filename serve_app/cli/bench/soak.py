@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import httpx
 import numpy as np
 
 from serve_app.cli.bench.load import ClosedLoop, Outcome, Plan
@@ -23,6 +25,8 @@ from serve_app.cli.bench.wire import Prepared, Target
 
 MIB = 1 << 20
 FEWEST_SAMPLES = 8
+
+_TASKS = re.compile(r"^ray_serve_app_event_loop_tasks(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ BOUNDS: Mapping[str, Bound] = {
     "descriptors": Bound("", 1, 24, 0.03),
     "threads": Bound("", 1, 12, 0.03),
     "processes": Bound("", 1, 1, 0.0),
+    "tasks": Bound("", 1, 24, 0.03),
 }
 """What is watched. Above the noise of a Ray cluster at rest, and below what a month of growth could hide."""
 
@@ -65,6 +70,11 @@ class SoakSample:
     at_s: float
     answers: int
     usage: Usage
+    tasks: int | None = None
+    """asyncio tasks in all replicas, where the server tells."""
+
+    def value(self, quantity: str) -> float | None:
+        return self.tasks if quantity == "tasks" else float(getattr(self.usage, quantity))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +138,7 @@ class _Soak:
         on_outcome: Callable[[Outcome], None],
     ) -> None:
         self._plan, self._server, self._on_outcome = plan, server, on_outcome
+        self._target = target
         self._requests = requests
         load = Plan(plan.connections, plan.seconds, plan.warmup_s, samples=0)
         self._loop = ClosedLoop(target.host, target.port, requests, load, keep=False)
@@ -152,8 +163,19 @@ class _Soak:
         started = time.perf_counter()
         while (at_s := time.perf_counter() - started) < self._plan.seconds:
             usage = await asyncio.to_thread(self._server.usage)
-            self._samples.append(SoakSample(at_s, self._statuses["200"], usage))
+            tasks = await asyncio.to_thread(event_loop_tasks, self._target)
+            self._samples.append(SoakSample(at_s, self._statuses["200"], usage, tasks))
             await asyncio.sleep(self._plan.interval_s)
+
+
+def event_loop_tasks(target: Target) -> int | None:
+    """Sum of the replicas' `serve_app_event_loop_tasks`, some seconds old; None where the server does not tell."""
+    try:
+        answer = httpx.get(f"http://{target.host}:{target.port}/metrics", timeout=10.0, trust_env=False)
+    except httpx.HTTPError:
+        return None
+    counts = [float(value) for value in _TASKS.findall(answer.text)]
+    return int(sum(counts)) if counts else None
 
 
 def judge(samples: Sequence[SoakSample]) -> list[Growth]:
@@ -161,18 +183,22 @@ def judge(samples: Sequence[SoakSample]) -> list[Growth]:
     if len(samples) < FEWEST_SAMPLES:
         raise ValueError(f"{len(samples)} samples are too few to judge growth by; take at least {FEWEST_SAMPLES}")
     settled = samples[len(samples) // 2 :]
-    return [_growth(quantity, bound, settled) for quantity, bound in BOUNDS.items()]
+    told = {quantity: [sample.value(quantity) for sample in settled] for quantity in BOUNDS}
+    hours = [sample.at_s / 3600 for sample in settled]
+    return [
+        _growth(quantity, [value for value in values if value is not None], hours)
+        for quantity, values in told.items()
+        if None not in values
+    ]
 
 
-def _growth(quantity: str, bound: Bound, settled: Sequence[SoakSample]) -> Growth:
-    values = np.array([getattr(sample.usage, quantity) for sample in settled], np.float64)
-    hours = np.array([sample.at_s for sample in settled]) / 3600
-    mean = float(values.mean())
+def _growth(quantity: str, values: Sequence[float], hours: Sequence[float]) -> Growth:
+    mean = float(np.mean(values))
     return Growth(
         quantity=quantity,
         mean=mean,
-        highest=float(values.max()),
-        allowed=bound.allowed(mean),
+        highest=float(max(values)),
+        allowed=BOUNDS[quantity].allowed(mean),
         per_hour=float(np.polyfit(hours, values, 1)[0]),
     )
 
@@ -180,10 +206,13 @@ def _growth(quantity: str, bound: Bound, settled: Sequence[SoakSample]) -> Growt
 def soak_text(report: SoakReport) -> str:
     """Some samples to see the course of the run, then the verdicts."""
     shown = [report.samples[i] for i in np.linspace(0, len(report.samples) - 1, 12).round().astype(int)]
-    lines = [f"{'seconds':>8}  {'answers':>8}  {'USS MiB':>8}  {'descriptors':>11}  {'threads':>7}  {'processes':>9}"]
+    lines = [
+        f"{'seconds':>8}  {'answers':>8}  {'USS MiB':>8}  {'descriptors':>11}  {'threads':>7}  {'processes':>9}  {'tasks':>5}"
+    ]
     lines += [
-        f"{sample.at_s:8.0f}  {sample.answers:8d}  {sample.usage.uss_bytes / MIB:8.1f}  "
-        f"{sample.usage.descriptors:11d}  {sample.usage.threads:7d}  {sample.usage.processes:9d}"
+        f"{sample.at_s:7.0f}  {sample.answers:8d}  {sample.usage.uss_bytes / MIB:8.1f}  "
+        f"{sample.usage.descriptors:11d}  {sample.usage.threads:7d}  {sample.usage.processes:9d}  "
+        f"{'-' if sample.tasks is None else sample.tasks:>5}"
         for sample in shown
     ]
     errors = ", ".join(f"{count} x {name}" for name, count in report.errors.items()) or "none"

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from serve_app.cli.bench.processes import Usage
-from serve_app.cli.bench.soak import MIB, Growth, SoakSample, judge, mixed_requests
+from serve_app.cli.bench.soak import BOUNDS, MIB, Growth, SoakSample, judge, mixed_requests
 from serve_app.cli.bench.wire import Prepared
 from serve_app.cli.main import main
 
@@ -25,6 +25,8 @@ def leak():
         kept.append(bytearray(os.urandom(256)) * 512)
     elif LEAK == "descriptors":
         kept.append(open(os.devnull))
+    elif LEAK == "tasks":
+        kept.append(None)
     elif LEAK == "threads" and len(kept) < 2000:
         kept.append(threading.Thread(target=threading.Event().wait, daemon=True))
         kept[-1].start()
@@ -39,6 +41,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
         self.wfile.write(body)
         threading.Event().wait(0.01)
+    def do_GET(self):
+        body = (
+            'ray_serve_app_event_loop_tasks{replica="a"} 7.0\\n'
+            'ray_serve_app_event_loop_tasks{replica="b"} %d.0\\n' % (len(kept) if LEAK == "tasks" else 5)
+        ).encode()
+        self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
     def log_message(self, *args): pass
 
 ThreadingHTTPServer.daemon_threads = True
@@ -80,7 +89,8 @@ def soak(port: int, file: Path) -> tuple[int, dict[str, bool]]:
 
 
 @pytest.mark.parametrize(
-    ("leak", "quantity"), [("memory", "uss_bytes"), ("descriptors", "descriptors"), ("threads", "threads")]
+    ("leak", "quantity"),
+    [("memory", "uss_bytes"), ("descriptors", "descriptors"), ("threads", "threads"), ("tasks", "tasks")],
 )
 def test_a_deliberate_leak_is_caught(leak: str, quantity: str, start: Start, tmp_path: Path) -> None:
     status, grows = soak(start(leak), tmp_path / "out.json")
@@ -123,6 +133,10 @@ def test_slow_and_steady_growth_is_caught_in_a_long_run() -> None:
 
 def test_what_happened_in_the_first_half_does_not_count() -> None:
     assert not memory([5000 * MIB] * 30 + [1000 * MIB] * 30).grows
+
+
+def test_what_a_server_does_not_tell_is_not_judged() -> None:
+    assert {growth.quantity for growth in judge(samples([1.0] * 20))} == set(BOUNDS) - {"tasks"}
 
 
 def test_too_few_samples_say_nothing() -> None:

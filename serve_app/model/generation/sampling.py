@@ -1,0 +1,127 @@
+"""The next token of one sequence, as `model.generate` would choose it were the sequence alone.
+
+Processors and warpers are transformers' own, built by the model's own method from the generation config; random numbers
+come from a generator of the sequence's own, so that a seed gives the tokens that `torch.manual_seed(seed)` followed by
+`generate` gives (generation/utils.py, `_sample`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from serve_app.errors import InvalidInputError, ModelFailureError
+from serve_app.model.generation.text import Decoder
+from serve_app.options import GenerationOptions
+from serve_app.outputs import TokenLogprob
+
+DEFAULT_NEW_TOKENS = 256
+"""Where neither the request nor the model's files say; what transformers' pipelines take."""
+
+_SAME_NAMES = ("min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
+
+
+def generation_config(model: Any, options: GenerationOptions, prompt_tokens: int) -> Any:
+    """The model's generation config with the request's options; `max_new_tokens` is always set.
+
+    Raises InvalidInputError for values that transformers refuses.
+    """
+    config = copy.deepcopy(model.generation_config)
+    chosen = {name: getattr(options, name) for name in _SAME_NAMES if getattr(options, name) is not None}
+    try:
+        config.update(**chosen)
+        prepared, _ = model._prepare_generation_config(config)
+    except ValueError as error:
+        raise InvalidInputError(f"options: {error}") from error
+    prepared.max_new_tokens = new_tokens(model, options, prompt_tokens)
+    return prepared
+
+
+def new_tokens(model: Any, options: GenerationOptions, prompt_tokens: int) -> int:
+    """The limit of new tokens: the request's, else the generation config's, else DEFAULT_NEW_TOKENS."""
+    own = model.generation_config
+    if options.max_new_tokens is not None:
+        return options.max_new_tokens
+    if own.max_new_tokens is not None:
+        return int(own.max_new_tokens)
+    if own.max_length is not None:
+        return max(1, int(own.max_length) - prompt_tokens)
+    return DEFAULT_NEW_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token and, where asked for, its log probability."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+class Sampler:
+    """Belongs to one sequence and to the device thread."""
+
+    def __init__(
+        self, model: Any, config: Any, options: GenerationOptions, prompt: Tensor, encoder_ids: Tensor | None
+    ) -> None:
+        """`prompt` (1, p) is what the decoder starts from, `encoder_ids` (1, e) what the encoder read.
+
+        `config` comes from `generation_config`. Raises InvalidInputError for values that transformers refuses.
+        """
+        device = prompt.device
+        config.max_length = prompt.shape[1] + config.max_new_tokens
+        if config.min_new_tokens is not None:
+            config.min_length = prompt.shape[1] + config.min_new_tokens
+        model._prepare_special_tokens(config, True, device=device)
+        try:
+            self._processors = model._get_logits_processor(
+                generation_config=config,
+                input_ids_seq_length=prompt.shape[1],
+                encoder_input_ids=encoder_ids,
+                device=device,
+                model_kwargs={},
+            )
+        except ValueError as error:
+            raise InvalidInputError(f"options: {error}") from error
+        self.ends = frozenset([] if config._eos_token_tensor is None else config._eos_token_tensor.tolist())
+        self.limit = int(config.max_new_tokens)
+        self._ids = torch.empty((1, prompt.shape[1] + self.limit), dtype=torch.long, device=device)
+        self._ids[:, : prompt.shape[1]] = prompt
+        self._length = prompt.shape[1]
+        self._sample = bool(config.do_sample)
+        self._logprobs = options.logprobs
+        self._random = torch.Generator(device)
+        self._random.manual_seed(options.seed) if options.seed is not None else self._random.seed()
+
+    def choose(self, logits: Tensor, decoder: Decoder) -> Choice:
+        """The next token from the model's `logits` (v,). Raises ModelFailureError where they are no numbers."""
+        raw = logits.to(torch.float32)[None]
+        scores = self._processors(self._ids[:, : self._length], raw.clone()) if self._processors else raw
+        if bool(torch.isnan(scores).any()):
+            raise ModelFailureError("the model's logits for this input are not numbers")
+        token = int(self._draw(scores))
+        self._ids[0, self._length] = token
+        self._length += 1
+        if self._logprobs is None:
+            return Choice(token)
+        return Choice(token, logprob_of(raw[0], token, self._logprobs, decoder))
+
+    def _draw(self, scores: Tensor) -> Tensor:
+        if not self._sample:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._random)
+
+
+def logprob_of(logits: Tensor, token: int, top: int, decoder: Decoder) -> TokenLogprob:
+    """Log probabilities under the model itself, before any processor: of `token` and of the `top` likeliest."""
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(top, len(logprobs)))
+    likeliest = tuple(
+        TokenLogprob(i, decoder.decode([i], skip_special_tokens=False), v)
+        for i, v in zip(ids.tolist(), values.tolist(), strict=True)
+    )
+    text = decoder.decode([token], skip_special_tokens=False)
+    return TokenLogprob(token, text, float(logprobs[token]), likeliest)

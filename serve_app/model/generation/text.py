@@ -1,0 +1,97 @@
+"""Tokens to text, piece by piece: the pieces together are what decoding all tokens at once gives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+INCOMPLETE = "\ufffd"
+"""What decoders write for bytes that are no whole character yet."""
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+"""Byte fallback: a run of such tokens is one character or several, or none is, which its end decides."""
+
+
+class Decoder(Protocol):
+    """What is needed of a tokenizer (`tokenizers.Tokenizer` has it)."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def id_to_token(self, id: int) -> str | None: ...
+
+
+class Detokenizer:
+    """Incremental decoding of one answer, special tokens left out.
+
+    Each token is decoded together with those of the last piece, because what a token's text is depends on its
+    neighbours (spaces, characters of several bytes); what is sure is given out, the rest is held back.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._tokens: list[int] = []
+        self._context = 0
+        """Where the tokens that are decoded again begin."""
+        self._given = 0
+        """Where the tokens begin whose text was not given out."""
+        self._context_text = ""
+        self._sent: list[str] = []
+
+    def push(self, token: int) -> str:
+        """The text that is sure now."""
+        self._tokens.append(token)
+        if _BYTE_TOKEN.fullmatch(self._decoder.id_to_token(token) or ""):
+            return ""
+        text = self._decoder.decode(self._tokens[self._context :], skip_special_tokens=True)
+        if text.endswith(INCOMPLETE) or len(text) <= len(self._context_text) or not text.startswith(self._context_text):
+            return ""
+        piece = text[len(self._context_text) :]
+        self._context, self._given = self._given, len(self._tokens)
+        self._context_text = self._decoder.decode(self._tokens[self._context :], skip_special_tokens=True)
+        self._sent.append(piece)
+        return piece
+
+    def finish(self) -> str:
+        """What was held back."""
+        whole = self._decoder.decode(self._tokens, skip_special_tokens=True)
+        sent = "".join(self._sent)
+        return whole[len(sent) :] if whole.startswith(sent) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Text that may be given out; `stopped` if a stop text followed it."""
+
+    text: str
+    stopped: bool = False
+
+
+class StopTexts:
+    """Ends a text before the first of `stops`, and holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+
+    def push(self, text: str) -> Cut:
+        if not self._stops:
+            return Cut(text)
+        self._held += text
+        places = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if places:
+            return Cut(self._held[: min(places)], stopped=True)
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return Cut(out)
+
+    def finish(self) -> str:
+        """What was held back and became no stop text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` starts with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

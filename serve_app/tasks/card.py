@@ -2,19 +2,25 @@
 
 The files are those of sentence-transformers (`modules.json`, `1_Pooling/config.json`, `sentence_bert_config.json`,
 `config_sentence_transformers.json`) and of transformers (`config.json`, `tokenizer_config.json`). A model without
-`modules.json` is a bare transformer: mean pooling, not normalised. What is configured wins over the files.
+`modules.json` is a bare transformer: mean pooling, not normalised. What is configured wins over the files. Where no
+task is configured, it is `embedding` for what sentence-transformers made, else what `architectures` are for.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from serve_app.config import ModelConfig
+from serve_app.config import ModelConfig, TaskName
 from serve_app.errors import ConfigError, IncompleteModelError
+from serve_app.tasks.architectures import architectures_of, check_task, labels_of, task_of
+from serve_app.tasks.special_tokens import SpecialTokens, has_chat_template
 from serve_app.types import ModelCard
+
+logger = logging.getLogger(__name__)
 
 Pooling: TypeAlias = Literal["mean", "cls", "lasttoken"]
 Json: TypeAlias = Mapping[str, Any]
@@ -50,6 +56,14 @@ _OFFSET_POSITIONS = frozenset(
 )
 """Families whose first position is `pad_token_id + 1`, so that so many rows of the position table are never used."""
 
+_RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
+"""Families whose positions are relative, so that `n_positions` is what they were trained on and no table's size."""
+
+_POOLED_TASKS = ("embedding",)
+_CLASSIFYING_TASKS = ("text-classification", "rerank", "zero-shot-classification", "token-classification")
+
+_MODULES = frozenset({"Transformer", "MLMTransformer", "Pooling", "Normalize", "SpladePooling"})
+
 _NO_LIMIT = 1_000_000
 """Tokenizers without a limit write `model_max_length` as 1e30."""
 
@@ -58,25 +72,34 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
     """Read the model files under `path`.
 
     Raises IncompleteModelError where `config.json` is missing or a file is no JSON object, and ConfigError where the
-    model needs what is not supported (a Dense module, another pooling) or its longest input is not known.
+    model needs what is not supported (a Dense module, another pooling), has no head for its task, or its longest input
+    is not known.
     """
     modules = _modules(path)
     folder = transformer_folder(path)
     model = _json(folder / "config.json", required=True)
     prompts, default_prompt_name = _prompts(path, config)
     max_input_tokens = _max_input_tokens(folder, model, config)
+    task = _task(path, modules, model, config)
+    special = SpecialTokens(folder)
     return ModelCard(
         name=config.name,
         source=config.source,
         revision=revision,
-        task=config.task or "embedding",
+        task=task,
         model_type=str(model.get("model_type", "")),
         max_input_tokens=max_input_tokens,
         hidden_size=_hidden_size(model, config),
-        pooling=config.pooling or _pooling(path, modules, prompts, config),
+        pooling=config.pooling or (_pooling(path, modules, prompts, config) if task in _POOLED_TASKS else "mean"),
         normalize="Normalize" in modules if config.normalize is None else config.normalize,
         long_texts=config.long_texts,
         stride=max_input_tokens // 8 if config.stride is None else config.stride,
+        labels=labels_of(model) if task in _CLASSIFYING_TASKS else (),
+        problem_type=model.get("problem_type"),
+        default_function=model.get("function_to_apply"),
+        mask_token_id=special.id_of("mask_token"),
+        cls_token_id=special.id_of("cls_token"),
+        can_chat=has_chat_template(folder),
         prompts=prompts,
         default_prompt_name=default_prompt_name,
     )
@@ -84,7 +107,38 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
 
 def transformer_folder(path: Path) -> Path:
     """The folder of the weights, `config.json` and the tokenizer: `path`, or the one `modules.json` names below it."""
-    return path / _modules(path).get("Transformer", "")
+    modules = _modules(path)
+    return path / (modules.get("Transformer") or modules.get("MLMTransformer") or "")
+
+
+def _task(path: Path, modules: Mapping[str, str], model: Json, config: ModelConfig) -> TaskName:
+    if config.task is not None:
+        check_task(config, config.task, model)
+        task: TaskName = config.task
+    elif modules:
+        task = "sparse-embedding" if "SpladePooling" in modules else "embedding"
+        logger.info("models.%s.task: %s, as modules.json says", config.name, task)
+    else:
+        task = task_of(architectures_of(model), len(labels_of(model)))
+        named = ", ".join(architectures_of(model)) or "no architecture"
+        logger.info("models.%s.task: %s, because config.json names %s", config.name, task, named)
+    if task == "sparse-embedding":
+        _check_splade(path, modules, config)
+    if task == "rerank" and len(labels_of(model)) != 1:
+        raise ConfigError(
+            f"models.{config.name}.task: rerank needs a model with one label, and this one has {len(labels_of(model))}"
+        )
+    return task
+
+
+def _check_splade(path: Path, modules: Mapping[str, str], config: ModelConfig) -> None:
+    pooling = _json(path / modules["SpladePooling"] / "config.json") if "SpladePooling" in modules else {}
+    asked = (pooling.get("pooling_strategy", "max"), pooling.get("activation_function", "relu"))
+    if asked != ("max", "relu"):
+        raise ConfigError(
+            f"models.{config.name}: SpladePooling with {' and '.join(map(str, asked))} is not supported; only the max "
+            "over tokens of log(1 + relu(logits)) is"
+        )
 
 
 def _modules(path: Path) -> dict[str, str]:
@@ -93,11 +147,12 @@ def _modules(path: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     modules = {str(entry["type"]).rsplit(".", 1)[-1]: str(entry["path"]) for entry in _parse(file, list)}
-    unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
+    unknown = sorted(set(modules) - _MODULES)
     if unknown:
         raise ConfigError(
             f"{path.name}: modules.json has the module {', '.join(unknown)}, which is not supported: only Transformer, "
-            "Pooling (mean, cls, lasttoken) and Normalize are. Without it the embeddings would be other ones."
+            "Pooling (mean, cls, lasttoken), Normalize, MLMTransformer and SpladePooling are. Without it the "
+            "embeddings would be other ones."
         )
     return modules
 
@@ -144,7 +199,8 @@ def _prompts(path: Path, config: ModelConfig) -> tuple[Mapping[str, str], str | 
 def _max_input_tokens(folder: Path, model: Json, config: ModelConfig) -> int:
     """Configured, else `max_seq_length`, else the tokenizer's limit; never above the position embeddings."""
     positions = _positions(model)
-    wanted = config.max_input_tokens or _max_seq_length(folder) or _tokenizer_limit(folder) or positions
+    limits = (config.max_input_tokens, _max_seq_length(folder), _tokenizer_limit(folder), positions)
+    wanted = next((limit for limit in (*limits, model.get("n_positions")) if limit), None)
     if wanted is None:
         raise ConfigError(
             f"models.{config.name}.max_input_tokens: the model's files name no limit; set the longest input in tokens"
@@ -160,7 +216,7 @@ def _max_input_tokens(folder: Path, model: Json, config: ModelConfig) -> int:
 def _positions(model: Json) -> int | None:
     """Tokens that the position table holds, or None where positions are relative and unlimited."""
     for key in ("max_position_embeddings", "n_positions"):
-        if isinstance(model.get(key), int) and model[key] > 0 and model.get("model_type") != "t5":
+        if isinstance(model.get(key), int) and model[key] > 0 and model.get("model_type") not in _RELATIVE:
             offset = model.get("pad_token_id", 1) + 1 if model.get("model_type") in _OFFSET_POSITIONS else 0
             return int(model[key]) - int(offset)
     return None

@@ -137,6 +137,16 @@ def test_sharded_weights_arrive_whole(hub: LocalHub, cache: CacheConfig, tmp_pat
     assert load_offline(path, cache) == "(1, 2, 32)"
 
 
+def test_weights_that_lack_a_shard_are_never_published(hub: LocalHub, cache: CacheConfig, tmp_path: Path) -> None:
+    folder = write_tiny_bert(tmp_path / "sharded", max_shard_size="30KB")
+    shard = min(folder.glob("model-*.safetensors"))
+    shard.unlink()
+    model = ModelConfig(name="sharded", source="tiny-org/sharded", revision=hub.add("tiny-org/sharded", folder))
+    with pytest.raises(IncompleteModelError, match=rf"names {shard.name}, which is missing"):
+        warm_this_node(model, cache)
+    assert list(Path(cache.root).rglob(READY)) == []
+
+
 @pytest.mark.parametrize("path", ["model.safetensors", "config.json"])
 def test_wrong_bytes_are_never_published(hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, path: str) -> None:
     hub.fail(Fault(path, flip_byte=100))

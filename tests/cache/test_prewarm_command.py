@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,5 +82,8 @@ def test_without_a_terminal_each_change_of_phase_is_one_line(capsys: pytest.Capt
 
 def test_on_a_terminal_each_node_has_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     with Board(has_bars=True) as board:
-        board.show([ModelOnNode("n", "10.0.0.1", "m", "r", "downloading", 50, 100, 25.0, 2.0)])
-    assert "m on 10.0.0.1" in capsys.readouterr().err
+        for done in (0, 50):
+            board.show([ModelOnNode("n", f"10.0.0.{i}", "m", "r", "downloading", done, 100) for i in (1, 2)])
+    bars = capsys.readouterr().err
+    for address in ("10.0.0.1", "10.0.0.2"):
+        assert re.search(rf"m on {address}:  50%.*50\.0/100 .*B/s, downloading", bars)

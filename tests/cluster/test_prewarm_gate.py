@@ -209,15 +209,27 @@ def test_a_warmer_that_was_killed_is_made_again_and_knows_all_nodes(nodes: Nodes
     ],
     ids=["repository", "commit", "package"],
 )
-def test_what_can_never_work_fails_soon_and_says_why(
+def test_what_can_never_work_is_told_at_once(
     hub: LocalHub, nodes: Nodes, model: ModelConfig, change: dict[str, Any], reason: str
 ) -> None:
     wrong = model.model_copy(update=change)
+    serve._run(application(wrong, nodes, ["a"]), name="wrong", route_prefix=None, _blocking=False)
+    wait_until(lambda: reason in serve.status().applications["wrong"].deployments["on-a"].message)
+    assert serve.status().applications["wrong"].status == "DEPLOYING"
+    serve.delete("wrong")
+
+
+def test_a_deploy_that_the_hub_refuses_fails_and_says_what_to_do(
+    hub: LocalHub, nodes: Nodes, model: ModelConfig
+) -> None:
+    hub.required_token = "another"
+    refused = model.model_copy(update={"name": "refused"})
     with pytest.raises(RuntimeError):
-        serve.run(application(wrong, nodes, ["a"]), name="wrong", route_prefix=None)
+        serve.run(application(refused, nodes, ["a"]), name="wrong", route_prefix=None)
+    hub.required_token = CANARY
     status = serve.status().applications["wrong"].deployments["on-a"]
     assert status.status == "DEPLOY_FAILED"
-    assert reason in status.message
+    assert "the HF_TOKEN set here is not valid" in status.message
     assert CANARY not in status.message
     serve.delete("wrong")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -244,18 +245,25 @@ def _range_start(header: str | None) -> int:
 
 
 def _entry(path: Path, folder: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    """As the Hub's listing has it. The Hub knows the hashes of its files, so they are computed once."""
+    now = path.stat()
+    sha1, sha256 = _hashes(path, now.st_size, now.st_mtime_ns)
     entry: dict[str, Any] = {
         "type": "file",
-        "oid": blob,
-        "size": len(content),
+        "oid": sha1,
+        "size": now.st_size,
         "path": path.relative_to(folder).as_posix(),
     }
     if path.suffix in (".safetensors", ".bin", ".onnx"):
-        oid = hashlib.sha256(content).hexdigest()
-        entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
+        entry["lfs"] = {"oid": sha256, "size": now.st_size, "pointerSize": 130}
     return entry
+
+
+@functools.lru_cache(maxsize=1000)
+def _hashes(path: Path, size: int, modified_ns: int) -> tuple[str, str]:
+    """SHA-1 as a git blob, and SHA-256."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), hashlib.sha256(content).hexdigest()
 
 
 @contextmanager

@@ -206,11 +206,9 @@ def _growth(quantity: str, values: Sequence[float], hours: Sequence[float]) -> G
 def soak_text(report: SoakReport) -> str:
     """Some samples to see the course of the run, then the verdicts."""
     shown = [report.samples[i] for i in np.linspace(0, len(report.samples) - 1, 12).round().astype(int)]
-    lines = [
-        f"{'seconds':>8}  {'answers':>8}  {'USS MiB':>8}  {'descriptors':>11}  {'threads':>7}  {'processes':>9}  {'tasks':>5}"
-    ]
+    lines = [" seconds   answers   USS MiB  descriptors  threads  processes  tasks"]
     lines += [
-        f"{sample.at_s:7.0f}  {sample.answers:8d}  {sample.usage.uss_bytes / MIB:8.1f}  "
+        f"{sample.at_s:8.0f}  {sample.answers:8d}  {sample.usage.uss_bytes / MIB:8.1f}  "
         f"{sample.usage.descriptors:11d}  {sample.usage.threads:7d}  {sample.usage.processes:9d}  "
         f"{'-' if sample.tasks is None else sample.tasks:>5}"
         for sample in shown

@@ -225,6 +225,10 @@ class IngressSettings(_Frozen):
     body_timeout_s: PositiveFloat = Field(30.0, description="Seconds a client may take to send its body; then 408.")
     max_client_batch_size: PositiveInt = Field(2048, description="Most inputs in one request; beyond it 422.")
     max_text_characters: PositiveInt = Field(1_000_000, description="Longest single text; beyond it 422.")
+    max_windows: PositiveInt = Field(
+        512,
+        description="Most windows that one request's long texts may be read in (`long_texts: windows`); beyond it 422.",
+    )
     max_concurrent_batches: PositiveInt = Field(
         4,
         description="Coalesced batches of one model that one ingress replica has under way; about 2 x model replicas. "
@@ -250,6 +254,20 @@ class ModelSettings(_Frozen):
     max_batch_sequences: PositiveInt = Field(512, description="Most sequences in one forward pass.")
     max_queued_tokens: PositiveInt = Field(
         262_144, description="Tokens waiting in one replica beyond which it answers 429."
+    )
+    max_kv_tokens: PositiveInt | None = Field(
+        None,
+        description="Tasks that generate: tokens for whose keys and values one replica has memory, counted as answers "
+        "under way x the longest of them (prompt and new tokens). What can never fit is refused with 422, what does "
+        "not fit now waits. By default what fits into a quarter of the free memory (on CUDA, six tenths of it).",
+    )
+    max_generated_sequences: PositiveInt = Field(
+        64, description="Tasks that generate: most answers under way in one replica; further ones wait."
+    )
+    prefill_tokens: PositiveInt = Field(
+        512,
+        description="Tasks that generate: prompt tokens computed between two steps of those already answering, so that "
+        "a long prompt does not hold them.",
     )
 
 

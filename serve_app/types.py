@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve_app.errors import ServeAppError
-from serve_app.options import TaskOptions
+from serve_app.options import GenerationOptions, TaskOptions
 from serve_app.outputs import TaskOutput
 
 TokenIds: TypeAlias = tuple[int, ...]
@@ -86,6 +86,8 @@ class TokenizeRequest:
     """A lower limit than the model's, special tokens included."""
     align: bool = False
     """Whether `TokenBatch.alignment` is wanted."""
+    max_windows: int = 512
+    """Most windows of inputs that need more than one, of all inputs together; beyond it the request is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +236,22 @@ class ForwardCall:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationCall:
+    """One prompt for a replica that generates: `input_ids` (p,) int32."""
+
+    input_ids: Int32Array
+    options: GenerationOptions
+    time_left_s: float | None = None
+    """Seconds left when the call is sent; None for no limit."""
+    priority: Priority = "interactive"
+
+    @property
+    def weight(self) -> int:
+        """Tokens, by which calls are spread over replicas; new ones count, as far as they are known."""
+        return len(self.input_ids) + (self.options.max_new_tokens or 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """What the head left of each sequence: `values` (r, d) float32, `queue_s` and `forward_s` (m,) float64.
 
@@ -326,6 +344,8 @@ class ModelCard:
     cls_token_id: int | None = None
     can_chat: bool = False
     """The tokenizer has a chat template."""
+    task_prefixes: Mapping[str, str] = field(default_factory=dict)
+    """What texts begin with, by task, from `task_specific_params` of the model's config (T5: "summarize: ")."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
 

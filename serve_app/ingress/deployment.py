@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,13 +18,25 @@ from serve_app.config import AppConfig, IngressSettings, parse
 from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppError, UnavailableError
 from serve_app.ingress.asgi import create_app
 from serve_app.ingress.coalescer import Coalescer, Work
+from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.prometheus import scrape_cluster
 from serve_app.ingress.service import ModelInfo, SettingsRef
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
-from serve_app.options import EmbeddingOptions
+from serve_app.options import GenerationOptions
+from serve_app.outputs import GeneratedPiece
+from serve_app.tasks.generation import GENERATING
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from serve_app.tasks.vocabulary import Vocabulary
-from serve_app.types import Answer, ModelCard, ModelState, Request
+from serve_app.types import (
+    Answer,
+    Chat,
+    MaskArguments,
+    ModelCard,
+    ModelState,
+    Request,
+    TextInput,
+    TokenizeRequest,
+)
 
 READY_FOR_S = 5.0
 """A forward that succeeded this recently proves readiness; without one, a probe runs a forward of its own."""
@@ -54,6 +67,9 @@ class Ingress:
         self._coalescers = {
             name: Coalescer(name, h.tokenizer, h.model, self._settings.current, self._metrics)
             for name, h in self._handles.items()
+        }
+        self._generating = {
+            name: GenerationPath(name, h.tokenizer, h.model, self._metrics) for name, h in self._handles.items()
         }
         self._cards: dict[str, ModelCard] = {}
         self._states: dict[str, ModelState] = {}
@@ -93,11 +109,60 @@ class Ingress:
         self._count(request, "ok", answer)
         return answer
 
-    async def _answer(self, request: Request, started: float) -> Answer:
+    async def stream(self, request: Request) -> AsyncGenerator[GeneratedPiece, None]:
+        code = "cancelled"
+        try:
+            async with aclosing(self._pieces(request)) as pieces:
+                async for piece in pieces:
+                    if piece.finish_reason is not None:
+                        code = "ok"
+                    yield piece
+        except ServeAppError as error:
+            code = error.code
+            raise
+        finally:
+            self._count(request, code)
+
+    async def _pieces(self, request: Request) -> AsyncGenerator[GeneratedPiece, None]:
+        card = await self._answering_card(request)
+        if request.task not in GENERATING:
+            raise InvalidInputError(f"task {request.task} answers at once; only tasks that generate are streamed")
+        if len(request.inputs) != 1:
+            raise InvalidInputError(f"inputs: one answer is streamed at a time, and there are {len(request.inputs)}")
+        echoes = await self._echoes(request)
+        timeout_s = self._settings.current.request_timeout_s
+        path = self._generating[request.model]
+        async with aclosing(path.stream(request, card, timeout_s, echoes[0] if echoes else "")) as pieces:
+            async for piece in pieces:
+                yield piece
+        self._answered_at[request.model] = time.monotonic()
+
+    async def _generate(self, request: Request, card: ModelCard) -> Answer:
+        echoes = await self._echoes(request)
+        path, timeout_s = self._generating[request.model], self._settings.current.request_timeout_s
+        answer = await path.answer(request, card, timeout_s, echoes)
+        self._answered_at[request.model] = time.monotonic()
+        return answer
+
+    async def _echoes(self, request: Request) -> list[str] | None:
+        """The prompts as texts, where they are wanted before their answers; a conversation is not repeated."""
+        if not isinstance(request.options, GenerationOptions) or not request.options.echo:
+            return None
+        vocabulary = await self._vocabulary(request.model)
+        return [_prompt_text(value, vocabulary) for value in request.inputs]
+
+    async def _answering_card(self, request: Request) -> ModelCard:
+        """The card of the request's model. Raises InvalidInputError if it does not answer the request's task."""
         card = await self.card(request.model)
         if request.task not in ANSWERED_BY[card.task]:
             can = ", ".join(sorted(ANSWERED_BY[card.task]))
             raise InvalidInputError(f"model {request.model} does not answer task {request.task}; it answers: {can}")
+        return card
+
+    async def _answer(self, request: Request, started: float) -> Answer:
+        card = await self._answering_card(request)
+        if request.task in GENERATING:
+            return await self._generate(request, card)
         task = TASKS[request.task]
         vocabulary = await self._vocabulary(request.model) if task.needs_vocabulary else None
         work = Work(task.prepare(request, card), task.head, request.priority, task.arguments(request, vocabulary))
@@ -123,14 +188,23 @@ class Ingress:
                 await self._probe(model)
 
     async def _probe(self, model: str) -> None:
-        """One token through the whole graph."""
-        probe = Request("ready", model, "embedding", ("ok",), EmbeddingOptions())
+        """One text through the whole graph."""
         try:
-            await asyncio.wait_for(self.answer(probe), PROBE_TIMEOUT_S)
+            await asyncio.wait_for(self._probe_tiers(model), PROBE_TIMEOUT_S)
         except asyncio.TimeoutError as error:
             raise UnavailableError(f"model {model} has not answered a probe yet", retry_after_s=1.0) from error
         except ServeAppError as error:
             raise UnavailableError(f"model {model} does not answer: {error.message}", retry_after_s=1.0) from error
+        self._answered_at[model] = time.monotonic()
+
+    async def _probe_tiers(self, model: str) -> None:
+        card = await self.card(model)
+        if card.task in GENERATING:
+            await self._generating[model].probe(PROBE_TIMEOUT_S)
+            return
+        arguments = MaskArguments(top_k=1) if card.task == "fill-mask" else None
+        work = Work(TokenizeRequest(("ok",), "truncate"), TASKS[card.task].head, arguments=arguments)
+        await self._coalescers[model].compute(work, PROBE_TIMEOUT_S)
 
     async def info(self, name: str) -> ModelInfo:
         card = await self.card(name)
@@ -185,3 +259,11 @@ class Ingress:
             ("total", times.total_s),
         ):
             self._metrics.stage_seconds.observe(seconds, {**model, "stage": stage})
+
+
+def _prompt_text(value: TextInput, vocabulary: Vocabulary) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Chat):
+        return ""
+    return vocabulary.decode([part for part in value if isinstance(part, int)], skip_special_tokens=True)

@@ -100,9 +100,18 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
         mask_token_id=special.id_of("mask_token"),
         cls_token_id=special.id_of("cls_token"),
         can_chat=has_chat_template(folder),
+        task_prefixes=_task_prefixes(model),
         prompts=prompts,
         default_prompt_name=default_prompt_name,
     )
+
+
+def _task_prefixes(model: Json) -> Mapping[str, str]:
+    """`prefix` of each task in `task_specific_params`, which transformers' pipelines put before texts."""
+    tasks = model.get("task_specific_params")
+    if not isinstance(tasks, dict):
+        return {}
+    return {str(task): str(own["prefix"]) for task, own in tasks.items() if isinstance(own, dict) and own.get("prefix")}
 
 
 def transformer_folder(path: Path) -> Path:

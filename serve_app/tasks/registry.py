@@ -9,5 +9,11 @@ from serve_app.tasks.task import Task
 
 TASKS: Mapping[str, Task] = {task.name: task for task in (Embedding(), Similarity())}
 
-ANSWERED_BY: Mapping[str, frozenset[str]] = {"embedding": frozenset({"embedding", "similarity"})}
+_REWRITING = frozenset({"text2text-generation", "summarization", "translation"})
+
+ANSWERED_BY: Mapping[str, frozenset[str]] = {
+    "embedding": frozenset({"embedding", "similarity"}),
+    "text-generation": frozenset({"text-generation"}),
+    **dict.fromkeys(_REWRITING, _REWRITING),
+}
 """Tasks that a model of each configured task answers."""

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as arrays
 from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.options import EmbeddingOptions, SimilarityOptions
 from serve_app.tasks.embedding import Embedding, normalize
+from serve_app.tasks.generation import GENERATING
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from serve_app.types import Features, FloatArray, LongTexts, ModelCard, Request, TokenizeRequest
 from tests.batches import NO_TOKENS
@@ -130,5 +131,6 @@ def test_scaling_is_torchs(rows: FloatArray) -> None:
 
 
 def test_every_task_that_a_model_answers_is_known_under_its_own_name() -> None:
-    assert all(TASKS[name].name == name for answered in ANSWERED_BY.values() for name in answered)
+    known = {**TASKS, **GENERATING}
+    assert all(known[name].name == name for answered in ANSWERED_BY.values() for name in answered)
     assert {"embedding", "similarity"} <= ANSWERED_BY["embedding"]

@@ -36,9 +36,16 @@ class Answering:
     `abandoned` is set by the event loop when nobody waits for the answer any more.
     """
 
-    def __init__(self, job: GenerationJob, config: Any, size: Size, emit: Callable[[Answering, Item], Any]) -> None:
+    def __init__(
+        self,
+        job: GenerationJob,
+        input_ids: tuple[int, ...],
+        config: Any,
+        size: Size,
+        emit: Callable[[Answering, Item], Any],
+    ) -> None:
         """`config` is this job's own generation config, whose `max_new_tokens` the window bounds."""
-        self.job, self.config, self.size = job, config, size
+        self.job, self.input_ids, self.config, self.size = job, input_ids, config, size
         self.abandoned = False
         self.finished = False
         self._emit = emit

@@ -14,7 +14,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from serve_app.errors import (
 from serve_app.model.generation.answering import Answering, Item, Size, failure, gone
 from serve_app.model.generation.decoding import Decoding, Prefill
 from serve_app.model.generation.job import GenerationJob
+from serve_app.model.generation.languages import in_language, set_target
 from serve_app.model.generation.sampling import Sampler, generation_config
 from serve_app.model.generation.text import Decoder
 from serve_app.model.generation.whole import WholeAnswers
@@ -61,7 +63,7 @@ class StepReport:
     sequences: int
     prefilled_tokens: int
     step_s: float
-    queued: int
+    queued_tokens: int
 
 
 @dataclass(eq=False, slots=True)
@@ -144,6 +146,13 @@ class StepEngine:
         return sum(len(a.job.input_ids) for queue in self._waiting.values() for a in list(queue))
 
     async def generate(self, job: GenerationJob) -> AsyncIterator[GeneratedPiece]:
+        async with aclosing(self.generate_lists(job)) as lists:
+            async for pieces in lists:
+                for piece in pieces:
+                    yield piece
+
+    async def generate_lists(self, job: GenerationJob) -> AsyncGenerator[list[GeneratedPiece], None]:
+        """As `generate`, with all pieces at once that are there whenever the caller is ready for more."""
         self.check()
         answering = self._checked(job)
         pieces: asyncio.Queue[Item] = asyncio.Queue()  # bounded by the answer's own limit of tokens
@@ -151,13 +160,14 @@ class StepEngine:
         try:
             submit = self._submit if self._can_step(answering.config) else self._whole.submit
             submit(answering)
-            while True:
-                item = await pieces.get()
-                if isinstance(item, ServeAppError):
-                    raise item
-                yield item
-                if item.finish_reason is not None:
-                    return
+            last = False
+            while not last:
+                taken, error = _taken(await pieces.get(), pieces)
+                if taken:
+                    yield taken
+                if error is not None:
+                    raise error
+                last = taken[-1].finish_reason is not None
         finally:
             answering.abandoned = True
             del self._pieces[answering]
@@ -178,7 +188,9 @@ class StepEngine:
                 f"the prompt's {prompt} tokens and {config.max_new_tokens} new ones need more memory than the "
                 f"{self.limits.max_kv_tokens} tokens this replica has; shorten the prompt or lower max_new_tokens"
             )
-        return Answering(job, config, size, self._post if self._can_step(config) else self._post_now)
+        ids = in_language(job.input_ids, job.options, self._decoder, self._special, _plain(config))
+        set_target(config, job.options, self._decoder)
+        return Answering(job, ids, config, size, self._post if self._can_step(config) else self._post_now)
 
     def _can_step(self, config: Any) -> bool:
         """Whether our own steps can make this answer; otherwise `generate` does, alone."""
@@ -231,10 +243,7 @@ class StepEngine:
         if stepped:
             self._step()
         self._deliver()
-        self._observe(StepReport(stepped, prefilled, time.monotonic() - started, self._queued()))
-
-    def _queued(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        self._observe(StepReport(stepped, prefilled, time.monotonic() - started, self.queued_tokens))
 
     def _drop(self) -> None:
         """Take out what was given up or is late: waiting, filling or decoding."""
@@ -274,10 +283,10 @@ class StepEngine:
         return len(sizes) == 1 or len(sizes) * longest <= self.limits.max_kv_tokens
 
     def _begin(self, answering: Answering) -> Sequence:
-        job, config, decoding = answering.job, answering.config, self._decoding
+        config, decoding = answering.config, self._decoding
         start = decoding.start_token(config) if decoding.encodes else None
-        prefill = decoding.begin(job.input_ids, start)
-        sampler = Sampler(decoding.model, config, job.options, prefill.prompt, prefill.encoder_ids)
+        prefill = decoding.begin(answering.input_ids, start)
+        sampler = Sampler(decoding.model, config, answering.job.options, prefill.prompt, prefill.encoder_ids)
         return Sequence(answering, sampler, prefill)
 
     def _prefill(self) -> int:
@@ -380,8 +389,26 @@ class StepEngine:
                 pieces.put_nowait(item)
 
 
+def _taken(first: Item, pieces: asyncio.Queue[Item]) -> tuple[list[GeneratedPiece], ServeAppError | None]:
+    """All that is there, up to an error."""
+    taken: list[GeneratedPiece] = []
+    item = first
+    while not isinstance(item, ServeAppError):
+        taken.append(item)
+        if pieces.empty():
+            return taken, None
+        item = pieces.get_nowait()
+    return taken, item
+
+
 def _beams(config: Any) -> int:
     return int(config.num_beams or 1)
+
+
+def _plain(config: Any) -> frozenset[int]:
+    """Special tokens that mean no language."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return frozenset(i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None)
 
 
 def _device_is_lost(error: Exception) -> bool:

@@ -32,6 +32,8 @@ def generation_config(model: Any, options: GenerationOptions, prompt_tokens: int
     """
     config = copy.deepcopy(model.generation_config)
     chosen = {name: getattr(options, name) for name in _SAME_NAMES if getattr(options, name) is not None}
+    if chosen.get("temperature") == 0:
+        chosen |= {"do_sample": False, "temperature": 1.0}
     try:
         config.update(**chosen)
         prepared, _ = model._prepare_generation_config(config)

@@ -21,6 +21,8 @@ class Decoder(Protocol):
 
     def id_to_token(self, id: int) -> str | None: ...
 
+    def token_to_id(self, token: str) -> int | None: ...
+
 
 class Detokenizer:
     """Incremental decoding of one answer, special tokens left out.

@@ -17,6 +17,7 @@ from serve_app.model.generation.answering import Answering, failure, gone
 from serve_app.model.generation.decoding import Decoding
 from serve_app.model.generation.sampling import Choice
 from serve_app.model.generation.text import Decoder
+from serve_app.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class WholeAnswers:
         """New tokens, and which tokens end an answer."""
         job, config = answering.job, answering.config
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        ids = torch.tensor([job.input_ids], dtype=torch.long, device=self._device)
+        ids = torch.tensor([answering.input_ids], dtype=torch.long, device=self._device)
         if job.options.seed is not None:
             torch.manual_seed(job.options.seed)
         with self._computing():
@@ -108,7 +109,7 @@ class WholeAnswers:
     def _tell(self, answering: Answering, tokens: list[int], ends: frozenset[int]) -> None:
         for place, token in enumerate(tokens):
             last = place == len(tokens) - 1
-            reason = None if not last else "stop" if token in ends else "length"
+            reason: FinishReason | None = None if not last else "stop" if token in ends else "length"
             answering.take(Choice(token), self._decoder, self._special, reason)
             if answering.finished:
                 return

@@ -1,0 +1,192 @@
+"""One generating model's way through the tiers: a prompt is tokenized, then its answer comes back in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from serve_app.errors import DeadlineExceededError, OverloadedError, ServeAppError, UnavailableError
+from serve_app.ingress.coalescer import REPLICA_LOST
+from serve_app.metrics import IngressMetrics
+from serve_app.options import GenerationOptions
+from serve_app.outputs import Generated, GeneratedPiece
+from serve_app.tasks.generation import GENERATING, collected, speaks_by_prefix
+from serve_app.types import (
+    Answer,
+    GenerationCall,
+    Int32Array,
+    ModelCard,
+    Priority,
+    Request,
+    Timings,
+    TokenBatch,
+    TokenizeRequest,
+)
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 2.0
+"""The replica ends a late answer itself; one that has not by then is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A request's inputs as token ids, and what making them took."""
+
+    input_ids: tuple[Int32Array, ...]
+    truncated: int
+    tokenize_s: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.input_ids))
+
+
+class GenerationPath:
+    """Everything that one ingress replica sends to one generating model's replicas. Belongs to one event loop."""
+
+    def __init__(self, name: str, tokenizer: Any, model: Any, metrics: IngressMetrics) -> None:
+        self._name = name
+        self._tokenizer = tokenizer
+        self._model = model
+        self._metrics = metrics
+
+    async def answer(
+        self, request: Request, card: ModelCard, timeout_s: float, echoes: Sequence[str] | None = None
+    ) -> Answer:
+        """Every input's whole answer, each after its text in `echoes`.
+
+        Raises ServeAppError; cancelling it cancels what is under way.
+        """
+        started = time.perf_counter()
+        deadline = time.monotonic() + timeout_s
+        prompts = await self._prompts(request, card, deadline)
+        tokenized = time.perf_counter()
+        tasks = [asyncio.ensure_future(self._whole(ids, request, card, deadline)) for ids in prompts.input_ids]
+        try:
+            generated = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        now = time.perf_counter()
+        if echoes is not None:
+            generated = [replace(one, text=echo + one.text) for echo, one in zip(echoes, generated, strict=True)]
+        timings = Timings(now - started, prompts.tokenize_s, forward_s=now - tokenized)
+        return Answer(tuple(generated), prompts.tokens, timings, prompts.truncated)
+
+    async def _whole(self, ids: Int32Array, request: Request, card: ModelCard, deadline: float) -> Generated:
+        pieces: list[GeneratedPiece] = []
+        async with aclosing(self._pieces(ids, _options(request, card), request.priority, deadline)) as lists:
+            async for some in lists:
+                pieces.extend(some)
+        return collected(pieces)
+
+    async def stream(
+        self, request: Request, card: ModelCard, timeout_s: float, echo: str = ""
+    ) -> AsyncGenerator[GeneratedPiece, None]:
+        """The first input's answer, piece by piece, after `echo`. Closing it cancels the work."""
+        deadline = time.monotonic() + timeout_s
+        prompts = await self._prompts(request, card, deadline)
+        ids = prompts.input_ids[0]
+        if echo:
+            yield GeneratedPiece(echo, prompt_tokens=len(ids))
+        async with aclosing(self._pieces(ids, _options(request, card), request.priority, deadline)) as lists:
+            async for some in lists:
+                for piece in some:
+                    yield piece
+
+    async def probe(self, timeout_s: float) -> None:
+        """One token through the whole graph. Raises ServeAppError."""
+        deadline = time.monotonic() + timeout_s
+        prompts = await self._tokenized(TokenizeRequest(("ok",), "truncate", "left", max_tokens=None), deadline)
+        options = GenerationOptions(max_new_tokens=1, num_beams=1, do_sample=False)
+        async with aclosing(self._pieces(prompts.input_ids[0], options, "interactive", deadline)) as lists:
+            async for _ in lists:
+                pass
+
+    async def _prompts(self, request: Request, card: ModelCard, deadline: float) -> Prompts:
+        return await self._tokenized(GENERATING[request.task].prepare(request, card), deadline)
+
+    async def _tokenized(self, request: TokenizeRequest, deadline: float) -> Prompts:
+        try:
+            tokens: TokenBatch = await _in_time(self._tokenizer.tokenize.remote([request]), deadline)
+        except UnavailableError:
+            self._again()
+            tokens = await _in_time(self._tokenizer.tokenize.remote([request]), deadline)
+        if tokens.failures:
+            raise tokens.failures[0]
+        ids = tuple(tokens.select(i, i + 1).input_ids for i in range(tokens.num_sequences))
+        return Prompts(ids, int(tokens.truncated.sum()), tokens.tokenize_s)
+
+    async def _pieces(
+        self, ids: Int32Array, options: GenerationOptions, priority: Priority, deadline: float
+    ) -> AsyncGenerator[list[GeneratedPiece], None]:
+        """Once, and once more if the replica was lost before anything had come."""
+        sent = False
+        try:
+            async with aclosing(self._one_try(ids, options, priority, deadline)) as lists:
+                async for some in lists:
+                    yield some
+                    sent = True
+            return
+        except UnavailableError:
+            if sent:
+                raise
+        self._again()
+        async with aclosing(self._one_try(ids, options, priority, deadline)) as lists:
+            async for some in lists:
+                yield some
+
+    def _again(self) -> None:
+        logger.warning("a request for model %s is sent again", self._name)
+        self._metrics.retries.inc(1, {"model": self._name})
+
+    async def _one_try(
+        self, ids: Int32Array, options: GenerationOptions, priority: Priority, deadline: float
+    ) -> AsyncGenerator[list[GeneratedPiece], None]:
+        call = GenerationCall(ids, options, max(0.0, deadline - time.monotonic()), priority)
+        response = self._model.options(stream=True).stream.remote(call)
+        ended = False
+        try:
+            while not ended:
+                some: list[GeneratedPiece] = await _in_time(anext(response), deadline)
+                ended = some[-1].finish_reason is not None
+                yield some
+        except StopAsyncIteration as error:
+            raise UnavailableError("the replica ended its answer too early", retry_after_s=1.0) from error
+        finally:
+            if not ended:
+                response.cancel()
+
+
+async def _in_time(answer: Any, deadline: float) -> Any:
+    """What a replica answers, with its errors as ours."""
+    try:
+        return await asyncio.wait_for(answer, max(0.0, deadline - time.monotonic()) + GRACE_S)
+    except asyncio.TimeoutError as error:
+        raise DeadlineExceededError("the request's time ran out before its answer was complete") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, ServeAppError):
+            raise error.cause from None
+        raise
+    except BackPressureError as error:
+        raise OverloadedError("every replica's queue is full; try again later", retry_after_s=1.0) from error
+    except REPLICA_LOST as error:
+        logger.warning("a replica was lost: %s", str(error).split("\n")[0][:200])
+        raise UnavailableError("the replica that computed this request was lost", retry_after_s=1.0) from error
+
+
+def _options(request: Request, card: ModelCard) -> GenerationOptions:
+    """As the replica needs to know them: a language that is chosen by the text's prefix is none of its business."""
+    assert isinstance(request.options, GenerationOptions)
+    if request.task == "translation" and speaks_by_prefix(card):
+        return replace(request.options, source_language=None, target_language=None)
+    return request.options

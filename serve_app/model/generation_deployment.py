@@ -1,0 +1,124 @@
+"""The `<model>-model` deployment of a model that generates: a StepEngine behind a handle, answers in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from serve_app.cache.prewarm import ensure_local, replica_environment
+from serve_app.config import CacheConfig, ModelConfig, ModelSettings, parse
+from serve_app.metrics import ModelMetrics
+from serve_app.model import memory
+from serve_app.model.deployment import EXIT_AFTER_S
+from serve_app.outputs import GeneratedPiece
+from serve_app.types import GenerationCall, ModelState
+
+
+class GenerationReplica:
+    """Loads from this node's disk, offline, and computes on its device thread; the event loop never does."""
+
+    async def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        os.environ.update(replica_environment(cache))
+        memory.configure_allocator()
+        self._config = model
+        self._metrics = ModelMetrics()
+        path = await ensure_local(model, cache)
+        await asyncio.to_thread(self._load, path)
+        self._engine.start()
+
+    def _load(self, path: Path) -> None:
+        # torch and transformers take seconds to import: here, off the event loop, after the environment is set.
+        from serve_app.model.generation.decoding import Decoding
+        from serve_app.model.generation.engine import StepEngine
+        from serve_app.model.generation.loader import load
+        from serve_app.model.host import govern_threads, keep_freed_memory
+
+        memory.limit_share(self._config.memory_fraction)
+        govern_threads(self._config.num_threads)
+        self._loaded = loaded = load(path, self._config)
+        keep_freed_memory()
+        self._engine = StepEngine(
+            Decoding(loaded.model, loaded.device),
+            loaded.decoder,
+            self._limits(ModelSettings()),
+            loaded.window,
+            special=loaded.special,
+            computing=lambda: loaded.precision.computing(loaded.device),
+            prepare_thread=lambda: govern_threads(self._config.num_threads),
+            observe=self._observe,
+            on_broken=lambda: threading.Timer(EXIT_AFTER_S, os._exit, [1]).start(),
+            by_steps=loaded.by_steps,
+        )
+
+    def _limits(self, settings: ModelSettings) -> Any:
+        from serve_app.model.generation.engine import GenerationLimits
+        from serve_app.model.generation.loader import affordable_kv_tokens
+
+        sequences = settings.max_generated_sequences
+        affordable = affordable_kv_tokens(self._loaded, sequences, self._config.memory_reserve)
+        return GenerationLimits(
+            max_kv_tokens=settings.max_kv_tokens or affordable,
+            max_sequences=sequences,
+            max_queued_tokens=settings.max_queued_tokens,
+            prefill_tokens=settings.prefill_tokens,
+        )
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Apply new settings from the next step on."""
+        self._engine.limits = self._limits(parse(ModelSettings, user_config, "user_config"))
+
+    async def stream(self, call: GenerationCall) -> AsyncIterator[list[GeneratedPiece]]:
+        """The answer's pieces, all that are there in one message; raises ServeAppError, before the first or later."""
+        from serve_app.model.generation.job import GenerationJob
+
+        deadline = None if call.time_left_s is None else time.monotonic() + call.time_left_s
+        job = GenerationJob(tuple(call.input_ids.tolist()), call.options, deadline, call.priority)
+        async with aclosing(self._engine.generate_lists(job)) as lists:
+            async for pieces in lists:
+                yield pieces
+
+    async def describe(self) -> ModelState:
+        return ModelState(
+            dtype=self._loaded.precision.label,
+            device=str(self._loaded.device),
+            attention=f"generating {self._loaded.mode}",
+            max_batch_tokens=self._engine.limits.max_kv_tokens,
+            memory=self._memory_figures(),
+        )
+
+    @property
+    def _on_cuda(self) -> bool:
+        return bool(self._loaded.device.type == "cuda")
+
+    def _memory_figures(self) -> dict[str, float]:
+        return memory.read_cuda(self._loaded.device).figures() if self._on_cuda else memory.process_figures()
+
+    async def memory_summary(self) -> str:
+        """The allocator's own report (CUDA), or this process's memory, as text for a person."""
+        if not self._on_cuda:
+            return "\n".join(f"{name} {value:,.0f}" for name, value in self._memory_figures().items()) + "\n"
+        import torch
+
+        return str(torch.cuda.memory_summary(self._loaded.device))
+
+    async def check_health(self) -> None:
+        """Raises if this replica must be replaced."""
+        self._engine.check()
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+    def _observe(self, report: Any) -> None:
+        tags = {"model": self._config.name}
+        self._metrics.batch_sequences.observe(report.sequences, tags)
+        self._metrics.batch_tokens.observe(report.sequences + report.prefilled_tokens, tags)
+        self._metrics.forward_seconds.observe(report.step_s, tags)
+        self._metrics.queued_tokens.set(report.queued_tokens, tags)

@@ -1,0 +1,224 @@
+"""Answers that are made together are, each, what `generate` makes of its prompt alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import torch
+
+from serve_app.errors import (
+    DeadlineExceededError,
+    InputTooLongError,
+    InvalidInputError,
+    OverloadedError,
+    UnavailableError,
+)
+from serve_app.model.generation.decoding import differs_in_a_batch
+from serve_app.model.generation.engine import GenerationLimits
+from serve_app.model.generation.job import GenerationJob
+from serve_app.options import GenerationOptions
+from tests.model.generation.models import (
+    CPU,
+    DECODERS,
+    ENCODER_DECODERS,
+    WINDOW,
+    answer,
+    prompts,
+    reference,
+    running,
+    text_of,
+    tiny,
+    tokenizer,
+    tokens_of,
+)
+
+LENGTHS = [3, 9, 20, 5, 1, 14, 7, 30]
+GREEDY = [GenerationOptions(max_new_tokens=n) for n in (5, 12, 9, 30, 17, 8, 21, 2)]
+SAMPLED = [
+    GenerationOptions(max_new_tokens=12, do_sample=True, seed=1),
+    GenerationOptions(max_new_tokens=25, do_sample=True, seed=2, temperature=0.7),
+    GenerationOptions(max_new_tokens=7, do_sample=True, seed=3, top_k=5),
+    GenerationOptions(max_new_tokens=18, do_sample=True, seed=4, top_p=0.8),
+    GenerationOptions(max_new_tokens=9, do_sample=True, seed=5, temperature=1.5, top_k=40, top_p=0.9),
+    GenerationOptions(max_new_tokens=14, repetition_penalty=1.3),
+    GenerationOptions(max_new_tokens=20, min_new_tokens=15, do_sample=True, seed=6),
+    GenerationOptions(max_new_tokens=4),
+]
+
+
+@pytest.mark.parametrize("model_type", DECODERS + ENCODER_DECODERS)
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+async def test_answers_that_join_and_leave_at_each_step_are_those_of_generate(
+    model_type: str, options: list[GenerationOptions]
+) -> None:
+    model = tiny(model_type)
+    asked = prompts(LENGTHS)
+    expected = [reference(model, prompt, own) for prompt, own in zip(asked, options, strict=True)]
+
+    async def later(engine: object, index: int) -> list[int]:
+        await asyncio.sleep(0.004 * index)
+        return tokens_of(await answer(engine, asked[index], options[index]))  # type: ignore[arg-type]
+
+    async with running(model) as engine:
+        got = await asyncio.gather(*(later(engine, i) for i in range(len(asked))))
+        assert engine.active == 0
+    assert list(got) == expected
+
+
+@pytest.mark.parametrize("model_type", DECODERS + ENCODER_DECODERS)
+def test_a_family_is_found_to_be_the_same_in_a_batch(model_type: str) -> None:
+    with torch.inference_mode():
+        assert differs_in_a_batch(tiny(model_type), CPU, 1e-4) is None
+
+
+async def test_a_long_prompt_goes_through_in_parts_and_its_answer_stays_the_same() -> None:
+    model, [prompt] = tiny("llama"), prompts([50])
+    options = GenerationOptions(max_new_tokens=10)
+    async with running(model, GenerationLimits(10_000, prefill_tokens=7)) as engine:
+        assert tokens_of(await answer(engine, prompt, options)) == reference(model, prompt, options)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "t5", "bart"])
+async def test_pieces_together_are_the_decoded_answer(model_type: str) -> None:
+    async with running(tiny(model_type)) as engine:
+        for seed, prompt in enumerate(prompts([4, 8, 15])):
+            pieces = await answer(engine, prompt, GenerationOptions(max_new_tokens=40, do_sample=True, seed=seed))
+            assert text_of(pieces) == tokenizer().decode(tokens_of(pieces), skip_special_tokens=True)
+            assert [p.finish_reason is None for p in pieces] == [True] * (len(pieces) - 1) + [False]
+            assert {p.prompt_tokens for p in pieces} == {len(prompt)}
+
+
+async def test_an_end_token_ends_the_answer() -> None:
+    model, [prompt] = tiny("llama"), prompts([6])
+    plain = reference(model, prompt, GenerationOptions(max_new_tokens=20))
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [plain[4], 3]
+    try:
+        async with running(model) as engine:
+            pieces = await answer(engine, prompt, GenerationOptions(max_new_tokens=20))
+    finally:
+        model.generation_config.eos_token_id = before
+    assert tokens_of(pieces) == plain[: plain.index(plain[4]) + 1]
+    assert pieces[-1].finish_reason == "stop"
+
+
+async def test_a_stop_text_ends_the_answer_and_is_no_part_of_it() -> None:
+    model, [prompt] = tiny("gpt2"), prompts([6])
+    options = GenerationOptions(max_new_tokens=40, do_sample=True, seed=3)
+    async with running(model) as engine:
+        whole = text_of(await answer(engine, prompt, options))
+        stop = whole[10:13]
+        stopping = GenerationOptions(max_new_tokens=40, do_sample=True, seed=3, stop=(stop, "never there"))
+        pieces = await answer(engine, prompt, stopping)
+    assert text_of(pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish_reason == "stop"
+
+
+async def test_logprobs_are_those_of_the_model_itself() -> None:
+    model, [prompt] = tiny("llama"), prompts([6])
+    async with running(model) as engine:
+        pieces = await answer(engine, prompt, GenerationOptions(max_new_tokens=4, logprobs=3, temperature=None))
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *tokens_of(pieces)]])).logits[0, len(prompt) - 1 : -1]
+    for piece, expected in zip(pieces, logits.log_softmax(-1), strict=True):
+        assert piece.logprob is not None
+        assert piece.logprob.token == piece.token
+        assert piece.logprob.logprob == pytest.approx(float(expected.max()), abs=1e-4)
+        assert [top.token for top in piece.logprob.top] == expected.topk(3).indices.tolist()
+        assert piece.logprob.text == tokenizer().decode([piece.token], skip_special_tokens=False)
+
+
+async def test_new_tokens_are_bounded_by_the_window() -> None:
+    async with running(tiny("gpt2")) as engine:
+        pieces = await answer(engine, prompts([60])[0], GenerationOptions(max_new_tokens=1000))
+        assert len(pieces) == WINDOW - 60
+        assert pieces[-1].finish_reason == "length"
+        with pytest.raises(InputTooLongError, match="64"):
+            await answer(engine, prompts([64])[0], GenerationOptions(max_new_tokens=5))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "t5"])
+async def test_what_can_never_fit_is_refused_and_what_can_waits(model_type: str) -> None:
+    model = tiny(model_type)
+    options = GenerationOptions(max_new_tokens=20)
+    asked = prompts([10] * 6)
+    async with running(model, GenerationLimits(max_kv_tokens=70)) as engine:
+        with pytest.raises(InputTooLongError, match="70 tokens"):
+            await answer(engine, prompts([40])[0], GenerationOptions(max_new_tokens=24, num_beams=2))
+        most = 0
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                most = max(most, engine.active)
+                await asyncio.sleep(0)
+
+        watching = asyncio.ensure_future(watch())
+        got = await asyncio.gather(*(answer(engine, prompt, options) for prompt in asked))
+        watching.cancel()
+    assert [tokens_of(pieces) for pieces in got] == [reference(model, prompt, options) for prompt in asked]
+    assert most <= 2
+
+
+async def test_a_full_queue_is_told() -> None:
+    async with running(tiny("gpt2"), GenerationLimits(70, max_queued_tokens=25)) as engine:
+        first = [
+            asyncio.ensure_future(answer(engine, p, GenerationOptions(max_new_tokens=50))) for p in prompts([10] * 4)
+        ]
+        outcomes = await asyncio.gather(*first, return_exceptions=True)
+    assert any(isinstance(outcome, OverloadedError) for outcome in outcomes)
+    assert any(isinstance(outcome, list) for outcome in outcomes)
+
+
+async def test_giving_up_frees_the_place_at_once() -> None:
+    model, [long, short] = tiny("gpt2"), prompts([5, 5])
+    async with running(model, GenerationLimits(10_000, max_sequences=1)) as engine:
+        stream = engine.generate(GenerationJob(long, GenerationOptions(max_new_tokens=59)))
+        await anext(stream)
+        waiting = asyncio.ensure_future(answer(engine, short, GenerationOptions(max_new_tokens=3)))
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert tokens_of(await waiting) == reference(model, short, GenerationOptions(max_new_tokens=3))
+        assert engine.active == 0
+
+
+async def test_a_caller_that_is_cancelled_gives_up() -> None:
+    async with running(tiny("gpt2")) as engine:
+        task = asyncio.ensure_future(answer(engine, prompts([5])[0], GenerationOptions(max_new_tokens=59)))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        [other] = prompts([4])
+        await answer(engine, other, GenerationOptions(max_new_tokens=2))
+        assert engine.active == 0
+
+
+async def test_a_late_answer_ends_with_its_deadline() -> None:
+    async with running(tiny("gpt2")) as engine:
+        with pytest.raises(DeadlineExceededError):
+            await answer(engine, prompts([5])[0], GenerationOptions(max_new_tokens=50), deadline=time.monotonic())
+        assert engine.active == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [GenerationOptions(temperature=-1.0, do_sample=True), GenerationOptions(num_beams=2, logprobs=1)],
+    ids=["a temperature below zero", "logprobs of beams"],
+)
+async def test_options_that_make_no_sense_are_the_callers_fault(options: GenerationOptions) -> None:
+    async with running(tiny("gpt2")) as engine:
+        with pytest.raises(InvalidInputError):
+            await answer(engine, prompts([5])[0], options)
+
+
+async def test_nothing_is_answered_after_the_end() -> None:
+    async with running(tiny("gpt2")) as engine:
+        stream = engine.generate(GenerationJob(prompts([5])[0], GenerationOptions(max_new_tokens=59)))
+        await anext(stream)
+    with pytest.raises(UnavailableError):
+        async for _ in stream:
+            pass
+    with pytest.raises(UnavailableError):
+        engine.check()

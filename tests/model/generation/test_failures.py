@@ -1,0 +1,114 @@
+"""What fails, fails alone where it can, and never leaves anybody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.errors import ModelFailureError, OverloadedError, ServeAppError, UnavailableError
+from serve_app.model.generation.engine import GIVE_UP_AFTER
+from serve_app.options import GenerationOptions
+from tests.model.generation.models import answer, prompts, reference, running, tiny, tokens_of
+
+OPTIONS = GenerationOptions(max_new_tokens=12)
+POISON = 6
+
+
+class Poisoned:
+    """A model that goes wrong where `wrong(input_ids, output)` says; otherwise it is the model."""
+
+    def __init__(self, model: Any, wrong: Any) -> None:
+        self._model, self._wrong = model, wrong
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self._wrong(arguments["input_ids"], self._model(**arguments))
+
+
+def raise_at_poison(ids: torch.Tensor, output: Any) -> Any:
+    if (ids == POISON).any():
+        raise RuntimeError("a kernel said no")
+    return output
+
+
+def nan_at_poison(ids: torch.Tensor, output: Any) -> Any:
+    output.logits[(ids == POISON).any(1)] = float("nan")
+    return output
+
+
+def out_of_memory(ids: torch.Tensor, output: Any) -> Any:
+    raise torch.OutOfMemoryError("no memory")
+
+
+def raise_in_steps(ids: torch.Tensor, output: Any) -> Any:
+    if ids.shape[1] == 1:
+        raise RuntimeError("a step failed")
+    return output
+
+
+def healthy_prompts() -> list[tuple[int, ...]]:
+    return [tuple(i for i in prompt if i != POISON) for prompt in prompts([5, 9, 7])]
+
+
+async def outcomes(model: Any, asked: list[tuple[int, ...]]) -> list[Any]:
+    async with running(model) as engine:
+        return await asyncio.wait_for(
+            asyncio.gather(*(answer(engine, prompt, OPTIONS) for prompt in asked), return_exceptions=True), 60
+        )
+
+
+@pytest.mark.parametrize("wrong", [raise_at_poison, nan_at_poison], ids=["raises", "not a number"])
+async def test_a_poisoned_prompt_fails_alone(wrong: Any) -> None:
+    model, healthy = tiny("llama"), healthy_prompts()
+    *fine, poisoned = await outcomes(Poisoned(model, wrong), [*healthy, (7, POISON, 8)])
+    assert isinstance(poisoned, ModelFailureError)
+    assert [tokens_of(pieces) for pieces in fine] == [reference(model, prompt, OPTIONS) for prompt in healthy]
+
+
+async def test_no_memory_is_told_as_overload() -> None:
+    assert all(
+        isinstance(e, OverloadedError)
+        for e in await outcomes(Poisoned(tiny("llama"), out_of_memory), healthy_prompts())
+    )
+
+
+async def test_a_step_that_fails_ends_those_who_took_part_with_an_error() -> None:
+    async with running(Poisoned(tiny("llama"), raise_in_steps)) as engine:
+        with pytest.raises(ModelFailureError, match="a step failed"):
+            await asyncio.wait_for(answer(engine, healthy_prompts()[0], OPTIONS), 60)
+        assert engine.active == 0
+
+
+async def test_a_replica_whose_steps_keep_failing_says_so_and_answers_nobody() -> None:
+    told: list[str] = []
+    async with running(Poisoned(tiny("llama"), raise_in_steps), on_broken=lambda: told.append("broken")) as engine:
+        for prompt in healthy_prompts()[:GIVE_UP_AFTER]:
+            with pytest.raises(ServeAppError):
+                await asyncio.wait_for(answer(engine, prompt, OPTIONS), 60)
+        engine._thread.join(10)
+        with pytest.raises(UnavailableError):
+            engine.check()
+        with pytest.raises(UnavailableError):
+            await asyncio.wait_for(answer(engine, healthy_prompts()[0], OPTIONS), 60)
+    assert told == ["broken"]
+
+
+async def test_a_neighbour_goes_on_after_a_failed_step() -> None:
+    model, failing = tiny("llama"), {"left": 1}
+
+    def once(ids: torch.Tensor, output: Any) -> Any:
+        if ids.shape[1] == 1 and failing["left"]:
+            failing["left"] -= 1
+            raise RuntimeError("once")
+        return output
+
+    async with running(Poisoned(model, once)) as engine:
+        first, second = healthy_prompts()[:2]
+        with pytest.raises(ModelFailureError):
+            await answer(engine, first, OPTIONS)
+        assert tokens_of(await answer(engine, second, OPTIONS)) == reference(model, second, OPTIONS)

@@ -1,0 +1,113 @@
+"""Pieces of text together are the whole text, whatever the tokenizer and the tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+
+from serve_app.model.generation.text import Detokenizer, StopTexts
+from tests.tokenizer.kinds import CORPUS, KINDS
+
+DECODERS: Mapping[str, Any] = {
+    "byte-level": decoders.ByteLevel(),
+    "qwen": decoders.ByteLevel(),
+    "xlm-roberta": decoders.Metaspace(),
+    "wordpiece": decoders.WordPiece(),
+    "llama": decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+}
+GENERATING = tuple(DECODERS)
+
+
+@cache
+def tokenizer_of(kind: str) -> Any:
+    tokenizer = KINDS[kind]()
+    if kind == "llama":
+        tokenizer = with_byte_tokens(tokenizer)
+    tokenizer.decoder = DECODERS[kind]
+    return tokenizer
+
+
+def with_byte_tokens(tokenizer: Any) -> Any:
+    """So that characters it does not know are spelled in bytes, as real ones do."""
+    told = json.loads(tokenizer.to_str())
+    vocabulary = told["model"]["vocab"]
+    vocabulary.update({f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)})
+    return Tokenizer.from_str(json.dumps(told))
+
+
+def pieces(kind: str, tokens: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer_of(kind))
+    return [*map(detokenizer.push, tokens), detokenizer.finish()]
+
+
+@pytest.mark.parametrize("kind", GENERATING)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_pieces_of_any_tokens_are_the_decoded_whole(kind: str, data: st.DataObject) -> None:
+    size = tokenizer_of(kind).get_vocab_size()
+    tokens = data.draw(st.lists(st.integers(0, size - 1), max_size=40))
+    assert "".join(pieces(kind, tokens)) == tokenizer_of(kind).decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", GENERATING)
+@pytest.mark.parametrize("text", [*CORPUS, "👩‍👩‍👧 e\u0301 \r\n\t x", "", "a" * 300])
+def test_pieces_of_a_text_are_the_decoded_whole(kind: str, text: str) -> None:
+    tokens = tokenizer_of(kind).encode(text).ids
+    assert "".join(pieces(kind, tokens)) == tokenizer_of(kind).decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama"])
+def test_half_a_character_is_held_back(kind: str) -> None:
+    found = pieces(kind, tokenizer_of(kind).encode("☕ 👩 你").ids)
+    assert not any("\ufffd" in piece for piece in found)
+    assert "".join(found).strip() == "☕ 👩 你"
+
+
+def test_most_text_comes_with_its_own_token() -> None:
+    found = pieces("byte-level", tokenizer_of("byte-level").encode(CORPUS[0], add_special_tokens=False).ids)
+    assert all(found[:-1])
+    assert found[-1] == ""
+
+
+def stopped(stops: tuple[str, ...], parts: list[str]) -> tuple[list[str], bool]:
+    texts = StopTexts(stops)
+    out = []
+    for part in parts:
+        cut = texts.push(part)
+        out.append(cut.text)
+        if cut.stopped:
+            return out, True
+    return [*out, texts.finish()], False
+
+
+def test_text_that_may_become_a_stop_text_is_held_back() -> None:
+    assert stopped(("END",), ["a E", "N", "x E", "ND b"]) == (["a ", "", "ENx ", ""], True)
+
+
+def test_what_was_held_back_comes_at_the_end() -> None:
+    assert stopped(("END",), ["a EN"]) == (["a ", "EN"], False)
+
+
+def test_the_first_of_several_stop_texts_counts() -> None:
+    assert stopped(("cd", "b"), ["abcd"]) == (["a"], True)
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
+def test_stopping_piece_by_piece_is_stopping_in_the_whole(text: str, stops: list[str], size: int) -> None:
+    parts, was_stopped = stopped(tuple(stops), [text[i : i + size] for i in range(0, len(text), size)])
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert was_stopped == bool(ends)
+    if not ends:
+        assert "".join(parts) == text
+    else:
+        assert text.startswith("".join(parts))
+        assert not any(stop in "".join(parts) for stop in stops)

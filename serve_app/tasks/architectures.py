@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from serve_app.config import ModelConfig, TaskName
 from serve_app.errors import ConfigError
@@ -29,6 +29,8 @@ NEEDED: Mapping[TaskName, tuple[str, ...]] = {
 }
 """How the names of the classes end that a task needs; `embedding` takes the base model of any."""
 
+_OF_ONE_CLASS: tuple[TaskName, ...] = ("token-classification", "fill-mask", "question-answering", "text-generation")
+
 
 def task_of(architectures: Sequence[str], num_labels: int) -> TaskName:
     """The task that a model of these classes is for; `embedding` where they name no head."""
@@ -37,9 +39,9 @@ def task_of(architectures: Sequence[str], num_labels: int) -> TaskName:
             return "rerank" if num_labels == 1 else "text-classification"
         if name.endswith(_TRANSLATES):
             return "translation"
-        for task in ("token-classification", "fill-mask", "question-answering", "text-generation"):
-            if name.endswith(NEEDED[cast(TaskName, task)]):
-                return cast(TaskName, task)
+        for task in _OF_ONE_CLASS:
+            if name.endswith(NEEDED[task]):
+                return task
         if name.endswith(_REWRITES):
             return "summarization" if name.startswith("Pegasus") else "text2text-generation"
     return "embedding"

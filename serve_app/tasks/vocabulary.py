@@ -6,25 +6,59 @@ single words.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from serve_app.tasks.special_tokens import SpecialTokens
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+_CLEANED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"))
+_CLEANED_CONTRACTIONS = ((" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 
 
 class Vocabulary:
     """Token ids to text and back. Never changed after construction; calls are short."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        clean_up: bool = False,
+        unknown_id: int | None = None,
+        pad_id: int | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._cleans_up = clean_up and type(tokenizer.model).__name__ != "BPE"
+        self.unknown_id = unknown_id
+        self.pad_id = pad_id
 
     @classmethod
     def read(cls, definition: str) -> Vocabulary:
-        """From the JSON of a `tokenizer.json`."""
+        """From what `define` made."""
         from tokenizers import Tokenizer
 
-        return cls(Tokenizer.from_str(definition))
+        parts = json.loads(definition)
+        tokenizer = Tokenizer.from_str(parts["tokenizer"])
+        return cls(tokenizer, parts["clean_up"], parts["unknown_id"], parts["pad_id"])
+
+    @staticmethod
+    def define(tokenizer: Tokenizer, special: SpecialTokens) -> str:
+        """All that `read` needs, as one text."""
+        parts = {
+            "tokenizer": tokenizer.to_str(),
+            "clean_up": special.cleans_up,
+            "unknown_id": special.id_of("unk_token"),
+            "pad_id": special.id_of("pad_token"),
+        }
+        return json.dumps(parts)
+
+    @functools.cached_property
+    def marks_subwords(self) -> bool:
+        """Whether tokens inside a word are marked as such (`##ing`)."""
+        return bool(getattr(self._tokenizer.model, "continuing_subword_prefix", None))
 
     def token(self, token_id: int) -> str:
         """The entry itself, marks of the tokenizer included (`##ing`, `Ġthe`); empty if there is none."""
@@ -35,9 +69,9 @@ class Vocabulary:
         return found
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of tokens, as transformers' `decode` without cleaning up."""
+        """The text of tokens, as transformers' `decode`."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+        return _clean_up(text) if self._cleans_up else text
 
     def join(self, tokens: Sequence[str]) -> str:
         """The text of vocabulary entries, as transformers' `convert_tokens_to_string`."""
@@ -49,3 +83,9 @@ class Vocabulary:
         """The first token of a text without special tokens; None if it has none."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return int(ids[0]) if ids else None
+
+
+def _clean_up(text: str) -> str:
+    for spaced, joined in (*_CLEANED, *_CLEANED_CONTRACTIONS):
+        text = text.replace(spaced, joined)
+    return text

@@ -5,32 +5,24 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, cast
 
 from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError, RequestError
+from serve_app.tasks.card import transformer_folder
+from serve_app.tasks.special_tokens import SpecialTokens
+from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.bounded import BoundedTokenizer
+from serve_app.tokenizer.chat import ChatTemplate
+from serve_app.tokenizer.encoded import Encoded, Outcome, flatten
+from serve_app.tokenizer.framed import FramedTokenizer, check_ids
 from serve_app.tokenizer.loader import load
-from serve_app.types import Int32Array, LongTexts, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
+from serve_app.types import LongTexts, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One input's ids and, for pairs, token types; `truncated` if tokens were cut off."""
-
-    ids: Sequence[int]
-    type_ids: Sequence[int] | None = None
-    truncated: bool = False
-
-
-Outcome: TypeAlias = list[Encoded] | RequestError
-"""What became of one request: its inputs' encodings, or why it failed."""
+__all__ = ["Encoded", "Encoder", "Outcome", "flatten"]
 
 
 class Encoder:
@@ -42,24 +34,50 @@ class Encoder:
         Raises IncompleteModelError if no fast one can be made, ConfigError if the limit leaves no room for a text.
         """
         self.max_input_tokens = max_input_tokens
-        tokenizer = load(path)
+        tokenizer, folder = load(path), transformer_folder(path)
         _check_room(tokenizer, max_input_tokens)
-        self.definition: str = tokenizer.to_str()
+        self.definition: str = Vocabulary.define(tokenizer, SpecialTokens(folder))
+        self._chat = ChatTemplate(folder)
         self._vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self._whole = BoundedTokenizer(tokenizer, max_input_tokens, None)
         self._cutting = {
             "left": BoundedTokenizer(tokenizer, max_input_tokens, "left"),
             "right": BoundedTokenizer(tokenizer, max_input_tokens, "right"),
         }
+        self._framed = FramedTokenizer(tokenizer, max_input_tokens, self._chat)
+
+    def load_chat_template(self) -> None:
+        """Before the first conversation, which would have to wait for it."""
+        self._chat.load()
 
     def encode(self, requests: Sequence[TokenizeRequest]) -> TokenBatch:
         """One flat batch of all sequences; a request that cannot be encoded fails alone."""
         started = time.perf_counter()
         outcomes: list[Outcome] = [[] for _ in requests]
-        for members in _alike(requests):
+        plain = [i for i, request in enumerate(requests) if self._is_plain(request)]
+        for index in sorted(set(range(len(requests))) - set(plain)):
+            outcomes[index] = self._encode_framed(requests[index])
+        for members in _alike(requests, plain):
             for index, outcome in zip(members, self._encode_alike([requests[i] for i in members]), strict=True):
                 outcomes[index] = outcome
         return flatten(outcomes, time.perf_counter() - started)
+
+    def _is_plain(self, request: TokenizeRequest) -> bool:
+        """Whether the tokenizer's own truncation does, which is the quickest."""
+        if request.long_texts == "windows" or request.align or request.max_tokens is not None:
+            return False
+        return all(
+            isinstance(value, str) or _is_ids(value) or (request.cut == "longest_first" and isinstance(value, tuple))
+            for value in request.inputs
+        )
+
+    def _encode_framed(self, request: TokenizeRequest) -> Outcome:
+        try:
+            return self._framed.encode(request)
+        except RequestError as error:
+            return error
+        except (TypeError, ValueError):
+            return _not_unicode()
 
     def _encode_alike(self, requests: Sequence[TokenizeRequest]) -> list[Outcome]:
         """One call into Rust for requests with the same truncation; a failure is narrowed down to its request."""
@@ -69,7 +87,7 @@ class Encoder:
         except (TypeError, ValueError):
             if len(requests) > 1:
                 return [outcome for request in requests for outcome in self._encode_alike([request])]
-            return [InvalidInputError("inputs: a text is not valid Unicode (a lone surrogate?); send valid UTF-8")]
+            return [_not_unicode()]
         return [
             self._outcome(request, list(itertools.islice(encodings, len(mine))))
             for request, mine in zip(requests, texts, strict=True)
@@ -102,10 +120,7 @@ class Encoder:
 
     def _given(self, request: TokenizeRequest, index: int, ids: TokenIds) -> Encoded:
         """Token ids that the client made, used as they are: no special tokens are added."""
-        if not ids:
-            raise InvalidInputError(f"inputs[{index}]: has no tokens; send at least one")
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            raise InvalidInputError(f"inputs[{index}]: token ids must be 0 to {self._vocab_size - 1}")
+        check_ids(index, ids, self._vocab_size)
         limit = self.max_input_tokens
         if len(ids) <= limit:
             return Encoded(ids)
@@ -120,40 +135,15 @@ class Encoder:
         )
 
 
-def flatten(outcomes: Sequence[Outcome], tokenize_s: float = 0.0) -> TokenBatch:
-    """Lists of encoded inputs, one list a request, as one TokenBatch; failed requests have no sequences."""
-    failures = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, RequestError)}
-    requests = [[] if isinstance(outcome, RequestError) else outcome for outcome in outcomes]
-    sequences = [encoded for request in requests for encoded in request]
-    return TokenBatch(
-        input_ids=_joined([s.ids for s in sequences]),
-        cu_seqlens=_cumulative([len(s.ids) for s in sequences]),
-        cu_requests=_cumulative([len(r) for r in requests]),
-        truncated=np.fromiter((s.truncated for s in sequences), np.bool_, len(sequences)),
-        token_type_ids=_type_ids(sequences),
-        failures=failures,
-        tokenize_s=tokenize_s,
-    )
+def _not_unicode() -> InvalidInputError:
+    return InvalidInputError("inputs: a text is not valid Unicode (a lone surrogate?); send valid UTF-8")
 
 
-def _joined(lists: Sequence[Sequence[int]]) -> Int32Array:
-    return np.fromiter(itertools.chain.from_iterable(lists), np.int32, sum(map(len, lists)))
-
-
-def _cumulative(lengths: Sequence[int]) -> Int32Array:
-    return np.concatenate([np.zeros(1, np.int32), np.cumsum(np.asarray(lengths, np.int32), dtype=np.int32)])
-
-
-def _type_ids(sequences: Sequence[Encoded]) -> Int32Array | None:
-    if all(s.type_ids is None for s in sequences):
-        return None
-    return _joined([s.type_ids if s.type_ids is not None else [0] * len(s.ids) for s in sequences])
-
-
-def _alike(requests: Sequence[TokenizeRequest]) -> list[list[int]]:
+def _alike(requests: Sequence[TokenizeRequest], members: Sequence[int]) -> list[list[int]]:
     """Indices of the requests, grouped by how they are truncated."""
     kinds: dict[tuple[LongTexts, Side], list[int]] = {}
-    for index, request in enumerate(requests):
+    for index in members:
+        request = requests[index]
         kinds.setdefault((request.long_texts, request.truncation_side), []).append(index)
     return list(kinds.values())
 

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import uuid
+from collections.abc import AsyncGenerator
 
 from starlette.types import Receive, Scope, Send
 
@@ -98,9 +99,14 @@ class App:
             return error_reply(unexpected, dialect, exchange.id)
 
     async def _send(self, exchange: Exchange, reply: Reply, send: Send) -> None:
-        headers = [(b"content-type", reply.content_type), (b"content-length", b"%d" % len(reply.body)), *reply.headers]
+        headers = [(b"content-type", reply.content_type), *reply.headers]
         if self._writes_request_id:
             headers.append((b"x-request-id", exchange.id.encode()))
+        if not isinstance(reply.body, bytes):
+            await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+            await _send_parts(reply.body, send)
+            return
+        headers.append((b"content-length", b"%d" % len(reply.body)))
         lingers = exchange.body_is_unread
         if lingers:
             headers.append((b"connection", b"close"))
@@ -110,6 +116,13 @@ class App:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(_drain(exchange.receive), _LINGER_S)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_parts(parts: AsyncGenerator[bytes, None], send: Send) -> None:
+    async with contextlib.aclosing(parts):
+        async for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def error_reply(error: ServeAppError, dialect: Dialect, request_id: str, *headers: Header) -> Reply:

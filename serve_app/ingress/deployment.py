@@ -20,7 +20,8 @@ from serve_app.ingress.asgi import create_app
 from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.prometheus import scrape_cluster
-from serve_app.ingress.service import ModelInfo, SettingsRef
+from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken
+from serve_app.ingress.words import text_tokens, texts_of, whole_texts
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece
@@ -35,6 +36,7 @@ from serve_app.types import (
     ModelState,
     Request,
     TextInput,
+    TokenIds,
     TokenizeRequest,
 )
 
@@ -180,6 +182,19 @@ class Ingress:
             self._vocabularies[model] = vocabulary
         return vocabulary
 
+    async def tokenize(self, model: str, texts: Sequence[str], special_tokens: bool) -> Sequence[Sequence[TextToken]]:
+        self._check_name(model)
+        vocabulary = await self._vocabulary(model)
+        batch = await self._ask(self._handles[model].tokenizer.tokenize, model, [whole_texts(texts)])
+        if batch.failures:
+            raise batch.failures[0]
+        return await asyncio.to_thread(text_tokens, texts, batch, vocabulary, special_tokens)
+
+    async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
+        self._check_name(model)
+        vocabulary = await self._vocabulary(model)
+        return await asyncio.to_thread(texts_of, sequences, vocabulary, skip_special_tokens)
+
     async def ready(self, name: str | None = None) -> None:
         if name is not None:
             self._check_name(name)
@@ -231,9 +246,9 @@ class Ingress:
         except (asyncio.TimeoutError, RayError) as error:
             raise UnavailableError("the cache's warmer does not answer", retry_after_s=1.0) from error
 
-    async def _ask(self, method: Any, name: str) -> Any:
+    async def _ask(self, method: Any, name: str, *arguments: Any) -> Any:
         try:
-            return await asyncio.wait_for(method.remote(), ASK_TIMEOUT_S)
+            return await asyncio.wait_for(method.remote(*arguments), ASK_TIMEOUT_S)
         except asyncio.TimeoutError as error:
             raise UnavailableError(f"model {name} is starting", retry_after_s=1.0) from error
         except (RayError, RayServeException) as error:

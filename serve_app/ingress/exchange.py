@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -50,7 +50,8 @@ class Exchange:
 class Reply:
     """What an endpoint answers."""
 
-    body: bytes
+    body: bytes | AsyncGenerator[bytes, None]
+    """All of it, or its parts as they come; whoever sends the parts closes the generator."""
     status: int = 200
     content_type: bytes = JSON
     headers: tuple[Header, ...] = ()
@@ -69,12 +70,59 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], timeou
             return working.result()
         if leaving.done():
             raise ClientDisconnectedError from leaving.exception()
-        raise DeadlineExceededError(f"no answer within {timeout_s:g} s; send less at once or try again later")
+        raise _too_late(timeout_s)
     finally:
         leaving.cancel()
         if not working.done():
             working.cancel()
             working.add_done_callback(_retrieve)
+
+
+async def stream_while_connected(
+    receive: Receive, pieces: AsyncIterator[T], timeout_s: float
+) -> AsyncGenerator[T, None]:
+    """`pieces`, until the client leaves or `timeout_s` is over for all of them together; then they are closed.
+
+    Raises what `pieces` raises, ClientDisconnectedError or DeadlineExceededError.
+    """
+    end = time.perf_counter() + timeout_s
+    leaving = asyncio.ensure_future(_disconnect(receive))
+    working: asyncio.Future[T] | None = None
+    try:
+        while True:
+            working = asyncio.ensure_future(_next(pieces))
+            left_s = max(0.0, end - time.perf_counter())
+            await asyncio.wait((working, leaving), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                raise ClientDisconnectedError from leaving.exception()
+            if not working.done():
+                raise _too_late(timeout_s)
+            try:
+                piece = working.result()
+            except StopAsyncIteration:
+                return
+            yield piece
+    finally:
+        leaving.cancel()
+        await _close(pieces, working)
+
+
+async def _next(pieces: AsyncIterator[T]) -> T:
+    return await pieces.__anext__()
+
+
+async def _close(pieces: AsyncIterator[T], working: asyncio.Future[T] | None) -> None:
+    """An async generator can be closed only when none of its steps is under way."""
+    if working is not None and not working.done():
+        working.cancel()
+        await asyncio.wait((working,))
+        _retrieve(working)
+    if isinstance(pieces, AsyncGenerator):
+        await pieces.aclose()
+
+
+def _too_late(timeout_s: float) -> DeadlineExceededError:
+    return DeadlineExceededError(f"no answer within {timeout_s:g} s; send less at once or try again later")
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:

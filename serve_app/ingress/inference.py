@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from serve_app.errors import MalformedRequestError, ModelNotFoundError
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.exchange import Exchange, Header, Reply, while_connected
-from serve_app.ingress.limits import check_limits
+from serve_app.ingress.limits import check_limits, check_stream
 from serve_app.ingress.protocols.fields import InferenceBody
-from serve_app.types import Answer, Request, Timings
+from serve_app.ingress.routes import Dialect
+from serve_app.ingress.streaming import Events, stream_reply
+from serve_app.outputs import GeneratedPiece
+from serve_app.types import Answer, Request
 
 BodyT = TypeVar("BodyT", bound=InferenceBody)
 
@@ -27,13 +30,50 @@ class Inference(Generic[BodyT]):
     async def __call__(self, exchange: Exchange) -> Reply:
         body = parse_body(self.body, await read_body(exchange))
         request = body.to_request(exchange.id, choose_model(exchange, body.model))
-        characters = check_limits(request, exchange.settings)
-        timeout_s = exchange.settings.request_timeout_s
-        answer = await while_connected(exchange.receive, exchange.service.answer(request), timeout_s)
-        compute_type = exchange.service.compute_type(request.model)
-        total_s = time.perf_counter() - exchange.started
-        headers = cost_headers(compute_type, characters, answer.tokens, answer.timings, total_s)
-        return Reply(self.write(body, request, answer), headers=headers)
+        return await answer(exchange, body, request, self.write)
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming(Generic[BodyT]):
+    """An endpoint whose answer comes whole or, where the body asks for it, in pieces."""
+
+    body: type[BodyT]
+    write: Callable[[BodyT, Request, Answer], bytes]
+    write_stream: Callable[[BodyT, Request, AsyncIterator[GeneratedPiece]], Events]
+    dialect: Dialect
+
+    async def __call__(self, exchange: Exchange) -> Reply:
+        body = parse_body(self.body, await read_body(exchange))
+        request = body.to_request(exchange.id, choose_model(exchange, body.model))
+        if body.streams:
+            return await stream(exchange, body, request, self.write_stream, self.dialect)
+        return await answer(exchange, body, request, self.write)
+
+
+async def answer(
+    exchange: Exchange, body: BodyT, request: Request, write: Callable[[BodyT, Request, Answer], bytes]
+) -> Reply:
+    """Compute the request and write its whole answer. Raises ServeAppError or ClientDisconnectedError."""
+    characters = check_limits(request, exchange.settings)
+    timeout_s = exchange.settings.request_timeout_s
+    computed = await while_connected(exchange.receive, exchange.service.answer(request), timeout_s)
+    compute_type = exchange.service.compute_type(request.model)
+    total_s = time.perf_counter() - exchange.started
+    return Reply(write(body, request, computed), headers=cost_headers(compute_type, characters, computed, total_s))
+
+
+async def stream(
+    exchange: Exchange,
+    body: BodyT,
+    request: Request,
+    write: Callable[[BodyT, Request, AsyncIterator[GeneratedPiece]], Events],
+    dialect: Dialect,
+) -> Reply:
+    """Compute the request and send its answer in pieces. Raises as `answer` does, before the first piece."""
+    characters = check_stream(request, exchange.settings)
+    compute_type = exchange.service.compute_type(request.model)
+    headers = ((b"x-compute-type", compute_type.encode()), (b"x-compute-characters", b"%d" % characters))
+    return await stream_reply(exchange, request, dialect, lambda pieces: write(body, request, pieces), headers)
 
 
 def choose_model(exchange: Exchange, asked: str | None) -> str:
@@ -59,10 +99,12 @@ def choose_model(exchange: Exchange, asked: str | None) -> str:
     return chosen
 
 
-def cost_headers(
-    compute_type: str, characters: int, tokens: int, timings: Timings, total_s: float
-) -> tuple[Header, ...]:
-    """TEI's headers, times in whole milliseconds as there, and the same times with decimals in `server-timing`."""
+def cost_headers(compute_type: str, characters: int, answer: Answer, total_s: float) -> tuple[Header, ...]:
+    """TEI's headers, times in whole milliseconds as there, and the same times with decimals in `server-timing`.
+
+    And what became of inputs that were too long.
+    """
+    timings = answer.timings
     total, tokenize = total_s * 1e3, timings.tokenize_s * 1e3
     queue, forward = timings.queue_s * 1e3, timings.forward_s * 1e3
     timing = f"total;dur={total:.2f}, tokenize;dur={tokenize:.2f}, queue;dur={queue:.2f}, forward;dur={forward:.2f}"
@@ -70,10 +112,12 @@ def cost_headers(
         (b"x-compute-type", compute_type.encode()),
         (b"x-compute-time", b"%d" % total),
         (b"x-compute-characters", b"%d" % characters),
-        (b"x-compute-tokens", b"%d" % tokens),
+        (b"x-compute-tokens", b"%d" % answer.tokens),
         (b"x-total-time", b"%d" % total),
         (b"x-tokenization-time", b"%d" % tokenize),
         (b"x-queue-time", b"%d" % queue),
         (b"x-inference-time", b"%d" % forward),
+        (b"x-truncated-inputs", b"%d" % answer.truncated),
+        (b"x-windows", b"%d" % answer.windows),
         (b"server-timing", timing.encode()),
     )

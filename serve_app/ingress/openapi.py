@@ -30,8 +30,11 @@ _COST_HEADERS = {
     "x-tokenization-time": "Milliseconds of tokenizing.",
     "x-queue-time": "Milliseconds of waiting for the model.",
     "x-inference-time": "Milliseconds of the forward pass.",
+    "x-truncated-inputs": "How many inputs were cut because they are too long.",
+    "x-windows": "How many windows were computed for inputs that are read in several.",
     "server-timing": "The same times, with decimals.",
 }
+_EVENTS = "Where the body says `stream: true`: server-sent events, each with the next piece of the answer as JSON."
 
 
 def describe(routes: Sequence[Route], models: Sequence[str]) -> Json:
@@ -46,7 +49,7 @@ def describe(routes: Sequence[Route], models: Sequence[str]) -> Json:
         "servers": [{"url": "./"}],
         "tags": [{"name": name} for name in dict.fromkeys(route.dialect.name for route in routes)],
         "paths": paths,
-        "components": {"schemas": _referenced(components, encode([paths, components]).decode())},
+        "components": {"schemas": _referenced(components, paths)},
     }
 
 
@@ -67,9 +70,19 @@ def _schemas(routes: Iterable[Route]) -> tuple[Mapping[tuple[Any, Direction], Js
     return {key: schema for (key, _), schema in found.items()}, definitions.get("$defs", {})
 
 
-def _referenced(components: Json, text: str) -> Json:
+def _referenced(components: Json, paths: Json) -> Json:
     """Pydantic also defines what stands behind the fields that we describe ourselves; that is left out."""
-    return {name: schema for name, schema in components.items() if f'"{_REFERENCE.format(model=name)}"' in text}
+    found: Json = {}
+    wanted = _references(paths)
+    while wanted:
+        name = wanted.pop()
+        found[name] = components[name]
+        wanted |= _references(components[name]) - found.keys()
+    return {name: found[name] for name in components if name in found}
+
+
+def _references(value: Json) -> set[str]:
+    return set(re.findall(r'"#/components/schemas/([^"]+)"', encode(value).decode()))
 
 
 def _operation(route: Route, models: Sequence[str], schemas: Mapping[tuple[Any, Direction], Json]) -> Json:
@@ -79,6 +92,8 @@ def _operation(route: Route, models: Sequence[str], schemas: Mapping[tuple[Any, 
         "summary": route.summary,
         "responses": _responses(route, schemas),
     }
+    if route.description:
+        operation["description"] = route.description
     if "{name}" in route.path:
         operation["parameters"] = [_model_parameter(models)]
     if route.body is not None:
@@ -108,7 +123,9 @@ def _responses(route: Route, schemas: Mapping[tuple[Any, Direction], Json]) -> J
     media = route.media.partition(";")[0]
     answer = {"type": "string"} if route.answer is None else schemas[route.answer, "serialization"]
     good: Json = {"description": "OK", "content": {media: {"schema": answer}}}
-    if route.body is not None:
+    if route.streams:
+        good["content"]["text/event-stream"] = {"schema": {"type": "string", "description": _EVENTS}}
+    if route.body is not None and route.costs:
         good["headers"] = {
             name: {"description": text, "schema": {"type": "string"}} for name, text in _COST_HEADERS.items()
         }

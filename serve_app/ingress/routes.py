@@ -50,7 +50,12 @@ class Route:
     summary: str
     answer: Any = None
     """Type of the JSON answer; None where the answer is not JSON."""
-    body: type[BaseModel] | None = None
+    body: Any = None
+    """What the JSON body is read with, or a union where the model's task decides; None where there is no body."""
+    streams: bool = False
+    """Whether the answer comes as server-sent events where the body asks for it."""
+    costs: bool = True
+    """Whether the answer to a body says in its headers what it cost."""
     media: str = "application/json"
     failures: tuple[int, ...] = ()
     """Statuses of the errors that the endpoint may answer, beside 500."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.cache.status import ModelOnNode
 from serve_app.config import IngressSettings
-from serve_app.types import Answer, ModelCard, ModelState, Request
+from serve_app.outputs import GeneratedPiece
+from serve_app.types import Answer, ModelCard, ModelState, Request, TokenIds
 
 
 @dataclass(slots=True)
@@ -26,6 +27,17 @@ class ModelInfo:
     state: ModelState | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TextToken:
+    """One token of a text; `start` and `stop` in characters of the text, None for special tokens."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
 class Service(Protocol):
     """The models behind the edge. Every method may be called concurrently, and its caller may be cancelled."""
 
@@ -37,10 +49,22 @@ class Service(Protocol):
         """Raises ModelNotFoundError, or UnavailableError while the model's files have not been read."""
 
     async def answer(self, request: Request) -> Answer:
-        """Compute one request. `output` is (n, d) float32 for task "embedding", (n - 1,) for "similarity".
+        """Compute one request; `serve_app.outputs.TaskOutput` says what `output` is for each task.
 
         Raises ServeAppError. Cancelling the caller cancels the work.
         """
+
+    def stream(self, request: Request) -> AsyncIterator[GeneratedPiece]:
+        """The one input's answer piece by piece, for tasks that generate.
+
+        Iterating raises ServeAppError, before the first piece or later. Closing the iterator cancels the work.
+        """
+
+    async def tokenize(self, model: str, texts: Sequence[str], special_tokens: bool) -> Sequence[Sequence[TextToken]]:
+        """The tokens of each text, however long, with or without special tokens. Raises ServeAppError."""
+
+    async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
+        """The text of each sequence of token ids. Raises ServeAppError."""
 
     async def ready(self, name: str | None = None) -> None:
         """Return once that model, or every model, has answered a real forward pass; do not wait for one that cannot.

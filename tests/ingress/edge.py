@@ -7,7 +7,7 @@ import contextlib
 import socket
 import threading
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import httpx
@@ -18,9 +18,42 @@ from serve_app.cache.status import ModelOnNode
 from serve_app.config import IngressSettings
 from serve_app.errors import ModelNotFoundError, UnavailableError
 from serve_app.ingress.asgi import App, create_app
-from serve_app.ingress.service import ModelInfo, SettingsRef
+from serve_app.ingress.limits import characters_of
+from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken
+from serve_app.options import (
+    ClassificationOptions,
+    FillMaskOptions,
+    GenerationOptions,
+    QuestionAnsweringOptions,
+    RerankOptions,
+    SparseEmbeddingOptions,
+    TokenClassificationOptions,
+    TokenEmbeddingOptions,
+    ZeroShotOptions,
+)
+from serve_app.outputs import (
+    Entity,
+    Fill,
+    Generated,
+    GeneratedPiece,
+    LabelScore,
+    Span,
+    SparseVector,
+    TaskOutput,
+    TokenLogprob,
+)
 from serve_app.tasks.registry import TASKS
-from serve_app.types import Answer, Features, FloatArray, ModelCard, ModelState, Request, TextInput, Timings
+from serve_app.types import (
+    Answer,
+    Features,
+    FloatArray,
+    ModelCard,
+    ModelState,
+    Request,
+    TextInput,
+    Timings,
+    TokenIds,
+)
 from tests.batches import NO_TOKENS
 
 CARD = ModelCard(
@@ -50,11 +83,55 @@ def unit(values: FloatArray) -> FloatArray:
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 
+TIMINGS = Timings(tokenize_s=0.0015, queue_s=0.0025, forward_s=0.0405)
+WORDS = ("Once", " upon", " a", " time")
+TOKENS = tuple(TokenLogprob(10 + i, w, -0.5 * i, (TokenLogprob(1, "x", -0.25),)) for i, w in enumerate(WORDS))
+
+
+def made_up(request: Request) -> TaskOutput:
+    """An answer of the right shape for every task but the real ones."""
+    options, inputs = request.options, request.inputs
+    if isinstance(options, TokenEmbeddingOptions):
+        return tuple(np.stack([vector(value)] * 3) for value in inputs)
+    if isinstance(options, SparseEmbeddingOptions):
+        return tuple(SparseVector(np.array([3, 70], np.int32), np.array([0.5, 1.5], np.float32)) for _ in inputs)
+    if isinstance(options, RerankOptions):
+        return np.arange(len(inputs) - 1, dtype=np.float32) / 8
+    if isinstance(options, ZeroShotOptions):
+        return tuple(tuple(LabelScore(label, 0.5) for label in options.labels) for _ in inputs)
+    if isinstance(options, ClassificationOptions):
+        scores = (LabelScore("POSITIVE", 0.75), LabelScore("NEGATIVE", 0.25))
+        return tuple(scores[: options.top_k] for _ in inputs)
+    if isinstance(options, TokenClassificationOptions):
+        index = 4 if options.aggregation == "none" else None
+        return tuple((Entity("PER", 0.9, "sarah", 11, 16, index),) for _ in inputs)
+    if isinstance(options, FillMaskOptions):
+        fills = (Fill(0.5, 7, "capital", "the capital"), Fill(0.25, 8, "heart", "the heart"))
+        return tuple((fills[: options.top_k],) * max(1, str(value).count("[MASK]")) for value in inputs)
+    if isinstance(options, QuestionAnsweringOptions):
+        return tuple((Span("London", 0.9, 3, 9), Span("Sarah", 0.05, 0, 5))[: options.top_k] for _ in inputs)
+    assert isinstance(options, GenerationOptions)
+    told = () if options.logprobs is None else TOKENS
+    return tuple(Generated("".join(WORDS), (10, 11, 12, 13), "length", told) for _ in inputs)
+
+
+def pieces_of(request: Request) -> Iterator[GeneratedPiece]:
+    for index, (word, token) in enumerate(zip(WORDS, TOKENS, strict=True)):
+        assert isinstance(request.options, GenerationOptions)
+        logprob = None if request.options.logprobs is None else token
+        yield GeneratedPiece(word, 10 + index, logprob=logprob, prompt_tokens=6)
+    yield GeneratedPiece("", 0, special=True, finish_reason="stop", prompt_tokens=6)
+
+
 class FakeService:
     """Answers at once unless held; fails as told; remembers what it was asked and what was cancelled."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, task: str = "embedding", tasks: Mapping[str, str] | None = None) -> None:
         self.models = names or (CARD.name,)
+        self.task = task
+        self.tasks = tasks or {}
+        self.long_texts = (0, 0)
+        self.pieces_before_failure = 0
         self.requests: list[Request] = []
         self.failure: BaseException | None = None
         self.unready: str | None = None
@@ -68,7 +145,7 @@ class FakeService:
     async def card(self, name: str) -> ModelCard:
         if name not in self.models:
             raise ModelNotFoundError("no such model")
-        return replace(CARD, name=name)
+        return replace(CARD, name=name, task=self.tasks.get(name, self.task))
 
     async def answer(self, request: Request) -> Answer:
         self.requests.append(request)
@@ -83,12 +160,38 @@ class FakeService:
         return self._computed(request, await self.card(request.model))
 
     def _computed(self, request: Request, card: ModelCard) -> Answer:
+        if request.task not in ("embedding", "similarity"):
+            return Answer(made_up(request), sum(map(characters_of, request.inputs)) + 2, TIMINGS, *self.long_texts)
         task = TASKS[request.task]
         prompt = task.prepare(request, card).prompt
         rows = np.stack([vector(value, prompt) for value in request.inputs])
-        timings = Timings(tokenize_s=0.0015, queue_s=0.0025, forward_s=0.0405)
         output = task.postprocess(request, card, Features(NO_TOKENS, rows), None)
-        return Answer(output, sum(map(len, request.inputs)) + 2, timings)
+        return Answer(output, sum(map(characters_of, request.inputs)) + 2, TIMINGS, *self.long_texts)
+
+    async def stream(self, request: Request) -> AsyncIterator[GeneratedPiece]:
+        """A word at a time, each when `go` is set; fails, as told, after `pieces_before_failure`."""
+        self.requests.append(request)
+        self.started.set()
+        try:
+            for index, piece in enumerate(pieces_of(request)):
+                if self.failure is not None and index == self.pieces_before_failure:
+                    raise self.failure
+                yield piece
+                await self.go.wait()
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+
+    async def tokenize(self, model: str, texts: Sequence[str], special_tokens: bool) -> list[list[TextToken]]:
+        if self.failure is not None:
+            raise self.failure
+        start = [TextToken(0, "[CLS]", True, None, None)] if special_tokens else []
+        return [[*start, *(TextToken(ord(c), c, False, i, i + 1) for i, c in enumerate(text))] for text in texts]
+
+    async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
+        if self.failure is not None:
+            raise self.failure
+        return ["".join(chr(i) if 0 < i < 0xD800 else "?" for i in ids) for ids in sequences]
 
     async def ready(self, name: str | None = None) -> None:
         if name is not None:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ingress.edge import FakeService, edge_app, served
+from serve_app.ingress.protocols.huggingface.endpoint import BODIES
+from tests.ingress.edge import FakeService, client_of, edge_app, served
 from tests.ingress.test_body import GOOD, Connection
 from tests.ingress.test_openapi import POSTS, concrete, example_of
 
@@ -96,6 +97,39 @@ async def test_a_bad_body_is_a_4xx_and_the_next_request_is_answered(
     assert (await client.post(concrete(path), json=example_of(path))).status_code == 200
 
 
+TEXT_FIELDS = [
+    ("/rerank", "query"),
+    ("/rerank", "texts"),
+    ("/decode", "ids"),
+    ("/v1/rerank", "query"),
+    ("/v1/rerank", "documents"),
+    ("/v1/completions", "prompt"),
+    ("/v1/chat/completions", "messages"),
+]
+
+
+@pytest.mark.parametrize(("path", "field"), TEXT_FIELDS)
+@pytest.mark.parametrize("name", dict(bad_texts()))
+async def test_a_bad_value_for_any_other_field_is_a_4xx_too(
+    client: httpx.AsyncClient, service: FakeService, path: str, field: str, name: str
+) -> None:
+    rest = json.dumps({key: value for key, value in example_of(path).items() if key != field} | {"other": 1}).encode()
+    bad = await client.post(path, content=b'{"%s":%s,%s' % (field.encode(), dict(bad_texts())[name], rest[1:]))
+    assert 400 <= bad.status_code < 500, bad.text
+    assert service.requests == []
+    assert (await client.post(path, json=example_of(path))).status_code == 200
+
+
+@pytest.mark.parametrize("task", sorted(BODIES))
+async def test_no_task_is_brought_down_by_a_bad_body(task: str) -> None:
+    service = FakeService(task=task)
+    async with client_of(service) as client:
+        for name, content in BAD_BODIES.items():
+            assert (await client.post("/", content=content)).status_code < 500, name
+        good = BODIES[task].model_config["json_schema_extra"]["examples"][0]  # type: ignore[index,call-overload]
+        assert (await client.post("/", json=good)).status_code == 200
+
+
 @pytest.mark.parametrize("path", POSTS)
 async def test_the_last_of_two_equal_keys_counts(client: httpx.AsyncClient, service: FakeService, path: str) -> None:
     example = json.dumps(example_of(path)).encode()
@@ -172,6 +206,35 @@ FIELDS = (
     "user",
     "source_sentence",
     "sentences",
+    "text",
+    "text_pair",
+    "question",
+    "context",
+    "query",
+    "texts",
+    "documents",
+    "top_n",
+    "ids",
+    "prompt",
+    "messages",
+    "role",
+    "content",
+    "stop",
+    "seed",
+    "temperature",
+    "top_k",
+    "top_p",
+    "logprobs",
+    "max_tokens",
+    "stream",
+    "stream_options",
+    "candidate_labels",
+    "hypothesis_template",
+    "aggregation_strategy",
+    "targets",
+    "generate_parameters",
+    "long_texts",
+    "stride",
 )
 SCALARS = st.one_of(
     st.none(),
@@ -186,13 +249,19 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=3), inner),
     max_leaves=12,
 )
-BODIES = st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=8)
+BODY_OBJECTS = st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=8)
 
 
 @settings(max_examples=300, deadline=None)
-@given(path=st.sampled_from(POSTS), body=BODIES)
+@given(path=st.sampled_from(POSTS), body=BODY_OBJECTS)
 def test_no_json_object_is_too_much(path: str, body: dict[str, Any]) -> None:
     assert _status(concrete(path), json.dumps(body).encode()) < 500
+
+
+@settings(max_examples=300, deadline=None)
+@given(task=st.sampled_from(sorted(BODIES)), body=BODY_OBJECTS)
+def test_no_json_object_is_too_much_for_any_task(task: str, body: dict[str, Any]) -> None:
+    assert _status(f"/models/{task}", json.dumps(body).encode()) < 500
 
 
 @settings(max_examples=300, deadline=None)
@@ -207,7 +276,7 @@ def test_no_mangled_example_is_too_much(path: str, data: st.DataObject) -> None:
     assert _status(concrete(path), bytes(raw)) < 500
 
 
-APP = edge_app(FakeService())
+APP = edge_app(FakeService("tiny", *BODIES, tasks={task: task for task in BODIES}))
 
 
 def _status(path: str, body: bytes) -> int:

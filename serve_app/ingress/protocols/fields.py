@@ -28,6 +28,11 @@ class InferenceBody(Body, ABC):
         None, description="Name of the model. May be left out where the path names it or only one is served."
     )
 
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is wanted in pieces."""
+        return False
+
     @abstractmethod
     def to_request(self, request_id: str, model: str) -> Request:
         """This body as a request of one task. Raises RequestError."""
@@ -40,16 +45,16 @@ def read_inputs(value: Any, info: ValidationInfo) -> tuple[TextInput, ...]:
     """
     name = info.field_name or "inputs"
     if type(value) is str:
-        return (_text(value, name),)
+        return (text(value, name),)
     if type(value) is not list:
-        raise MalformedRequestError(f"`{name}` is {_kind(value)}; {_EXPECTED}")
+        raise MalformedRequestError(f"`{name}` is {kind(value)}; {_EXPECTED}")
     if not value:
         raise EmptyInputError(f"`{name}` is empty; {_EXPECTED}")
     kinds = set(map(type, value))
     if kinds == {str} and "" not in value:
         return tuple(value)
     if kinds == {int}:
-        return (_token_ids(value, name),)
+        return (token_ids(value, name),)
     return tuple(_one_of_several(item, f"{name}[{index}]") for index, item in enumerate(value))
 
 
@@ -65,12 +70,12 @@ def read_similarity(value: Any, info: ValidationInfo) -> SimilarityInputs:
     """`{"source_sentence": …, "sentences": […]}`. Raises EmptyInputError or MalformedRequestError."""
     name = info.field_name or "inputs"
     if type(value) is not dict:
-        raise MalformedRequestError(f"`{name}` is {_kind(value)}; send an object of source_sentence and sentences")
+        raise MalformedRequestError(f"`{name}` is {kind(value)}; send an object of source_sentence and sentences")
     for key in ("source_sentence", "sentences"):
         if key not in value:
             raise MalformedRequestError(f"`{name}.{key}` is missing")
-    source = _text(value["source_sentence"], f"{name}.source_sentence")
-    return SimilarityInputs(source, _texts(value["sentences"], f"{name}.sentences"))
+    source = text(value["source_sentence"], f"{name}.source_sentence")
+    return SimilarityInputs(source, texts(value["sentences"], f"{name}.sentences"))
 
 
 def read_inputs_or_similarity(value: Any, info: ValidationInfo) -> tuple[TextInput, ...] | SimilarityInputs:
@@ -78,29 +83,34 @@ def read_inputs_or_similarity(value: Any, info: ValidationInfo) -> tuple[TextInp
     return read_similarity(value, info) if type(value) is dict else read_inputs(value, info)
 
 
-def _texts(value: Any, where: str) -> tuple[str, ...]:
+def read_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    """A list of texts, none of them empty. Raises EmptyInputError or MalformedRequestError."""
+    return texts(value, info.field_name or "texts")
+
+
+def texts(value: Any, where: str) -> tuple[str, ...]:
     if type(value) is not list:
-        raise MalformedRequestError(f"`{where}` is {_kind(value)}; send a list of texts")
+        raise MalformedRequestError(f"`{where}` is {kind(value)}; send a list of texts")
     if not value:
         raise EmptyInputError(f"`{where}` is empty; send at least one text")
-    return tuple(_text(item, f"{where}[{index}]") for index, item in enumerate(value))
+    return tuple(text(item, f"{where}[{index}]") for index, item in enumerate(value))
 
 
 def _one_of_several(item: Any, where: str) -> TextInput:
     if type(item) is list:
-        return _token_ids(item, where)
-    return _text(item, where)
+        return token_ids(item, where)
+    return text(item, where)
 
 
-def _text(value: Any, where: str) -> str:
+def text(value: Any, where: str) -> str:
     if type(value) is not str:
-        raise MalformedRequestError(f"`{where}` is {_kind(value)}; send a text")
+        raise MalformedRequestError(f"`{where}` is {kind(value)}; send a text")
     if not value:
         raise EmptyInputError(f"`{where}` is an empty text; leave it out")
     return value
 
 
-def _token_ids(values: list[Any], where: str) -> TokenIds:
+def token_ids(values: list[Any], where: str) -> TokenIds:
     if not values:
         raise EmptyInputError(f"`{where}` is an empty list; leave it out")
     if set(map(type, values)) != {int}:
@@ -121,20 +131,20 @@ _KINDS = {
 }
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
     """A JSON value's kind in words, so that a message never has to repeat the value."""
     return _KINDS.get(type(value), "of the wrong type")
 
 
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MAX_TOKEN_ID}, "minItems": 1}
-_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MAX_TOKEN_ID}, "minItems": 1}
+TEXT_SCHEMA = {"type": "string", "minLength": 1}
 
 INPUTS_SCHEMA: dict[str, Any] = {
     "description": "A text, the token ids of a text, or a list of texts and lists of token ids.",
     "anyOf": [
-        _TEXT_SCHEMA,
-        _IDS_SCHEMA,
-        {"type": "array", "items": {"anyOf": [_TEXT_SCHEMA, _IDS_SCHEMA]}, "minItems": 1},
+        TEXT_SCHEMA,
+        IDS_SCHEMA,
+        {"type": "array", "items": {"anyOf": [TEXT_SCHEMA, IDS_SCHEMA]}, "minItems": 1},
     ],
 }
 
@@ -142,12 +152,16 @@ SIMILARITY_SCHEMA: dict[str, Any] = {
     "description": "One sentence, and those to compare it with.",
     "type": "object",
     "properties": {
-        "source_sentence": _TEXT_SCHEMA,
-        "sentences": {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1},
+        "source_sentence": TEXT_SCHEMA,
+        "sentences": {"type": "array", "items": TEXT_SCHEMA, "minItems": 1},
     },
     "required": ["source_sentence", "sentences"],
 }
 
+TEXTS_SCHEMA: dict[str, Any] = {"type": "array", "items": TEXT_SCHEMA, "minItems": 1}
+
+Texts = Annotated[tuple[str, ...], PlainValidator(read_texts), WithJsonSchema(TEXTS_SCHEMA)]
+Text = Annotated[str, Field(min_length=1)]
 Inputs = Annotated[tuple[TextInput, ...], PlainValidator(read_inputs), WithJsonSchema(INPUTS_SCHEMA)]
 Similarity = Annotated[SimilarityInputs, PlainValidator(read_similarity), WithJsonSchema(SIMILARITY_SCHEMA)]
 InputsOrSimilarity = Annotated[
@@ -160,6 +174,18 @@ InputsOrSimilarity = Annotated[
 def _lower(value: object) -> object:
     return cast("object", value.lower()) if value in ("Left", "Right") and isinstance(value, str) else value
 
+
+LongTextsChoice = Annotated[
+    LongTexts | None,
+    Field(
+        description="What becomes of texts that are too long: cut, refused, or read in overlapping windows whose "
+        "results are put together. As the model is configured where it is left out, unless `truncate` says it."
+    ),
+]
+Stride = Annotated[
+    int | None,
+    Field(ge=0, le=_MAX_TOKEN_ID, description="Tokens that neighbouring windows share; as the model is configured."),
+]
 
 Direction = Annotated[Side, BeforeValidator(_lower)]
 """TEI takes both "right" and "Right"."""

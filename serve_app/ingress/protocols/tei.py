@@ -1,14 +1,24 @@
-"""Text Embeddings Inference: `/embed` and `/similarity`.
+"""Text Embeddings Inference: `/embed`, `/embed_all`, `/embed_sparse`, `/similarity`, `/predict`, `/rerank`.
 
 Shapes and defaults are those of https://github.com/huggingface/text-embeddings-inference (router/src/http/types.rs).
+`/tokenize` and `/decode` are in `tei_tokens`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated, Any, cast
+
+import numpy as np
+from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
+
+from serve_app.errors import EmptyInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
+from serve_app.ingress.protocols import tei_tokens
 from serve_app.ingress.protocols.envelope import ErrorBody, write_error
 from serve_app.ingress.protocols.fields import (
+    TEXT_SCHEMA,
     Body,
     Dimensions,
     InferenceBody,
@@ -16,47 +26,84 @@ from serve_app.ingress.protocols.fields import (
     Normalize,
     PromptName,
     Similarity,
+    Text,
+    Texts,
     Truncate,
     TruncationDirection,
     documented,
     long_texts,
+    text,
 )
+from serve_app.ingress.protocols.sparse import SparseEntry, sparse_entries
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Dialect, Route
-from serve_app.options import EmbeddingOptions, SimilarityOptions
-from serve_app.types import Answer, Request
+from serve_app.options import (
+    ClassificationOptions,
+    EmbeddingOptions,
+    RerankOptions,
+    SimilarityOptions,
+    SparseEmbeddingOptions,
+    TaskOptions,
+    TokenEmbeddingOptions,
+)
+from serve_app.outputs import FloatArray, LabelScore
+from serve_app.types import Answer, Request, TextInput
 
 DIALECT = Dialect("Text Embeddings Inference", write_error, ErrorBody)
 
 
-class EmbedBody(InferenceBody):
+class TruncationFields(Body):
+    """What becomes of inputs that are too long."""
+
+    truncate: Truncate = None
+    truncation_direction: TruncationDirection = None
+
+    def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
+        side = self.truncation_direction or "right"
+        return Request(id, model, task, inputs, options, long_texts(self.truncate), side)
+
+
+class EmbedBody(TruncationFields, InferenceBody):
     """Texts to embed."""
 
     model_config = documented(inputs=["What is Deep Learning?", "What is a replica?"])
 
     inputs: Inputs
     normalize: Normalize = True
-    truncate: Truncate = None
-    truncation_direction: TruncationDirection = None
     prompt_name: PromptName = None
     dimensions: Dimensions = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        return Request(
-            id=request_id,
-            model=model,
-            task="embedding",
-            inputs=self.inputs,
-            options=EmbeddingOptions(self.normalize, self.dimensions, self.prompt_name),
-            long_texts=long_texts(self.truncate),
-            truncation_side=self.truncation_direction or "right",
-        )
+        options = EmbeddingOptions(self.normalize, self.dimensions, self.prompt_name)
+        return self.request(request_id, model, "embedding", self.inputs, options)
 
 
-class SimilarityParameters(Body):
+class EmbedAllBody(TruncationFields, InferenceBody):
+    """Texts whose every token is to be embedded."""
+
+    model_config = documented(inputs=["What is Deep Learning?"])
+
+    inputs: Inputs
+    prompt_name: PromptName = None
+
+    def to_request(self, request_id: str, model: str) -> Request:
+        options = TokenEmbeddingOptions(self.prompt_name)
+        return self.request(request_id, model, "token-embedding", self.inputs, options)
+
+
+class EmbedSparseBody(TruncationFields, InferenceBody):
+    """Texts to embed in as many dimensions as the vocabulary has."""
+
+    model_config = documented(inputs=["What is Deep Learning?"])
+
+    inputs: Inputs
+
+    def to_request(self, request_id: str, model: str) -> Request:
+        return self.request(request_id, model, "sparse-embedding", self.inputs, SparseEmbeddingOptions())
+
+
+class SimilarityParameters(TruncationFields):
     """How the sentences are encoded."""
 
-    truncate: Truncate = None
-    truncation_direction: TruncationDirection = None
     prompt_name: PromptName = None
 
 
@@ -70,15 +117,93 @@ class SimilarityBody(InferenceBody):
 
     def to_request(self, request_id: str, model: str) -> Request:
         parameters = self.parameters or SimilarityParameters()
-        return Request(
-            id=request_id,
-            model=model,
-            task="similarity",
-            inputs=(self.inputs.source_sentence, *self.inputs.sentences),
-            options=SimilarityOptions(parameters.prompt_name),
-            long_texts=long_texts(parameters.truncate),
-            truncation_side=parameters.truncation_direction or "right",
-        )
+        inputs = (self.inputs.source_sentence, *self.inputs.sentences)
+        return parameters.request(request_id, model, "similarity", inputs, SimilarityOptions(parameters.prompt_name))
+
+
+class Classified(tuple[TextInput, ...]):
+    """Texts and pairs to classify that were sent one by one."""
+
+
+class ClassifiedBatch(Classified):
+    """Texts and pairs that were sent as a batch, whose answer has one more level."""
+
+
+def read_classified(value: Any, info: ValidationInfo) -> Classified:
+    """A text, a list of two texts that is a pair, or a batch: a list of lists of one or two texts."""
+    name = info.field_name or "inputs"
+    if type(value) is not list:
+        return Classified((text(value, name),))
+    if not value:
+        raise EmptyInputError(f"`{name}` is empty; send a text, a pair of texts or a batch of these")
+    if all(type(item) is list for item in value):
+        return ClassifiedBatch(_text_or_pair(item, f"{name}[{index}]") for index, item in enumerate(value))
+    return Classified((_text_or_pair(value, name),))
+
+
+def _text_or_pair(value: list[Any], where: str) -> TextInput:
+    if not value:
+        raise EmptyInputError(f"`{where}` is an empty list; leave it out")
+    if len(value) > 2:
+        raise MalformedRequestError(f"`{where}` has {len(value)} texts; one is a text, two are a pair")
+    texts = [text(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+
+
+_PAIR_SCHEMA = {"type": "array", "items": TEXT_SCHEMA, "minItems": 1, "maxItems": 2}
+
+ClassifiedInputs = Annotated[
+    Classified,
+    PlainValidator(read_classified),
+    WithJsonSchema(
+        {
+            "description": "A text; a pair of texts as a list of two; or a batch, as a list of lists of one or two.",
+            "anyOf": [TEXT_SCHEMA, _PAIR_SCHEMA, {"type": "array", "items": _PAIR_SCHEMA, "minItems": 1}],
+        }
+    ),
+]
+
+
+class PredictBody(TruncationFields, InferenceBody):
+    """Texts and pairs of texts to classify."""
+
+    model_config = documented(inputs="I like you.")
+
+    inputs: ClassifiedInputs
+    raw_scores: bool = Field(False, description="The model's outputs themselves instead of probabilities.")
+
+    def to_request(self, request_id: str, model: str) -> Request:
+        options = ClassificationOptions(function="none" if self.raw_scores else None)
+        return self.request(request_id, model, "text-classification", tuple(self.inputs), options)
+
+
+class RerankBody(TruncationFields, InferenceBody):
+    """A query, and texts to put in order by their relevance to it."""
+
+    model_config = documented(query="What is Deep Learning?", texts=["Deep Learning is…", "A cheese."])
+
+    query: Text
+    texts: Texts
+    raw_scores: bool = Field(False, description="The model's outputs themselves instead of probabilities.")
+    return_text: bool = Field(False, description="Answer with the texts too.")
+
+    def to_request(self, request_id: str, model: str) -> Request:
+        return self.request(request_id, model, "rerank", (self.query, *self.texts), RerankOptions(self.raw_scores))
+
+
+class Prediction(BaseModel):
+    """A label and its score."""
+
+    score: float
+    label: str
+
+
+class Rank(BaseModel):
+    """A text's place among `texts`, and its relevance."""
+
+    index: int
+    score: float
+    text: str | None = None
 
 
 def write_output(body: InferenceBody, request: Request, answer: Answer) -> bytes:
@@ -86,14 +211,49 @@ def write_output(body: InferenceBody, request: Request, answer: Answer) -> bytes
     return encode(answer.output)
 
 
+def write_all(body: EmbedAllBody, request: Request, answer: Answer) -> bytes:
+    """`[[[f]]]`: for each input, for each token its vector."""
+    return encode([np.ascontiguousarray(vectors) for vectors in cast("Sequence[FloatArray]", answer.output)])
+
+
+def write_sparse(body: EmbedSparseBody, request: Request, answer: Answer) -> bytes:
+    return encode(sparse_entries(answer))
+
+
+def write_predictions(body: PredictBody, request: Request, answer: Answer) -> bytes:
+    """`[{score, label}]`, best first; for a batch a list of these."""
+    found = cast("Sequence[Sequence[LabelScore]]", answer.output)
+    written = [[{"score": each.score, "label": each.label} for each in scores] for scores in found]
+    return encode(written if isinstance(body.inputs, ClassifiedBatch) else written[0])
+
+
+def write_ranks(body: RerankBody, request: Request, answer: Answer) -> bytes:
+    """`[{index, score, text?}]`, best first; equal ones in the order of `texts`."""
+    scores = cast(FloatArray, answer.output)
+    ranks: list[dict[str, Any]] = [{"index": i, "score": score} for i, score in enumerate(scores.tolist())]
+    if body.return_text:
+        for rank, document in zip(ranks, body.texts, strict=True):
+            rank["text"] = document
+    return encode(sorted(ranks, key=lambda rank: -rank["score"]))
+
+
 def routes() -> tuple[Route, ...]:
-    embed: Inference[EmbedBody] = Inference(EmbedBody, write_output)
-    similarity: Inference[SimilarityBody] = Inference(SimilarityBody, write_output)
-    return tuple(
+    endpoints: tuple[tuple[str, Inference[Any], str, Any], ...] = (
+        ("/embed", Inference(EmbedBody, write_output), "Embed texts", list[list[float]]),
+        ("/embed_all", Inference(EmbedAllBody, write_all), "Embed every token", list[list[list[float]]]),
+        ("/embed_sparse", Inference(EmbedSparseBody, write_sparse), "Embed sparsely", list[list[SparseEntry]]),
+        ("/similarity", Inference(SimilarityBody, write_output), "Compare one sentence with others", list[float]),
+        (
+            "/predict",
+            Inference(PredictBody, write_predictions),
+            "Classify texts",
+            list[Prediction] | list[list[Prediction]],
+        ),
+        ("/rerank", Inference(RerankBody, write_ranks), "Order texts by relevance", list[Rank]),
+    )
+    computed = (
         Route("POST", place + path, endpoint, DIALECT, summary, answer, endpoint.body, failures=COMPUTE_FAILURES)
         for place in ANY_MODEL
-        for path, endpoint, summary, answer in (
-            ("/embed", embed, "Embed texts", list[list[float]]),
-            ("/similarity", similarity, "Compare one sentence with others", list[float]),
-        )
+        for path, endpoint, summary, answer in endpoints
     )
+    return (*computed, *tei_tokens.routes(DIALECT))

@@ -28,7 +28,10 @@ function typeOf(given) {
 
 function fields(given) {
   const schema = resolve(given);
-  if (schema.anyOf) return schema.anyOf.map(fields).find((table) => table) || null;
+  if (schema.anyOf) {
+    const tables = schema.anyOf.map(fields).filter((table) => table);
+    return tables.length > 1 ? element("div", {}, ...tables) : tables[0] || null;
+  }
   if (!schema.properties) return null;
   const required = new Set(schema.required || []);
   const rows = Object.entries(schema.properties).map(([name, field]) => {
@@ -44,7 +47,8 @@ function fields(given) {
 
 function exampleOf(operation) {
   const content = operation.requestBody && operation.requestBody.content["application/json"];
-  const examples = content && resolve(content.schema).examples;
+  const schema = content && resolve(content.schema);
+  const examples = schema && (schema.anyOf ? resolve(schema.anyOf[0]) : schema).examples;
   return examples ? JSON.stringify(examples[0], null, 2) : "";
 }
 

@@ -1,0 +1,107 @@
+"""What the bodies of all tasks share: one text or several, and what becomes of long ones."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import PlainValidator, ValidationInfo, WithJsonSchema
+
+from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.ingress.encoding import encode
+from serve_app.ingress.protocols.fields import (
+    TEXT_SCHEMA,
+    Body,
+    InferenceBody,
+    LongTextsChoice,
+    Stride,
+    Truncate,
+    TruncationDirection,
+    kind,
+    long_texts,
+)
+from serve_app.options import TaskOptions
+from serve_app.types import Answer, LongTexts, Request, TextInput
+
+
+class TextParameters(Body):
+    """What becomes of texts that are longer than the model takes."""
+
+    long_texts: LongTextsChoice = None
+    stride: Stride = None
+    truncate: Truncate = None
+    truncation_direction: TruncationDirection = None
+
+    def choice(self) -> LongTexts | None:
+        return self.long_texts or long_texts(self.truncate)
+
+    def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
+        side = self.truncation_direction or "right"
+        return Request(id, model, task, inputs, options, self.choice(), side, self.stride)
+
+
+class TaskBody(InferenceBody):
+    """A body of one of the tasks, and how its answer is written."""
+
+    @abstractmethod
+    def write(self, request: Request, answer: Answer) -> bytes:
+        """The JSON of the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Inputs, and whether the client sent a list of them or just one; the answer is of the same shape."""
+
+    values: tuple[TextInput, ...]
+    is_list: bool
+
+    def encode(self, answers: Sequence[Any]) -> bytes:
+        """The answers, one for each input."""
+        return encode(list(answers) if self.is_list else answers[0])
+
+
+@dataclass(frozen=True, slots=True)
+class SeveralReader:
+    """Reads one thing or a list of such things. Raises EmptyInputError or MalformedRequestError."""
+
+    one: Callable[[Any, str], TextInput]
+
+    def __call__(self, value: Any, info: ValidationInfo) -> Several:
+        name = info.field_name or "inputs"
+        if type(value) is not list:
+            return Several((self.one(value, name),), is_list=False)
+        if not value:
+            raise EmptyInputError(f"`{name}` is empty; send at least one text")
+        return Several(tuple(self.one(item, f"{name}[{index}]") for index, item in enumerate(value)), is_list=True)
+
+
+def any_text(value: Any, where: str) -> str:
+    """A text, which may be empty: a model has an answer to that too."""
+    if type(value) is not str:
+        raise MalformedRequestError(f"`{where}` is {kind(value)}; send a text or a list of texts")
+    return value
+
+
+def some_text(value: Any, where: str) -> str:
+    """A text with something in it."""
+    if any_text(value, where) == "":
+        raise EmptyInputError(f"`{where}` is an empty text; leave it out")
+    return str(value)
+
+
+def several_schema(one: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"description": description, "anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+
+
+AnyTexts = Annotated[
+    Several,
+    PlainValidator(SeveralReader(any_text)),
+    WithJsonSchema(several_schema({"type": "string"}, "A text, or a list of texts.")),
+]
+SomeTexts = Annotated[
+    Several,
+    PlainValidator(SeveralReader(some_text)),
+    WithJsonSchema(several_schema(TEXT_SCHEMA, "A text, or a list of texts.")),
+]

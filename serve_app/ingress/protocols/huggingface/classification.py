@@ -1,0 +1,173 @@
+"""Sequence classifiers, whose one head is read three ways: labels, labels of the client's own, and relevance.
+
+`candidate_labels` ask for zero-shot classification, `source_sentence` and `sentences` for the relevance of each
+sentence to the first one (the order is the client's), and anything else for the labels of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
+
+from serve_app.errors import EmptyInputError, InvalidInputError, MalformedRequestError
+from serve_app.ingress.encoding import encode
+from serve_app.ingress.protocols.fields import (
+    SIMILARITY_SCHEMA,
+    TEXT_SCHEMA,
+    TEXTS_SCHEMA,
+    SimilarityInputs,
+    documented,
+    read_similarity,
+    texts,
+)
+from serve_app.ingress.protocols.huggingface.body import Several, SeveralReader, TaskBody, TextParameters, any_text
+from serve_app.options import ClassificationOptions, RerankOptions, ZeroShotOptions
+from serve_app.outputs import LabelScore
+from serve_app.types import Answer, Request, TextInput
+
+_TEMPLATE = "This example is {}."
+_MOST_TEMPLATE_CHARACTERS = 10_000
+
+
+class LabelScoreBody(BaseModel):
+    """A label and its score."""
+
+    label: str
+    score: float
+
+
+def label_scores(scores: Sequence[LabelScore]) -> list[dict[str, str | float]]:
+    return [{"label": each.label, "score": each.score} for each in scores]
+
+
+def text_or_pair(value: Any, where: str) -> TextInput:
+    """A text; a pair as `{"text": …, "text_pair": …}` or as a list of two texts."""
+    if type(value) is dict:
+        first = any_text(value.get("text"), f"{where}.text")
+        second = value.get("text_pair")
+        return first if second is None else (first, any_text(second, f"{where}.text_pair"))
+    if type(value) is list:
+        if len(value) != 2:
+            raise MalformedRequestError(f"`{where}` is a list of {len(value)}; a pair is a list of two texts")
+        return any_text(value[0], f"{where}[0]"), any_text(value[1], f"{where}[1]")
+    return any_text(value, where)
+
+
+_several = SeveralReader(text_or_pair)
+
+
+def read_texts_pairs_or_similarity(value: Any, info: ValidationInfo) -> Several | SimilarityInputs:
+    """Raises EmptyInputError or MalformedRequestError."""
+    if type(value) is dict and "text" not in value:
+        return read_similarity(value, info)
+    return _several(value, info)
+
+
+def read_labels(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
+    """A list of labels, or labels with commas between them, as the pipeline takes them."""
+    if value is None:
+        return None
+    name = info.field_name or "candidate_labels"
+    if type(value) is str:
+        value = [label.strip() for label in value.split(",") if label.strip()]
+    labels = texts(value, name)
+    if len(set(labels)) != len(labels):
+        raise MalformedRequestError(f"`{name}` has a label twice")
+    return labels
+
+
+_PAIR = {
+    "type": "object",
+    "properties": {"text": {"type": "string"}, "text_pair": {"type": ["string", "null"]}},
+    "required": ["text"],
+}
+_LISTED = {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2}
+
+TextsPairsOrSimilarity = Annotated[
+    Several | SimilarityInputs,
+    PlainValidator(read_texts_pairs_or_similarity),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"description": "A text.", "type": "string"},
+                {"description": "A text or a pair of texts.", **_PAIR},
+                {
+                    "description": "Several texts or pairs of texts.",
+                    "type": "array",
+                    "items": {"anyOf": [{"type": "string"}, _PAIR, _LISTED]},
+                    "minItems": 1,
+                },
+                SIMILARITY_SCHEMA,
+            ]
+        }
+    ),
+]
+Labels = Annotated[
+    tuple[str, ...] | None,
+    PlainValidator(read_labels),
+    WithJsonSchema(
+        {
+            "description": "Labels to choose from, for zero-shot classification: a list, or a text with commas.",
+            "anyOf": [TEXT_SCHEMA, TEXTS_SCHEMA, {"type": "null"}],
+        }
+    ),
+]
+
+
+class ClassificationParameters(TextParameters):
+    """Options of the model's own labels, or of `candidate_labels`."""
+
+    top_k: int | None = Field(None, ge=1, description="Only so many labels, the best; all where it is left out.")
+    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = Field(
+        None, description="What makes scores of the model's outputs; as its configuration says where left out."
+    )
+    over_windows: Literal["max", "mean"] = Field(
+        "mean", description="How the scores of a long text's windows become the text's."
+    )
+    candidate_labels: Labels = None
+    multi_label: bool | None = Field(None, description="Whether several candidate labels may be true at once.")
+    hypothesis_template: str | None = Field(
+        None, max_length=_MOST_TEMPLATE_CHARACTERS, description="The sentence that a label is put into, at `{}`."
+    )
+    raw_scores: bool | None = Field(None, description="For the relevance of sentences: the model's outputs themselves.")
+
+
+class ClassificationBody(TaskBody):
+    """Texts to classify, or sentences to compare with the first one."""
+
+    model_config = documented(inputs="I like you.", parameters={"top_k": 2})
+
+    inputs: TextsPairsOrSimilarity
+    parameters: ClassificationParameters | None = None
+
+    def to_request(self, request_id: str, model: str) -> Request:
+        chosen = self.parameters or ClassificationParameters()
+        if isinstance(self.inputs, SimilarityInputs):
+            inputs = (self.inputs.source_sentence, *self.inputs.sentences)
+            return chosen.request(request_id, model, "rerank", inputs, RerankOptions(bool(chosen.raw_scores)))
+        if chosen.candidate_labels is not None:
+            options = _zero_shot(self.inputs, chosen, chosen.candidate_labels)
+            return chosen.request(request_id, model, "zero-shot-classification", self.inputs.values, options)
+        classes = ClassificationOptions(chosen.top_k, chosen.function_to_apply, chosen.over_windows)
+        return chosen.request(request_id, model, "text-classification", self.inputs.values, classes)
+
+    def write(self, request: Request, answer: Answer) -> bytes:
+        """`[[{label, score}]]`; for zero-shot classification of one text `[{label, score}]`; `[f]` for sentences."""
+        if isinstance(self.inputs, SimilarityInputs):
+            return encode(answer.output)
+        found = [label_scores(scores) for scores in cast("Sequence[Sequence[LabelScore]]", answer.output)]
+        return self.inputs.encode(found) if request.task == "zero-shot-classification" else encode(found)
+
+
+def _zero_shot(inputs: Several, chosen: ClassificationParameters, labels: tuple[str, ...]) -> ZeroShotOptions:
+    """Raises EmptyInputError, or InvalidInputError for a template without a place for the label."""
+    if any(not isinstance(value, str) for value in inputs.values):
+        raise MalformedRequestError("`inputs` of a zero-shot classification are texts, not pairs")
+    if "" in inputs.values:
+        raise EmptyInputError("`inputs` has an empty text; leave it out")
+    template = _TEMPLATE if chosen.hypothesis_template is None else chosen.hypothesis_template
+    if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
+        raise InvalidInputError("`hypothesis_template` must have one {}, where the label goes")
+    return ZeroShotOptions(labels, bool(chosen.multi_label), template)

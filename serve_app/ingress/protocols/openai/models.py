@@ -1,0 +1,58 @@
+"""`/v1/models`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from serve_app.errors import ModelNotFoundError
+from serve_app.ingress.encoding import encode
+from serve_app.ingress.exchange import Exchange, Reply
+from serve_app.ingress.protocols.openai.dialect import DIALECT
+from serve_app.ingress.routes import Route
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """The models that are served."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Models:
+    """`GET /v1/models` and one of them; a model's `created` is when this edge started to serve it."""
+
+    def __init__(self) -> None:
+        self._created = int(time.time())
+
+    async def all(self, exchange: Exchange) -> Reply:
+        return Reply(encode({"object": "list", "data": [self._model(name) for name in exchange.service.models]}))
+
+    async def one(self, exchange: Exchange) -> Reply:
+        name, models = exchange.path_model, exchange.service.models
+        if name not in models:
+            raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
+        return Reply(encode(self._model(name)))
+
+    def _model(self, name: str | None) -> Mapping[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "serve-app"}
+
+
+def routes() -> tuple[Route, ...]:
+    models = Models()
+    return (
+        Route("GET", "/v1/models", models.all, DIALECT, "List the models", answer=ModelList),
+        Route("GET", "/v1/models/{name}", models.one, DIALECT, "Describe a model", answer=Model, failures=(404,)),
+    )

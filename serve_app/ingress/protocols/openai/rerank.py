@@ -1,0 +1,114 @@
+"""`/v1/rerank`, in the shape that Cohere and Jina made usual."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, cast
+
+from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
+
+from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.ingress.encoding import encode
+from serve_app.ingress.inference import Inference
+from serve_app.ingress.protocols.fields import TEXT_SCHEMA, InferenceBody, Text, documented, kind, text
+from serve_app.ingress.protocols.openai.dialect import DIALECT
+from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
+from serve_app.options import RerankOptions
+from serve_app.outputs import FloatArray
+from serve_app.types import Answer, Request
+
+
+def read_documents(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    """A list of texts, or of objects with a `text`. Raises EmptyInputError or MalformedRequestError."""
+    name = info.field_name or "documents"
+    if type(value) is not list:
+        raise MalformedRequestError(f"`{name}` is {kind(value)}; send a list of texts")
+    if not value:
+        raise EmptyInputError(f"`{name}` is empty; send at least one text")
+    return tuple(_document(item, f"{name}[{index}]") for index, item in enumerate(value))
+
+
+def _document(value: Any, where: str) -> str:
+    return text(value.get("text"), f"{where}.text") if type(value) is dict else text(value, where)
+
+
+_OBJECT = {"type": "object", "properties": {"text": TEXT_SCHEMA}, "required": ["text"]}
+
+Documents = Annotated[
+    tuple[str, ...],
+    PlainValidator(read_documents),
+    WithJsonSchema({"type": "array", "items": {"anyOf": [TEXT_SCHEMA, _OBJECT]}, "minItems": 1}),
+]
+
+
+class RerankBody(InferenceBody):
+    """A query, and documents to put in order by their relevance to it."""
+
+    model_config = documented(query="What is Deep Learning?", documents=["Deep Learning is…", "A cheese."], top_n=1)
+
+    query: Text
+    documents: Documents
+    top_n: int | None = Field(None, ge=1, description="Only so many documents, the best; all where it is left out.")
+    return_documents: bool | None = Field(None, description="Answer with the documents too.")
+
+    def to_request(self, request_id: str, model: str) -> Request:
+        return Request(request_id, model, "rerank", (self.query, *self.documents), RerankOptions())
+
+
+class Document(BaseModel):
+    """A document as it was sent."""
+
+    text: str
+
+
+class RerankResult(BaseModel):
+    """A document's place among `documents`, and its relevance."""
+
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class RerankUsage(BaseModel):
+    """Tokens computed, special tokens included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class RerankList(BaseModel):
+    """The documents, best first; equal ones in the order in which they were sent."""
+
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: RerankUsage
+
+
+def write_ranks(body: RerankBody, request: Request, answer: Answer) -> bytes:
+    scores = cast(FloatArray, answer.output).tolist()
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
+    results = [_result(body, index, scores[index]) for index in best]
+    usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
+    return encode({"id": f"rerank-{request.id}", "model": request.model, "results": results, "usage": usage})
+
+
+def _result(body: RerankBody, index: int, score: float) -> dict[str, Any]:
+    result: dict[str, Any] = {"index": index, "relevance_score": score}
+    return {**result, "document": {"text": body.documents[index]}} if body.return_documents else result
+
+
+def routes() -> tuple[Route, ...]:
+    endpoint: Inference[RerankBody] = Inference(RerankBody, write_ranks)
+    return tuple(
+        Route(
+            "POST",
+            f"{place}/v1/rerank",
+            endpoint,
+            DIALECT,
+            "Order documents by relevance",
+            answer=RerankList,
+            body=RerankBody,
+            failures=COMPUTE_FAILURES,
+        )
+        for place in ANY_MODEL
+    )

@@ -1,0 +1,80 @@
+"""Answers that are sent while they are made, as server-sent events.
+
+https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import TypeAlias
+
+from serve_app.errors import ServeAppError, ServerError
+from serve_app.ingress.encoding import encode
+from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply, stream_while_connected
+from serve_app.ingress.routes import Dialect
+from serve_app.ingress.statuses import kind_of
+from serve_app.outputs import GeneratedPiece
+from serve_app.types import Request
+
+logger = logging.getLogger(__name__)
+
+Events: TypeAlias = AsyncGenerator[bytes, None]
+"""The data of each event, without its frame."""
+
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+
+_HEADERS: tuple[Header, ...] = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+"""Neither caches nor proxies may hold pieces back."""
+
+
+async def stream_reply(
+    exchange: Exchange,
+    request: Request,
+    dialect: Dialect,
+    write: Callable[[AsyncIterator[GeneratedPiece]], Events],
+    headers: tuple[Header, ...] = (),
+) -> Reply:
+    """The reply to a request that wants its answer in pieces, as soon as the first one is there.
+
+    So an error before the first piece is raised here, and answered as any other. The client's leaving and the
+    deadline, which counts for the whole answer, end the work.
+    """
+    timeout_s = exchange.settings.request_timeout_s
+    pieces = stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s)
+    events = _closing(pieces, write(pieces))
+    first = await anext(events, b"")
+    return Reply(_framed(first, events, dialect, exchange.id), content_type=EVENT_STREAM, headers=_HEADERS + headers)
+
+
+async def _closing(pieces: AsyncGenerator[GeneratedPiece, None], events: Events) -> Events:
+    """`events`, which are made of `pieces`, with the end of the one as the end of the other."""
+    async with aclosing(pieces), aclosing(events):
+        async for data in events:
+            yield data
+
+
+async def _framed(first: bytes, events: Events, dialect: Dialect, request_id: str) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        try:
+            if first:
+                yield _event(first)
+            async for data in events:
+                yield _event(data)
+        except ServeAppError as error:
+            yield _event(_error(error, dialect, request_id))
+        except ClientDisconnectedError:
+            return
+        except Exception:
+            logger.exception("unexpected error in request %s", request_id)
+            unexpected = ServerError("an unexpected error; the server's log has it under this request id")
+            yield _event(_error(unexpected, dialect, request_id))
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: %b\n\n" % data
+
+
+def _error(error: ServeAppError, dialect: Dialect, request_id: str) -> bytes:
+    return encode(dialect.write_error(error, kind_of(error), request_id))

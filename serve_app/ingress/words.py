@@ -1,0 +1,76 @@
+"""Tokens of texts as clients see them, from what a tokenizer replica answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from serve_app.errors import InvalidInputError
+from serve_app.ingress.service import TextToken
+from serve_app.tasks.vocabulary import Vocabulary
+from serve_app.types import Alignment, Int32Array, TokenBatch, TokenIds, TokenizeRequest
+
+Places: TypeAlias = npt.NDArray[np.intp]
+
+
+def whole_texts(texts: Sequence[str]) -> TokenizeRequest:
+    """Asks for every token of every text: what is longer than the model takes comes in windows that share nothing."""
+    return TokenizeRequest(tuple(texts), long_texts="windows", align=True)
+
+
+def text_tokens(
+    texts: Sequence[str], batch: TokenBatch, vocabulary: Vocabulary, special_tokens: bool
+) -> list[list[TextToken]]:
+    """The tokens of each text; of special tokens only those before the first window and after the last.
+
+    `batch` is the answer to `whole_texts(texts)`.
+    """
+    assert batch.alignment is not None
+    found: list[list[TextToken]] = []
+    for text, windows in zip(texts, _windows(batch), strict=True):
+        kept = np.concatenate([_kept(batch, window, windows, special_tokens) for window in windows])
+        found.append([_token(text, index, batch.input_ids, batch.alignment, vocabulary) for index in kept.tolist()])
+    return found
+
+
+def texts_of(sequences: Sequence[TokenIds], vocabulary: Vocabulary, skip_special_tokens: bool) -> list[str]:
+    """The text of each sequence of token ids. Raises InvalidInputError for an id that the model does not have."""
+    try:
+        return [vocabulary.decode(ids, skip_special_tokens) for ids in sequences]
+    except OverflowError as error:
+        raise InvalidInputError("ids: a token id is too large for this model") from error
+
+
+def _windows(batch: TokenBatch) -> Iterator[list[int]]:
+    """The sequences of each input, in order."""
+    if batch.input_of is None:
+        yield from ([index] for index in range(batch.num_sequences))
+        return
+    for index in range(int(batch.input_of.max(initial=-1)) + 1):
+        yield np.flatnonzero(batch.input_of == index).tolist()
+
+
+def _kept(batch: TokenBatch, window: int, windows: Sequence[int], special_tokens: bool) -> Places:
+    """Places in the batch of the tokens of one window that are the text's own, or stand around the whole text."""
+    assert batch.alignment is not None
+    start, stop = int(batch.cu_seqlens[window]), int(batch.cu_seqlens[window + 1])
+    own = batch.alignment.text_ids[start:stop] >= 0
+    places = np.flatnonzero(own)
+    first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1)
+    if special_tokens and window == windows[0]:
+        own[:first] = True
+    if special_tokens and window == windows[-1]:
+        own[last + 1 :] = True
+    kept: Places = np.flatnonzero(own) + start
+    return kept
+
+
+def _token(text: str, index: int, ids: Int32Array, alignment: Alignment, vocabulary: Vocabulary) -> TextToken:
+    token = int(ids[index])
+    if alignment.text_ids[index] < 0:
+        return TextToken(token, vocabulary.token(token), True, None, None)
+    start, stop = alignment.offsets[index].tolist()
+    return TextToken(token, text[start:stop], False, start, stop)

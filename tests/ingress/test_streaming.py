@@ -1,0 +1,121 @@
+"""Answers in pieces: when headers go, how errors are told, and what becomes of work whose client left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app import errors
+from tests.ingress.edge import WORDS, FakeService, client_of, edge_app, served
+
+STREAMS = {
+    "/v1/completions": {"prompt": "a", "stream": True},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "stream": True},
+    "/": {"inputs": "a", "stream": True},
+}
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService(task="text-generation")
+
+
+def events(text: str) -> list[Any]:
+    """The data of every event, JSON read, `[DONE]` as it stands."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_stream_is_of_events_that_nobody_holds_back(client: httpx.AsyncClient, path: str) -> None:
+    response = await client.post(path, json=STREAMS[path])
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-request-id"]
+    assert "content-length" not in response.headers
+    assert len(events(response.text)) >= len(WORDS) + 1
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_an_error_before_the_first_piece_is_answered_as_any_other(
+    client: httpx.AsyncClient, service: FakeService, path: str
+) -> None:
+    service.failure = errors.OverloadedError("the queue is full", retry_after_s=3)
+    response = await client.post(path, json=STREAMS[path])
+    assert response.status_code == 429
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize("path", STREAMS)
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [(errors.UnavailableError("a replica was lost"), "a replica was lost"), (ZeroDivisionError("inner"), "unexpected")],
+    ids=["ours", "unexpected"],
+)
+async def test_an_error_midway_is_an_event_and_the_last_one(
+    client: httpx.AsyncClient, service: FakeService, path: str, failure: Exception, message: str
+) -> None:
+    service.failure, service.pieces_before_failure = failure, 2
+    *pieces, last = events((await client.post(path, json=STREAMS[path])).text)
+    assert len(pieces) == 2
+    told = last["error"]
+    assert message in (told if isinstance(told, str) else told["message"])
+    assert "inner" not in json.dumps(last)
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_the_deadline_counts_for_the_whole_answer(service: FakeService, path: str) -> None:
+    service.go.clear()
+    async with client_of(service, request_timeout_s=0.1) as client:
+        response = await client.post(path, json=STREAMS[path])
+    assert response.status_code == 200
+    first, last = events(response.text)
+    assert "error" in last
+    assert "error" not in first
+    await asyncio.wait_for(service.cancelled.wait(), 20)
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_client_that_leaves_midway_stops_the_work(service: FakeService, path: str) -> None:
+    service.go.clear()
+    async with served(edge_app(service)) as (host, port), httpx.AsyncClient() as client:
+        async with client.stream("POST", f"http://{host}:{port}{path}", json=STREAMS[path]) as response:
+            async for _ in response.aiter_lines():
+                break
+        await asyncio.wait_for(service.cancelled.wait(), 20)
+
+
+async def test_pieces_arrive_while_the_rest_is_still_computed(service: FakeService) -> None:
+    service.go.clear()
+    async with (
+        served(edge_app(service)) as (host, port),
+        httpx.AsyncClient() as client,
+        client.stream("POST", f"http://{host}:{port}/", json=STREAMS["/"]) as response,
+    ):
+        lines = response.aiter_lines()
+        first = await anext(lines)
+        service.go.set()
+        rest = [line async for line in lines if line]
+    assert json.loads(first.removeprefix("data: "))["token"]["text"] == WORDS[0]
+    assert len(rest) == len(WORDS)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/"])
+async def test_only_one_answer_is_streamed_at_a_time(
+    client: httpx.AsyncClient, service: FakeService, path: str
+) -> None:
+    body = {**STREAMS[path], "prompt": ["a", "b"], "inputs": ["a", "b"]}
+    assert (await client.post(path, json=body)).status_code == 422
+    assert service.requests == []
+
+
+async def test_a_stream_needs_a_text_to_go_on_with_not_a_task_that_answers_at_once() -> None:
+    async with client_of(FakeService(task="text-classification")) as client:
+        response = await client.post("/", json={"inputs": "a", "stream": True})
+    assert response.headers["content-type"] == "application/json"

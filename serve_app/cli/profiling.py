@@ -16,7 +16,7 @@ from serve_app.cli.bench.corpus import make_corpus, make_texts
 from serve_app.config import ModelConfig
 from serve_app.tasks.card import read_card
 from serve_app.tokenizer.encoder import Encoder
-from serve_app.types import FloatArray, TokenBatch, TokenizeRequest, concatenate
+from serve_app.types import TokenBatch, TokenizeRequest, concatenate
 
 LEAST_S = 0.3
 """Each measurement is repeated for at least so long, and the fastest taken: what else runs only makes it slower."""
@@ -39,7 +39,7 @@ class Measurements:
     def __init__(self, plan: ProfilePlan) -> None:
         path = Path(plan.model_path)
         config = ModelConfig(name="profile", source=str(path), num_threads=plan.threads)
-        pooling = read_card(path, config, "").pooling
+        read_card(path, config, "")
         self._plan, self._path = plan, path
         self._encoder = Encoder(path, plan.max_input_tokens)
         self._corpus = make_corpus(path, plan.texts, plan.seed).texts
@@ -47,9 +47,8 @@ class Measurements:
         # Seconds to import, so after what can be wrong with the model's files.
         from serve_app.model.loader import load
         from serve_app.model.runner import Runner
-        from serve_app.tasks.heads import pooled
 
-        self._runner = Runner(load(path, config, plan.max_input_tokens), pooled(pooling))
+        self._runner = Runner(load(path, config, plan.max_input_tokens))
 
     def answer(self, command: Command) -> Any:
         measure: Callable[..., Any] = getattr(self, command["measure"])
@@ -87,7 +86,7 @@ class Measurements:
         return concatenate([self._encoder.encode([TokenizeRequest(tuple(texts), long_texts="truncate")])])
 
 
-def _run_all(run: Callable[[TokenBatch], FloatArray], parts: Sequence[TokenBatch]) -> None:
+def _run_all(run: Callable[[TokenBatch], object], parts: Sequence[TokenBatch]) -> None:
     for part in parts:
         run(part)
 

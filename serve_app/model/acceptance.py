@@ -1,6 +1,7 @@
 """How a loaded model will be computed, decided by trying: what differs from the stock model is not used.
 
-The stock model's answer is the one it gives for a text without padding and without neighbours.
+The stock model's answer is the one it gives for a text without padding and without neighbours: the hidden states of the
+base, and what the whole model makes of the text, where it has a head.
 """
 
 from __future__ import annotations
@@ -14,18 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serve_app.model import int8, linear, packing
-from serve_app.model.bucketing import BucketedForward, Part
+from serve_app.model import int8, linear, packing, stock
+from serve_app.model.bucketing import BucketedForward, IndexArray, Part
 from serve_app.model.families import why_not_packed
-from serve_app.model.loader import LoadedModel
+from serve_app.model.loader import SEQUENCE_TASKS, LoadedModel
+from serve_app.model.stock import Finished, OwnHead
 from serve_app.types import TokenBatch
 
 log = logging.getLogger(__name__)
 
 Forward: TypeAlias = Callable[[TokenBatch], Iterable[Part]]
 
+Answer: TypeAlias = Callable[[TokenBatch], Tensor]
+"""A row for each token, or for each sequence, in float32 on the host, in the order of the batch."""
+
+REFUSALS = (packing.CannotPackError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+"""What stock code raises that was not written for this."""
+
 _NEIGHBOUR_TOLERANCE = 1e-5
 """With the same shapes the same kernels run: other neighbours must change nothing, in any dtype."""
+
+_MASKED_EVERY = 7
+_MOST_LOGITS = 1 << 27
+"""That a whole model may make at a time: half a gigabyte in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,8 @@ class Accepted:
 
     forward: Forward
     mode: str
+    own_head: OwnHead | None = None
+    """What makes logits of `forward`'s parts; None where the model has no head of its own."""
 
 
 def accept(loaded: LoadedModel) -> Accepted:
@@ -46,31 +60,111 @@ def accept(loaded: LoadedModel) -> Accepted:
 
 
 def _accept(loaded: LoadedModel) -> Accepted:
-    unpadded = BucketedForward(
-        loaded.module, loaded.device, loaded.pad_token_id, loaded.takes_token_types, equal_lengths=True
-    )
     probes = random_batch(loaded, _probe_lengths(loaded))
+    unpadded = BucketedForward(
+        module=loaded.module,
+        device=loaded.device,
+        pad_token_id=loaded.pad_token_id,
+        takes_token_types=loaded.takes_token_types,
+        equal_lengths=True,
+        decoder_start=loaded.decoder_start,
+    )
+    answers = None if loaded.model is None else _alone(loaded, probes)
     reference, exchanged = _exchange_projections(loaded, unpadded, probes)
+    if loaded.model is not None and loaded.precision.int8:
+        answers = _alone(loaded, probes)
+    base = _accept_base(loaded, unpadded, probes, reference, linear.padded_rows if exchanged else int)
+    return base if answers is None else _accept_head(loaded, base, probes, answers)
+
+
+def _accept_base(
+    loaded: LoadedModel,
+    unpadded: BucketedForward,
+    probes: TokenBatch,
+    reference: Tensor,
+    padded_total: Callable[[int], int],
+) -> Accepted:
+    """How to compute hidden states."""
     reason = why_not_packed(loaded.model_type)
     if reason is None:
-        padded_total = linear.padded_rows if exchanged else int
         packed, reason = _try_packing(loaded, padded_total, probes, reference)
         if packed is not None:
             return Accepted(packed, "packed")
         log.warning("%s is not packed, and slower for it: %s", loaded.model_type, reason)
     padded = replace(unpadded, equal_lengths=False)
-    if _difference(_hidden(padded, probes), reference) <= loaded.precision.tolerance:
+    if _difference(hidden_states(padded, probes), reference) <= loaded.precision.tolerance:
         return Accepted(padded, f"bucketed: {reason}")
     log.warning("%s: padding changes its answers, so only texts of equal length share a pass", loaded.model_type)
     return Accepted(unpadded, f"bucketed by equal length: {reason}")
 
 
+def _accept_head(loaded: LoadedModel, base: Accepted, probes: TokenBatch, answers: Tensor) -> Accepted:
+    """The model's own head on those hidden states, or else the whole stock model."""
+    try:
+        head = stock.attach(loaded)
+        own = _answers_of(base.forward, head, loaded.task)
+        reason = why_refused(own, loaded, probes, answers, "on its own")
+    except REFUSALS as failure:
+        reason = f"{type(failure).__name__}: {failure}"
+    if reason is None:
+        return replace(base, own_head=head)
+    log.warning("%s is computed as a whole, and slower for it; its head: %s", loaded.model_type, reason)
+    whole = _whole(loaded)
+    try:
+        padded = _difference(_answers_of(whole, Finished(), loaded.task)(probes), answers)
+    except REFUSALS:
+        padded = float("inf")
+    if padded <= loaded.precision.tolerance:
+        return Accepted(whole, f"bucketed: its head: {reason}", Finished())
+    log.warning("%s: padding changes its answers, so only texts of equal length share a pass", loaded.model_type)
+    return Accepted(replace(whole, equal_lengths=True), f"bucketed by equal length: its head: {reason}", Finished())
+
+
+def _whole(loaded: LoadedModel) -> BucketedForward:
+    """The stock model with its head, padded."""
+    logits_per_token = 1 if loaded.task in SEQUENCE_TASKS else max(1, loaded.vocab_size)
+    return BucketedForward(
+        module=loaded.model,
+        device=loaded.device,
+        pad_token_id=loaded.pad_token_id,
+        takes_token_types=loaded.takes_token_types,
+        max_padded_tokens=min(16_384, max(1, _MOST_LOGITS // logits_per_token)),
+        read=stock.read_logits,
+    )
+
+
+def _alone(loaded: LoadedModel, probes: TokenBatch) -> Tensor:
+    """What the whole stock model makes of each text, one at a time."""
+    one_by_one = replace(_whole(loaded), equal_lengths=True, max_padded_tokens=1)
+    return _answers_of(one_by_one, Finished(), loaded.task)(probes)
+
+
+def _answers_of(forward: Forward, head: OwnHead, task: str) -> Answer:
+    def answer(batch: TokenBatch) -> Tensor:
+        if task in SEQUENCE_TASKS:
+            return _in_order((part.rows, head.sequences(part), np.ones_like(part.rows)) for part in forward(batch))
+        return _in_order((part.rows, head.tokens(part.hidden), part.lengths) for part in forward(batch))
+
+    return answer
+
+
 def random_batch(loaded: LoadedModel, lengths: list[int], seed: int = 0) -> TokenBatch:
-    """Random tokens, none of them padding, as one request of sequences of these lengths."""
-    low = min(loaded.pad_token_id + 1, loaded.vocab_size - 1)
+    """Random tokens, none of them padding, as one request of sequences of these lengths.
+
+    Each ends with the model's end token, where it has one, and has masks, where the model fills them.
+    """
+    special = stock.special_tokens(loaded)
+    usual = np.array([token for token in range(loaded.vocab_size) if token not in special], np.int32)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    input_ids = np.random.default_rng(seed).choice(usual, sum(lengths))
+    if loaded.task == "fill-mask" and loaded.mask_token_id is not None:
+        input_ids[::_MASKED_EVERY] = loaded.mask_token_id
+    end = getattr(loaded.module.config, "eos_token_id", None)
+    if isinstance(end, int) and end != loaded.pad_token_id:
+        input_ids[cu_seqlens[1:] - 1] = end
     return TokenBatch(
-        input_ids=np.random.default_rng(seed).integers(low, loaded.vocab_size, sum(lengths), dtype=np.int32),
-        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        input_ids=input_ids,
+        cu_seqlens=cu_seqlens,
         cu_requests=np.array([0, len(lengths)], np.int32),
         truncated=np.zeros(len(lengths), np.bool_),
     )
@@ -85,22 +179,24 @@ def _probe_lengths(loaded: LoadedModel) -> list[int]:
 
 def _exchange_projections(loaded: LoadedModel, forward: Forward, probes: TokenBatch) -> tuple[Tensor, bool]:
     """Put faster projections in, where there are any; returns the answers to compare with, and whether it did."""
-    stock = _hidden(forward, probes)
+    exact = hidden_states(forward, probes)
     if loaded.precision.int8:
         _apply(int8.plan_swaps(loaded.module))
-        rounded = _hidden(forward, probes)
-        log.info("%s in 8 bits: hidden states move by %.1e", loaded.model_type, _difference(rounded, stock))
+        rounded = hidden_states(forward, probes)
+        log.info("%s in 8 bits: hidden states move by %.1e", loaded.model_type, _difference(rounded, exact))
         return rounded, True
     if not linear.pays(loaded.module):
-        return stock, False
-    swaps = _apply(linear.plan_swaps(loaded.module, lambda: _hidden(forward, probes)))
-    error = _difference(_hidden(forward, probes), stock)
+        return exact, False
+    # A vocabulary is as dear as an encoder where each token is projected on it.
+    exchanged = loaded.model if loaded.task == "sparse-embedding" else loaded.module
+    swaps = _apply(linear.plan_swaps(exchanged, lambda: hidden_states(forward, probes)))
+    error = _difference(hidden_states(forward, probes), exact)
     if error <= loaded.precision.tolerance:
-        return stock, True
+        return exact, True
     for swap in swaps:
         swap.undo()
     log.warning("%s keeps torch's projections: oneDNN's differ by %.1e", loaded.model_type, error)
-    return stock, False
+    return exact, False
 
 
 def _apply(swaps: list[linear.Swap]) -> list[linear.Swap]:
@@ -115,8 +211,8 @@ def _try_packing(
     stock_attention = loaded.module.config._attn_implementation
     try:
         packed = packing.prepare(loaded, padded_total)
-        reason = why_refused(packed, loaded, probes, reference)
-    except (packing.CannotPackError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as failure:
+        reason = why_refused(lambda batch: hidden_states(packed, batch), loaded, probes, reference, "packed")
+    except REFUSALS as failure:
         reason = f"{type(failure).__name__}: {failure}"
     if reason is None:
         return packed, None
@@ -124,34 +220,42 @@ def _try_packing(
     return None, reason
 
 
-def why_refused(packed: Forward, loaded: LoadedModel, probes: TokenBatch, reference: Tensor) -> str | None:
-    """None where `packed` answers as `reference` (total, h) says and as it does beside other neighbours."""
-    error = _difference(_hidden(packed, probes), reference)
-    leak = _leak(packed, loaded, probes)
+def why_refused(
+    answer: Answer, loaded: LoadedModel, probes: TokenBatch, reference: Tensor, how: str = "packed"
+) -> str | None:
+    """None where `answer` is as `reference` says, and the same beside other neighbours."""
+    error = _difference(answer(probes), reference)
+    leak = _leak(answer, loaded, probes)
     if error <= loaded.precision.tolerance and leak <= _NEIGHBOUR_TOLERANCE:
         return None
-    return f"packed, it differs from itself alone by {error:.1e}, and with other neighbours by {leak:.1e}"
+    return f"{how}, it differs from itself alone by {error:.1e}, and with other neighbours by {leak:.1e}"
 
 
-def _leak(packed: Forward, loaded: LoadedModel, probes: TokenBatch) -> float:
+def _leak(answer: Answer, loaded: LoadedModel, probes: TokenBatch) -> float:
     """How much the even sequences change when the odd ones get other tokens, and the other way round."""
-    odd = np.repeat(np.arange(probes.num_sequences) % 2 == 1, probes.lengths())
+    odd = np.arange(probes.num_sequences) % 2 == 1
     other = random_batch(loaded, probes.lengths().tolist(), seed=1).input_ids
-    before = _hidden(packed, probes)
+    before = answer(probes)
     worst = 0.0
     for changed in (odd, ~odd):
-        after = _hidden(packed, replace(probes, input_ids=np.where(changed, other, probes.input_ids)))
-        kept = torch.from_numpy(~changed)
+        tokens = np.repeat(changed, probes.lengths())
+        after = answer(replace(probes, input_ids=np.where(tokens, other, probes.input_ids)))
+        kept = torch.from_numpy(~(tokens if len(before) == len(tokens) else changed))
         worst = max(worst, _difference(after[kept], before[kept]))
     return worst
 
 
-def _hidden(forward: Forward, batch: TokenBatch) -> Tensor:
+def hidden_states(forward: Forward, batch: TokenBatch) -> Tensor:
     """Hidden states (total, h) float32 on the host, in the order of the batch."""
+    return _in_order((part.rows, part.hidden, part.lengths) for part in forward(batch))
+
+
+def _in_order(parts: Iterable[tuple[IndexArray, Tensor, IndexArray]]) -> Tensor:
+    """Values of each part's sequences, so many each, in the order of the batch."""
     rows, pieces = [], []
-    for part in forward(batch):
-        rows.extend(part.rows.tolist())
-        pieces.extend(part.hidden.float().cpu().split(part.cu_seqlens.diff().tolist()))
+    for sequences, values, counts in parts:
+        rows.extend(sequences.tolist())
+        pieces.extend(values.float().cpu().split(counts.tolist()))
     return torch.cat([piece for _, piece in sorted(zip(rows, pieces, strict=True), key=lambda pair: pair[0])])
 
 

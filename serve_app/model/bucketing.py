@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,12 +24,16 @@ _PASS_COST = 64.0
 class Part:
     """Some sequences of a batch after the model: `hidden` (total, h), `cu_seqlens` (k + 1,) int64 on the device.
 
-    `rows` (k,) says which sequences of the batch these are, in this order.
+    `rows` (k,) says which sequences of the batch these are, in this order; `lengths` (k,) int64 and `input_ids`
+    (total,) int32 are theirs, on the host. Where the whole model was computed, its own head included, `hidden` is what
+    the head made of each token, or of each sequence: (total, d) or (k, d).
     """
 
     rows: IndexArray
     hidden: Tensor
     cu_seqlens: Tensor
+    lengths: IndexArray
+    input_ids: Int32Array
 
 
 def split(lengths: Int32Array, max_padded_tokens: int) -> list[IndexArray]:
@@ -71,6 +75,19 @@ def _cheapest_cuts(descending: npt.NDArray[np.float64], max_padded_tokens: int) 
     return cuts[::-1]
 
 
+def last_hidden_state(output: Any) -> Tensor:
+    """What an encoder makes of every token, (b, length, h)."""
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def shifted(input_ids: Int32Array, cu_seqlens: IndexArray, first: int) -> Int32Array:
+    """What a decoder reads while it classifies: each sequence one to the right, behind `first`."""
+    moved = np.roll(input_ids, 1)
+    moved[cu_seqlens[:-1]] = first
+    return moved
+
+
 @dataclass(frozen=True, slots=True)
 class BucketedForward:
     """The ordinary padded and masked forward pass, bucket by bucket."""
@@ -82,6 +99,10 @@ class BucketedForward:
     equal_lengths: bool = False
     """For models whose answers padding changes."""
     max_padded_tokens: int = 16_384
+    decoder_start: int | None = None
+    """First token of the decoder, where `module` has one that must be told what to read."""
+    read: Callable[[Any], Tensor] = last_hidden_state
+    """What to take of the model's output: (b, length, d), or (b, d) where it is made of whole sequences."""
 
     def __call__(self, batch: TokenBatch) -> Iterator[Part]:
         """Compute all sequences of `batch`, which has at least one; call under `inference_mode`."""
@@ -93,18 +114,23 @@ class BucketedForward:
         lengths = batch.lengths()[rows].astype(np.int64)
         real = np.arange(lengths.max())[None, :] < lengths[:, None]
         tokens = np.concatenate([np.arange(batch.cu_seqlens[row], batch.cu_seqlens[row + 1]) for row in rows])
+        input_ids, cu_seqlens = batch.input_ids[tokens], np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
         inputs = {
-            "input_ids": self._padded(batch.input_ids, tokens, real, self.pad_token_id),
+            "input_ids": self._padded(input_ids, real, self.pad_token_id),
             "attention_mask": torch.from_numpy(real.astype(np.int64)).to(self.device),
         }
         if self.takes_token_types and batch.token_type_ids is not None:
-            inputs["token_type_ids"] = self._padded(batch.token_type_ids, tokens, real, 0)
-        hidden = self.module(**inputs).last_hidden_state
-        kept = torch.from_numpy(np.flatnonzero(real)).to(self.device)
-        cu_seqlens = torch.from_numpy(np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])).to(self.device)
-        return Part(rows, hidden.flatten(0, 1).index_select(0, kept), cu_seqlens)
+            inputs["token_type_ids"] = self._padded(batch.token_type_ids[tokens], real, 0)
+        if self.decoder_start is not None:
+            read_by_decoder = shifted(input_ids, cu_seqlens, self.decoder_start)
+            inputs["decoder_input_ids"] = self._padded(read_by_decoder, real, self.pad_token_id)
+        hidden = self.read(self.module(**inputs))
+        if hidden.dim() == 3:
+            kept = torch.from_numpy(np.flatnonzero(real)).to(self.device)
+            hidden = hidden.flatten(0, 1).index_select(0, kept)
+        return Part(rows, hidden, torch.from_numpy(cu_seqlens).to(self.device), lengths, input_ids)
 
-    def _padded(self, flat: Int32Array, tokens: IndexArray, real: npt.NDArray[np.bool_], fill: int) -> Tensor:
+    def _padded(self, flat: Int32Array, real: npt.NDArray[np.bool_], fill: int) -> Tensor:
         padded = np.full(real.shape, fill, np.int64)
-        padded[real] = flat[tokens]
+        padded[real] = flat
         return torch.from_numpy(padded).to(self.device)

@@ -1,7 +1,7 @@
 """One device thread between an event loop and a model: calls in, rows out.
 
 parts = scheduler.take()            # oldest first, within the token budget, when the device is free
-outcome = recovery.run(tokens)      # one forward, or the ladder of failures
+outcome = recovery.run(work)        # one forward, or the ladder of failures
 scatter(parts, outcome)             # rows to the jobs they belong to, finished jobs to the event loop
 """
 
@@ -18,14 +18,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from serve_app.errors import ServeAppError, UnavailableError
-from serve_app.model.recovery import Collect, DeviceBrokenError, Outcome, Recovery, Started, TokenBudget
+from serve_app.model.recovery import Collect, DeviceBrokenError, Outcome, Recovery, Started, TokenBudget, Work
+from serve_app.model.rows import failed, stack
 from serve_app.model.scheduler import Job, Limits, Part, Scheduler, finish
-from serve_app.types import FloatArray, ForwardCall, Rows, TokenBatch, concatenate
+from serve_app.types import ForwardCall, HeadArguments, Rows, TokenBatch, concatenate
 
 logger = logging.getLogger(__name__)
 
-HeadLaunch = Callable[[str, TokenBatch], Collect]
-"""(head, batch) -> starts the forward and that head; what is returned waits for its rows (n, d) float32."""
+HeadLaunch = Callable[[str, Work], Collect]
+"""(head, work) -> starts the forward and that head; what is returned waits for its rows."""
 
 IDLE_AFTER_S = 1.0
 
@@ -150,6 +151,7 @@ class Engine:
             on_done=self._finished.append,
             priority=call.priorities[index] if call.priorities else "interactive",
             deadline=None if left_s is None else time.monotonic() + left_s,
+            arguments=call.arguments[index] if call.arguments else None,
         )
         under_way.jobs[index] = job
         self._calls[job] = under_way
@@ -191,9 +193,9 @@ class Engine:
         for part in parts:
             part.job.started = started if part.job.started is None else part.job.started
         head = parts[0].job.head
-        recovery = Recovery(lambda tokens: self._launch(head, tokens), self._budget)
+        recovery = Recovery(lambda work: self._launch(head, work), self._budget)
         try:
-            forward = recovery.start(concatenate([part.tokens() for part in parts]))
+            forward = recovery.start(_work(parts))
         except BaseException:
             _fail(parts)
             raise
@@ -210,7 +212,7 @@ class Engine:
         self._scheduler.limits = replace(self._configured, max_batch_tokens=self._budget.current)
 
     def _report(self, batch: _UnderWay, outcome: Outcome, forward_s: float) -> None:
-        tokens = batch.forward.batch
+        tokens = batch.forward.work.tokens
         self._observe(
             BatchReport(
                 tokens=int(tokens.cu_seqlens[-1]),
@@ -247,38 +249,46 @@ def _fail(parts: list[Part]) -> None:
         finish(part.job, lost)
 
 
+def _work(parts: list[Part]) -> Work:
+    """The parts' sequences one after the other, each with its job's arguments."""
+    arguments: list[HeadArguments | None] = []
+    for part in parts:
+        arguments += [part.job.arguments] * (part.last - part.first)
+    needed = any(one is not None for one in arguments)
+    return Work(concatenate([part.tokens() for part in parts]), tuple(arguments) if needed else ())
+
+
 def scatter(parts: list[Part], outcome: Outcome, forward_s: float) -> None:
     """Give each job its rows; finish the jobs that are complete and those of which a sequence failed."""
     at = 0
     for part in parts:
         job, count = part.job, part.last - part.first
         job.forward_s += forward_s
-        failed = next((outcome.failures[i] for i in range(at, at + count) if i in outcome.failures), None)
-        if failed is not None:
-            finish(job, failed)
-        else:
-            _store(job, part, outcome.rows[at : at + count])
+        failure = next((outcome.failures[i] for i in range(at, at + count) if i in outcome.failures), None)
+        if failure is not None:
+            finish(job, failure)
+        elif not job.done:
+            job.rows.append(outcome.rows.select(at, at + count))
+            job.finished += count
+            if job.finished == job.tokens.num_sequences:
+                finish(job)
         at += count
 
 
-def _store(job: Job, part: Part, rows: FloatArray) -> None:
-    if job.rows is None:
-        job.rows = np.empty((job.tokens.num_sequences, rows.shape[1]), np.float32)
-    job.rows[part.first : part.last] = rows
-    job.finished += len(rows)
-    if job.finished == job.tokens.num_sequences:
-        finish(job)
-
-
 def _rows(tokens: TokenBatch, call: _Call) -> Rows:
-    width = max((job.rows.shape[1] for job in call.jobs.values() if job.rows is not None), default=0)
-    values = np.zeros((tokens.num_sequences, width), np.float32)
+    """All requests' rows in order; a request that failed gets zeros, or none where the head leaves ragged rows."""
     queue_s, forward_s = np.zeros(tokens.num_requests), np.zeros(tokens.num_requests)
     failures: dict[int, ServeAppError] = {}
-    for index, job in call.jobs.items():
+    pieces = []
+    for index in range(tokens.num_requests):
+        job = call.jobs.get(index)
+        if job is None:
+            continue  # no sequences, no rows
         queue_s[index], forward_s[index] = job.queue_s, job.forward_s
         if job.error is not None:
             failures[index] = job.error
-        elif job.rows is not None:
-            values[tokens.sequences_of(index)] = job.rows
-    return Rows(values, queue_s, forward_s, failures)
+            pieces.append(failed(job.tokens.num_sequences))
+        else:
+            pieces += job.rows
+    rows = stack(pieces)
+    return Rows(rows.values, queue_s, forward_s, failures, rows.cu_rows)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from serve_app.config import ModelConfig
@@ -17,10 +27,31 @@ from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.model.precision import Precision, pick_precision
 from serve_app.tasks.card import read_card, transformer_folder
 
+_CLASSES: Mapping[str, Any] = {
+    "text-classification": AutoModelForSequenceClassification,
+    "rerank": AutoModelForSequenceClassification,
+    "zero-shot-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "fill-mask": AutoModelForMaskedLM,
+    "sparse-embedding": AutoModelForMaskedLM,
+}
+"""Of tasks whose head is part of the model. Embedding has none: it takes the encoder alone."""
+
+SEQUENCE_TASKS = frozenset({"text-classification", "rerank", "zero-shot-classification"})
+"""Tasks whose head makes one row of a whole sequence."""
+
+NO_PADDING_TOKEN = -1
+"""Stands for the padding token of classifiers that have none, which would refuse batches without one."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in eval mode on its device; `module` is the transformers model without pooler and decoder."""
+    """A model in eval mode on its device.
+
+    `module` makes hidden states. `model` is the whole of which it is the base, with the head of its task; None for
+    embedding, where `module` has neither pooler nor decoder.
+    """
 
     module: Any
     device: torch.device
@@ -33,6 +64,11 @@ class LoadedModel:
     takes_token_types: bool
     vocab_size: int
     num_threads: int
+    task: str = "embedding"
+    model: Any = None
+    mask_token_id: int | None = None
+    decoder_start: int | None = None
+    """First token of the decoder, where `module` has one."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,7 +85,10 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
     card = read_card(path, config, config.revision or "")
     device = pick_device(config)
     precision = pick_precision(config, device)
-    module = _read_weights(transformer_folder(path), config, precision.weights).to(device).eval()
+    model = _read_weights(transformer_folder(path), config, card.task, precision.weights).to(device).eval()
+    module = model if card.task == "embedding" else model.base_model
+    if card.task == "fill-mask" and card.mask_token_id is None:
+        raise ConfigError(f"models.{config.name}.task: fill-mask needs a tokenizer with a mask token")
     return LoadedModel(
         module=module,
         device=device,
@@ -58,10 +97,14 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
         hidden_size=card.hidden_size,
         max_input_tokens=max_input_tokens,
         pooling=card.pooling,
-        pad_token_id=getattr(module.config, "pad_token_id", None) or 0,
+        pad_token_id=max(0, getattr(module.config, "pad_token_id", None) or 0),
         takes_token_types="token_type_ids" in inspect.signature(module.forward).parameters,
         vocab_size=int(module.config.vocab_size),
         num_threads=config.num_threads,
+        task=card.task,
+        model=None if card.task == "embedding" else model,
+        mask_token_id=card.mask_token_id,
+        decoder_start=int(module.config.decoder_start_token_id) if hasattr(module, "decoder") else None,
     )
 
 
@@ -73,22 +116,31 @@ def pick_device(config: ModelConfig) -> torch.device:
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
-def _read_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+def _read_weights(folder: Path, config: ModelConfig, task: str, dtype: torch.dtype) -> Any:
     transformers_logging.disable_progress_bar()
     safetensors = None if config.allow_pickle else True  # None takes them where they are, else pickled weights
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         family = AutoConfig.from_pretrained(folder, **options)
         _refuse_relative_keys(family, config)
-        cls = AutoModelForTextEncoding if type(family) in AutoModelForTextEncoding._model_mapping else AutoModel
-        module, report = cls.from_pretrained(
+        module, report = _class(task, family, config).from_pretrained(
             folder, config=family, dtype=dtype, use_safetensors=safetensors, output_loading_info=True, **options
         )
     except SafetensorError as error:
         raise IncompleteModelError(f"the weights in {folder.name} are damaged: {error}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"models.{config.name}: the model cannot be loaded: {error}") from error
-    return _encoder(module, report["missing_keys"])
+    missing = set(report["missing_keys"])
+    return _encoder(module, missing) if task == "embedding" else _with_head(module, missing, task)
+
+
+def _class(task: str, family: Any, config: ModelConfig) -> Any:
+    """The class of transformers that computes the task. Raises ConfigError where there is none for the family."""
+    if task == "embedding":
+        return AutoModelForTextEncoding if type(family) in AutoModelForTextEncoding._model_mapping else AutoModel
+    if task not in _CLASSES or type(family) not in _CLASSES[task]._model_mapping:
+        raise ConfigError(f"models.{config.name}.task: transformers has no {family.model_type} model for {task}")
+    return _CLASSES[task]
 
 
 def _refuse_relative_keys(family: Any, config: ModelConfig) -> None:
@@ -103,10 +155,29 @@ def _encoder(module: Any, missing_keys: set[str]) -> Any:
     prefix = ""
     if getattr(module.config, "is_encoder_decoder", False) and hasattr(module, "decoder"):
         module, prefix = module.get_encoder(), "encoder."
-    missing = sorted(key for key in missing_keys if key.startswith(prefix) and not key.startswith("pooler."))
-    if missing:
-        raise IncompleteModelError(f"the model's files lack {len(missing)} weights, among them {missing[0]}")
+    _refuse_missing({key for key in missing_keys if key.startswith(prefix) and not key.startswith("pooler.")}, "")
     if getattr(module, "pooler", None) is not None:
         module.pooler = None
-    module.config.use_cache = False  # nothing is generated: keys and values are never wanted again
-    return module
+    return _without_cache(module)
+
+
+def _with_head(model: Any, missing_keys: set[str], task: str) -> Any:
+    """The whole model. Raises IncompleteModelError if it lacks weights: transformers would make them up."""
+    _refuse_missing(missing_keys, f"; without them it cannot do {task}")
+    if task in SEQUENCE_TASKS and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = NO_PADDING_TOKEN
+    return _without_cache(model)
+
+
+def _refuse_missing(missing_keys: set[str], consequence: str) -> None:
+    if missing_keys:
+        names = ", ".join(sorted(missing_keys)[:5]) + (", ..." if len(missing_keys) > 5 else "")
+        raise IncompleteModelError(f"the model's files lack {len(missing_keys)} weights: {names}{consequence}")
+
+
+def _without_cache(model: Any) -> Any:
+    """Nothing is generated: keys and values are never wanted again."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config.use_cache = False
+    return model

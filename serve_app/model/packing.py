@@ -2,8 +2,10 @@
 
 The model is called with `input_ids` (1, total) and the position of each token in its own sequence. Everything in an
 encoder works token by token (embeddings, projections, norms) except attention, which follows the active plan
-(`serve_app.model.attention`). Three kinds of modules count positions themselves from the length of the row, and get
-small wrappers: `embed_positions` (BART, Marian, Pegasus), `compute_bias` (T5) and MPNet's own attention.
+(`serve_app.model.attention`). Some kinds of modules count positions themselves from the length of the row, and get
+small wrappers: `embed_positions` (BART, Marian, Pegasus), `compute_bias` (T5), MPNet's own attention, and T5's cross
+attention, which makes a table of zeros over the row. A decoder that classifies reads its sequence shifted by one token,
+so its cross attention goes from a sequence to itself, and follows the same plan.
 
 Which families this is right for is a table (`serve_app.model.families`); at load, each model is compared with its own
 answers for texts alone, and one that differs is not packed (`serve_app.model.acceptance`).
@@ -25,7 +27,7 @@ from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAtte
 
 from serve_app.model import attention
 from serve_app.model.attention import Plan
-from serve_app.model.bucketing import IndexArray, Part
+from serve_app.model.bucketing import IndexArray, Part, shifted
 from serve_app.model.loader import LoadedModel
 from serve_app.types import Int32Array, TokenBatch
 
@@ -46,6 +48,8 @@ class PackedForward:
     pad_token_id: int
     padded_total: Callable[[int], int] = int
     """How many tokens a row of so many gets: more where the device is better at some numbers than at others."""
+    decoder_start: int | None = None
+    """First token of the decoder, where there is one."""
 
     def __call__(self, batch: TokenBatch) -> Iterator[Part]:
         """Compute all sequences of `batch`, which has at least one; call under `inference_mode`."""
@@ -54,11 +58,15 @@ class PackedForward:
         ends = lengths.cumsum()
         total = self.padded_total(len(tokens))
         positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths) + self.first_position
-        host = [np.concatenate([[0], ends]), _row(positions, total, self.first_position)]
-        host.append(_row(batch.input_ids[tokens], total, self.pad_token_id))
+        input_ids, starts = batch.input_ids[tokens], np.concatenate([[0], ends])
+        host = {"input_ids": _row(input_ids, total, self.pad_token_id)}
         if self.takes_token_types and batch.token_type_ids is not None:
-            host.append(_row(batch.token_type_ids[tokens], total, 0))
-        cu_seqlens, position_ids, *inputs = self._to_device(host)
+            host["token_type_ids"] = _row(batch.token_type_ids[tokens], total, 0)
+        if self.decoder_start is not None:
+            host["decoder_input_ids"] = _row(shifted(input_ids, starts, self.decoder_start), total, self.pad_token_id)
+        cu_seqlens, position_ids, *inputs = self._to_device(
+            [starts, _row(positions, total, self.first_position), *host.values()]
+        )
         plan = Plan(
             runs=attention.runs(lengths.tolist()),
             total=total,
@@ -66,12 +74,12 @@ class PackedForward:
             cu_seqlens=cu_seqlens.to(torch.int32),
             position_ids=position_ids[None],
         )
-        yield Part(rows, self._hidden(plan, inputs)[: len(tokens)], cu_seqlens)
+        hidden = self._hidden(plan, dict(zip(host, inputs, strict=True)))
+        yield Part(rows, hidden[: len(tokens)], cu_seqlens, lengths, input_ids)
 
-    def _hidden(self, plan: Plan, inputs: list[Tensor]) -> Tensor:
-        """Hidden states (plan.total, h), from input ids and, where there are any, token types."""
-        names = ("input_ids", "token_type_ids")
-        arguments = {name: values[None] for name, values in zip(names, inputs, strict=False)}
+    def _hidden(self, plan: Plan, inputs: dict[str, Tensor]) -> Tensor:
+        """Hidden states (plan.total, h), from inputs (plan.total,) by name."""
+        arguments = {name: values[None] for name, values in inputs.items()}
         if self.takes_positions:
             arguments["position_ids"] = plan.position_ids
         with attention.use(plan):
@@ -123,6 +131,7 @@ def prepare(loaded: LoadedModel, padded_total: Callable[[int], int] = int) -> Pa
         first_position=_first_position(module),
         pad_token_id=loaded.pad_token_id,
         padded_total=padded_total,
+        decoder_start=loaded.decoder_start,
     )
 
 
@@ -138,6 +147,11 @@ def _count_positions_in_sequences(part: Any) -> None:
         part.embed_positions.register_forward_pre_hook(_positions_of_plan, with_kwargs=True)
     if hasattr(part, "compute_bias"):
         part.compute_bias = _bias_of_longest_sequence(part.compute_bias)
+    if (
+        hasattr(part, "EncDecAttention")
+        and "position_bias" in inspect.signature(part.EncDecAttention.forward).parameters
+    ):
+        part.EncDecAttention.register_forward_pre_hook(_no_bias_over_the_row, with_kwargs=True)
     if isinstance(part, MPNetEncoder):
         part.compute_position_bias = _position_bias_of_longest_sequence(part.compute_position_bias)
     if isinstance(part, MPNetSelfAttention):
@@ -147,6 +161,13 @@ def _count_positions_in_sequences(part: Any) -> None:
 def _positions_of_plan(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     plan = attention.active_plan()
     return args, kwargs if plan is None else {**kwargs, "position_ids": plan.position_ids[0]}
+
+
+def _no_bias_over_the_row(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """T5's cross attention has no bias: one zero for all, in place of one for each pair of the row's tokens."""
+    if attention.active_plan() is None or kwargs.get("position_bias") is not None:
+        return args, kwargs
+    return args, {**kwargs, "position_bias": args[0].new_zeros(1, 1, 1, 1)}
 
 
 def _bias_of_longest_sequence(compute_bias: Any) -> Any:

@@ -16,25 +16,28 @@ import numpy as np
 import torch
 
 from serve_app.errors import InputTooLongError, ModelFailureError, ServeAppError
-from serve_app.types import FloatArray, TokenBatch
+from serve_app.model.rows import SequenceRows, failed, stack
+from serve_app.types import HeadArguments, TokenBatch
 
 T = TypeVar("T")
 
-Collect = Callable[[], FloatArray]
-"""Waits for a launched forward: its rows (n, d) float32. Raises what the forward raises."""
+Collect = Callable[[], SequenceRows]
+"""Waits for a launched forward: the rows of its n sequences. Raises what the forward raises."""
 
-Launch = Callable[[TokenBatch], Collect]
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one forward pass computes: sequences, and what the head needs to know of each, () where it needs nothing."""
+
+    tokens: TokenBatch
+    arguments: tuple[HeadArguments | None, ...] = ()
+
+    def select(self, first: int, last: int) -> Work:
+        return Work(self.tokens.select(first, last), self.arguments[first:last])
+
+
+Launch = Callable[[Work], Collect]
 """Starts a forward on the device. A CPU computes it here and has nothing left to wait for."""
-
-
-def immediately(forward: Callable[[TokenBatch], FloatArray]) -> Launch:
-    """A forward without anything asynchronous, as a Launch."""
-
-    def launch(batch: TokenBatch) -> Collect:
-        rows = forward(batch)
-        return lambda: rows
-
-    return launch
 
 
 class DeviceBrokenError(Exception):
@@ -43,9 +46,9 @@ class DeviceBrokenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Rows (n, d) float32, zeros where `failures` (by sequence) has an error."""
+    """The rows of n sequences; what those in `failures` (by sequence) have means nothing."""
 
-    rows: FloatArray
+    rows: SequenceRows
     failures: Mapping[int, ServeAppError]
 
 
@@ -87,7 +90,7 @@ class TokenBudget:
 class Started:
     """A forward under way, or (`collect` is None) why it could not be launched."""
 
-    batch: TokenBatch
+    work: Work
     collect: Collect | None
     error: str = ""
 
@@ -101,21 +104,21 @@ class Recovery:
         self.out_of_memory = 0
         self.non_finite_rows = 0
 
-    def run(self, batch: TokenBatch) -> Outcome:
+    def run(self, work: Work) -> Outcome:
         """`start` and `finish` in one."""
-        return self.finish(self.start(batch))
+        return self.finish(self.start(work))
 
-    def start(self, batch: TokenBatch) -> Started:
+    def start(self, work: Work) -> Started:
         """Launch a forward. Raises DeviceBrokenError; every other failure waits in what is returned."""
-        collect, error = _attempt(lambda: self._launch(batch))
-        return Started(batch, collect, error)
+        collect, error = _attempt(lambda: self._launch(work))
+        return Started(work, collect, error)
 
     def finish(self, started: Started) -> Outcome:
         """Wait for the rows; after a failure, compute again in parts.
 
         Raises DeviceBrokenError; every other failure is in the outcome, with the sequence it belongs to.
         """
-        batch, rows, error = started.batch, None, started.error
+        batch, rows, error = started.work.tokens, None, started.error
         if started.collect is not None:
             rows, error = _attempt(started.collect)
         if rows is not None:
@@ -127,24 +130,23 @@ class Recovery:
             self._budget.ran_out(int(batch.cu_seqlens[-1]))
             _free_cached_memory()
         if batch.num_sequences == 1:
-            return Outcome(np.zeros((1, 0), np.float32), {0: _as_answer(error, batch)})
-        return self._halves(batch)
+            return Outcome(failed(1), {0: _as_answer(error, batch)})
+        return self._halves(started.work)
 
-    def _halves(self, batch: TokenBatch) -> Outcome:
-        cut = halfway(batch)
-        first = self.run(batch.select(0, cut))
-        second = self.run(batch.select(cut, batch.num_sequences))
+    def _halves(self, work: Work) -> Outcome:
+        cut = halfway(work.tokens)
+        first = self.run(work.select(0, cut))
+        second = self.run(work.select(cut, work.tokens.num_sequences))
         failures = {**first.failures, **{cut + i: error for i, error in second.failures.items()}}
-        return Outcome(_stack(first.rows, second.rows), failures)
+        return Outcome(stack([first.rows, second.rows]), failures)
 
-    def _without_non_finite(self, rows: FloatArray) -> Outcome:
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    def _without_non_finite(self, rows: SequenceRows) -> Outcome:
+        bad = np.flatnonzero(~np.isfinite(rows.values).all(axis=1))
         if not bad.size:
             return Outcome(rows, {})
         self.non_finite_rows += bad.size
-        rows[bad] = 0
         error = ModelFailureError("the model's output for an input is not finite (NaN or infinity); try float32")
-        return Outcome(rows, {int(i): error for i in bad})
+        return Outcome(rows, {rows.of_row(int(row)): error for row in bad})
 
 
 def _attempt(step: Callable[[], T]) -> tuple[T | None, str]:
@@ -191,13 +193,6 @@ def _as_answer(description: str, batch: TokenBatch) -> ServeAppError:
     if _is_out_of_memory(description):
         return InputTooLongError(f"an input of {tokens} tokens does not fit this replica's memory; shorten it")
     return ModelFailureError(f"the model failed for an input of {tokens} tokens ({description})")
-
-
-def _stack(first: FloatArray, second: FloatArray) -> FloatArray:
-    """Both halves' rows; a half in which everything failed has no width of its own."""
-    width = max(first.shape[1], second.shape[1])
-    halves = [h if h.shape[1] == width else np.zeros((len(h), width), np.float32) for h in (first, second)]
-    return np.concatenate(halves)
 
 
 def _free_cached_memory() -> None:

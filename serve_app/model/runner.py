@@ -1,10 +1,11 @@
-"""Computes one batch on the device: the model once over all its tokens, then the task's head."""
+"""Computes one batch on the device: the model once over all its tokens, then a head."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,55 +13,69 @@ from torch import Tensor
 
 from serve_app.model.acceptance import accept, random_batch
 from serve_app.model.bucketing import IndexArray
+from serve_app.model.heads import Arguments, Kept, heads_of
 from serve_app.model.host import govern_threads, keep_freed_memory
 from serve_app.model.loader import LoadedModel
-from serve_app.tasks.heads import Head
-from serve_app.types import FloatArray, TokenBatch
+from serve_app.model.rows import SequenceRows
+from serve_app.types import TokenBatch
 
 
 class Runner:
-    """One model and one head on one device. Not thread-safe: one device thread calls `run`."""
+    """One model with its heads on one device. Not thread-safe: one device thread calls `run`."""
 
-    def __init__(self, loaded: LoadedModel, head: Head) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
-        self._head = head
         self._thread: int | None = None
         self._govern_threads()
         accepted = accept(loaded)
         self._forward, self.mode = accepted.forward, accepted.mode
+        self._heads = heads_of(loaded, accepted.own_head)
         if loaded.device.type == "cpu":
             keep_freed_memory()
 
-    def run(self, batch: TokenBatch) -> FloatArray:
-        """The head's rows (n, d) float32 for the n sequences of `batch`, in its order.
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The names of the heads it can be asked for; the first is the usual one."""
+        return tuple(self._heads)
 
-        Raises what torch raises: torch.OutOfMemoryError, torch.AcceleratorError, RuntimeError.
+    def run(self, batch: TokenBatch, head: str | None = None, arguments: Arguments = ()) -> SequenceRows:
+        """The head's rows for the n sequences of `batch`, in its order; `arguments` are of each, or none at all.
+
+        Raises what torch raises: torch.OutOfMemoryError, torch.AcceleratorError, RuntimeError; and ValueError where
+        the model has no such head.
         """
-        return self.launch(batch)()
+        return self.launch(head or self.heads[0], batch, arguments)()
 
-    def launch(self, batch: TokenBatch) -> Callable[[], FloatArray]:
+    def launch(self, head: str, batch: TokenBatch, arguments: Arguments = ()) -> Callable[[], SequenceRows]:
         """Start the forward and the copy of its rows to the host; what is returned waits for them.
 
-        On CUDA nothing here waits for the device, so that the next batch can be launched behind it. On CPU the rows
-        are there at once. Both steps raise what `run` raises.
+        On CUDA nothing here waits for the device, so that the next batch can be launched behind it (but for `splade`,
+        and for classifiers of BART and T5, whose stock code looks for end tokens there). On CPU the rows are there at
+        once. Both steps raise what `run` raises.
         """
+        if head not in self._heads:
+            raise ValueError(f"a model for {self._loaded.task} has no head {head}; it has: {', '.join(self._heads)}")
         self._govern_threads()
         with self._loaded.precision.computing(self._loaded.device):
-            parts = [(part.rows, self._head(part.hidden, part.cu_seqlens)) for part in self._forward(batch)]
-            order = np.concatenate([index for index, _ in parts])
-            arrived = _to_host(torch.cat([rows for _, rows in parts]).float())
-        return lambda: _in_order(arrived(), order)
+            parts = [(part.rows, self._heads[head](part, arguments)) for part in self._forward(batch)]
+            order = np.concatenate([rows for rows, _ in parts])
+            arrived = _to_host(torch.cat([kept.rows for _, kept in parts]).float())
+            counted = _counts_to_host([kept for _, kept in parts])
+        return lambda: SequenceRows(arrived(), counted()).in_order(order)
 
-    def run_random(self, tokens: int) -> FloatArray:
-        """`run` with random sequences of the longest length that fill `tokens`, to measure what a batch costs."""
+    def run_random(self, tokens: int) -> None:
+        """Every head over random sequences of the longest length that fill `tokens`, to measure what a batch costs."""
         longest = self._loaded.max_input_tokens
-        lengths = [longest] * (tokens // longest) + [tokens % longest] * bool(tokens % longest)
-        return self.run(random_batch(self._loaded, lengths))
+        self._run_all_heads([longest] * (tokens // longest) + [tokens % longest] * bool(tokens % longest))
 
     def warm_up(self, max_batch_tokens: int) -> None:
         """Run batches over the range of shapes, so that no request pays for first-time work."""
         for lengths in warm_up_batches(self._loaded.max_input_tokens, max_batch_tokens, self._loaded.device.type):
-            self.run(random_batch(self._loaded, lengths))
+            self._run_all_heads(lengths)
+
+    def _run_all_heads(self, lengths: list[int]) -> None:
+        for head in self._heads:
+            self.run(random_batch(self._loaded, lengths), head)
 
     def _govern_threads(self) -> None:
         """Give this thread its share of the cores. OpenMP keeps the number per calling thread."""
@@ -69,28 +84,36 @@ class Runner:
             self._thread = threading.get_ident()
 
 
-def _to_host(values: Tensor) -> Callable[[], FloatArray]:
+def _to_host(values: Tensor) -> Callable[[], Any]:
     """Copy to pinned memory behind the kernels that make the values; what is returned waits for the copy."""
     if not values.is_cuda:
-        ready: FloatArray = values.numpy()
+        ready = values.numpy()
         return lambda: ready
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
 
-    def arrived() -> FloatArray:
+    def arrived() -> Any:
         copied.synchronize()
-        rows: FloatArray = host.numpy()
-        return rows
+        return host.numpy()
 
     return arrived
 
 
-def _in_order(values: FloatArray, order: IndexArray) -> FloatArray:
-    out = np.empty_like(values)
-    out[order] = values
-    return out
+def _counts_to_host(parts: Sequence[Kept]) -> Callable[[], Any]:
+    """Where each sequence's rows start, (n + 1,) int32; None where each has one."""
+    if parts[0].counts is None:
+        return lambda: None
+    known: list[Callable[[], IndexArray]] = [_counted(kept.counts) for kept in parts]
+    return lambda: np.concatenate([[0], np.concatenate([counts() for counts in known]).cumsum()]).astype(np.int32)
+
+
+def _counted(counts: IndexArray | Tensor | None) -> Callable[[], IndexArray]:
+    if isinstance(counts, Tensor):
+        return _to_host(counts)
+    assert counts is not None
+    return lambda: counts
 
 
 def warm_up_batches(max_input_tokens: int, max_batch_tokens: int, device_type: str) -> list[list[int]]:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from serve_app.errors import DeadlineExceededError, InputTooLongError, OverloadedError, ServeAppError, UnavailableError
-from serve_app.types import FloatArray, Priority, TokenBatch
+from serve_app.model.rows import SequenceRows
+from serve_app.types import HeadArguments, Priority, TokenBatch
 
 BULK_EVERY = 4
 """While both classes wait, every 4th batch is led by bulk: it never starves, interactive keeps most of the device."""
@@ -36,7 +37,7 @@ class Job:
     """One request's sequences on their way through the device.
 
     `tokens` holds one request; `deadline` is on `time.monotonic`'s clock. `on_done` is called exactly once, on the
-    thread that finished the job: with its rows (n, d) or with the error.
+    thread that finished the job: with its rows, part by part in order, or with the error.
     """
 
     tokens: TokenBatch
@@ -44,6 +45,7 @@ class Job:
     on_done: Callable[[Job], None]
     priority: Priority = "interactive"
     deadline: float | None = None
+    arguments: HeadArguments | None = None
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
     forward_s: float = 0.0
@@ -51,7 +53,7 @@ class Job:
     """Sequences handed out by `take` so far."""
     finished: int = 0
     longest: int = field(init=False)
-    rows: FloatArray | None = None
+    rows: list[SequenceRows] = field(default_factory=list)
     error: ServeAppError | None = None
     done: bool = False
 

@@ -85,7 +85,7 @@ def _bench(shape: str, arguments: argparse.Namespace) -> Bench:
         BertModel(BertConfig(**options)).save_pretrained(folder)
         loaded = load(Path(folder), config, 512)
     stock = replace(loaded, module=copy.deepcopy(loaded.module))
-    runner = Runner(loaded, mean)
+    runner = Runner(loaded)
     runner.warm_up(arguments.budget)
     return Bench(stock, loaded, runner, arguments.budget)
 
@@ -137,7 +137,7 @@ def engine(bench: Bench, texts: TokenBatch) -> None:
 async def _through_engine(bench: Bench, texts: TokenBatch) -> None:
     depth = 2 if bench.loaded.device.type == "cuda" else 1
     running = Engine(
-        launch=lambda head, batch: bench.runner.launch(batch),
+        launch=lambda head, work: bench.runner.launch(head, work.tokens),
         limits=Limits(bench.budget, 4096, len(texts.input_ids) + 1),
         max_input_tokens=512,
         depth=depth,

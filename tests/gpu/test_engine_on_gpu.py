@@ -16,7 +16,6 @@ from serve_app.model import attention
 from serve_app.model.families import PACKED
 from serve_app.model.loader import LoadedModel
 from serve_app.model.runner import Runner
-from serve_app.tasks.heads import mean
 from tests.model.tiny import batch_of, load_tiny, random_sequences
 
 LENGTHS = [12, 3, 30, 12, 1, 59, 7, 12, 21]
@@ -28,7 +27,7 @@ def on_cuda(model_type: str, folder: Path, dtype: str) -> LoadedModel:
 
 
 def reference(model_type: str, folder: Path, sequences: list[list[int]]) -> np.ndarray:
-    return Runner(load_tiny(model_type, folder), mean).run(batch_of(sequences))
+    return Runner(load_tiny(model_type, folder)).run(batch_of(sequences)).values
 
 
 @pytest.fixture
@@ -63,19 +62,19 @@ def no_waiting() -> Iterator[None]:
 def test_float32_on_the_gpu_answers_as_the_cpu_does(model_type: str, tmp_path: Path) -> None:
     sequences = random_sequences(LENGTHS, seed=1)
     expected = reference(model_type, tmp_path, sequences)
-    runner = Runner(on_cuda(model_type, tmp_path, "float32"), mean)
+    runner = Runner(on_cuda(model_type, tmp_path, "float32"))
     assert runner.mode == "packed"
-    np.testing.assert_allclose(runner.run(batch_of(sequences)), expected, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(runner.run(batch_of(sequences)).values, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("model_type", sorted(PACKED))
 def test_bfloat16_is_near_float32_and_independent_of_neighbours(model_type: str, tmp_path: Path) -> None:
     sequences = random_sequences(LENGTHS, seed=1)
     expected = reference(model_type, tmp_path, sequences)
-    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"), mean)
-    rows = runner.run(batch_of(sequences))
+    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"))
+    rows = runner.run(batch_of(sequences)).values
     others = random_sequences(LENGTHS, seed=2)
-    again = runner.run(batch_of([sequences[0], *others[1:]]))
+    again = runner.run(batch_of([sequences[0], *others[1:]])).values
 
     assert runner.mode == "packed"
     cosines = (rows * expected).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(expected, axis=1)
@@ -85,7 +84,7 @@ def test_bfloat16_is_near_float32_and_independent_of_neighbours(model_type: str,
 
 @pytest.mark.parametrize("model_type", sorted(PACKED - WITH_BIAS))
 def test_half_precision_takes_one_kernel_a_layer(model_type: str, tmp_path: Path, kernel_calls: list[int]) -> None:
-    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"), mean)
+    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"))
     kernel_calls.clear()
     runner.run(batch_of(random_sequences(LENGTHS, seed=1)))
     assert kernel_calls
@@ -94,33 +93,33 @@ def test_half_precision_takes_one_kernel_a_layer(model_type: str, tmp_path: Path
 
 @pytest.mark.parametrize("model_type", sorted(WITH_BIAS))
 def test_position_bias_goes_without_flash_attention(model_type: str, tmp_path: Path, kernel_calls: list[int]) -> None:
-    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"), mean)
+    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"))
     runner.run(batch_of(random_sequences(LENGTHS, seed=1)))
     assert not kernel_calls
 
 
 def test_launching_never_waits_for_the_device(tmp_path: Path) -> None:
-    runner = Runner(on_cuda("bert", tmp_path, "bfloat16"), mean)
+    runner = Runner(on_cuda("bert", tmp_path, "bfloat16"))
     runner.warm_up(500)
     batch = batch_of(random_sequences(LENGTHS, seed=1))
-    expected = runner.run(batch)
+    expected = runner.run(batch).values
     with no_waiting():
-        collect = runner.launch(batch)
-    np.testing.assert_array_equal(collect(), expected)
+        collect = runner.launch("pooled", batch)
+    np.testing.assert_array_equal(collect().values, expected)
 
 
 def test_batches_launched_behind_each_other_keep_their_own_rows(tmp_path: Path) -> None:
-    runner = Runner(on_cuda("bert", tmp_path, "bfloat16"), mean)
+    runner = Runner(on_cuda("bert", tmp_path, "bfloat16"))
     batches = [batch_of(random_sequences([5 + i, 30, 9], seed=i)) for i in range(8)]
-    expected = [runner.run(batch) for batch in batches]
-    collected = [collect() for collect in [runner.launch(batch) for batch in batches]]
+    expected = [runner.run(batch).values for batch in batches]
+    collected = [collect().values for collect in [runner.launch("pooled", batch) for batch in batches]]
     np.testing.assert_array_equal(np.stack(collected), np.stack(expected))
 
 
 def test_memory_of_a_batch_that_does_not_fit_is_given_back(tmp_path: Path) -> None:
-    runner = Runner(on_cuda("bert", tmp_path, "float32"), mean)
+    runner = Runner(on_cuda("bert", tmp_path, "float32"))
     small = batch_of(random_sequences([5], seed=0))
-    expected = runner.run(small)
+    expected = runner.run(small).values
     before = torch.cuda.memory_allocated()
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:
@@ -129,20 +128,20 @@ def test_memory_of_a_batch_that_does_not_fit_is_given_back(tmp_path: Path) -> No
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.cuda.memory_allocated() == before
-    np.testing.assert_array_equal(runner.run(small), expected)
+    np.testing.assert_array_equal(runner.run(small).values, expected)
 
 
 def test_fallback_family_runs_in_buckets(tmp_path: Path) -> None:
     sequences = random_sequences(LENGTHS, seed=1)
     expected = reference("deberta-v2", tmp_path, sequences)
-    runner = Runner(on_cuda("deberta-v2", tmp_path, "float32"), mean)
+    runner = Runner(on_cuda("deberta-v2", tmp_path, "float32"))
     assert runner.mode.startswith("bucketed")
-    np.testing.assert_allclose(runner.run(batch_of(sequences)), expected, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(runner.run(batch_of(sequences)).values, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_autocast_computes_products_in_bfloat16(tmp_path: Path, kernel_calls: list[int]) -> None:
     loaded = load_tiny("bert", tmp_path, device="cuda", autocast="bfloat16")
-    runner = Runner(loaded, mean)
+    runner = Runner(loaded)
     assert loaded.dtype is torch.float32
     assert runner.mode == "packed"
     assert kernel_calls

@@ -1,9 +1,11 @@
 """Token batches for tests of the engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from serve_app.model.recovery import Collect, Launch, Work
+from serve_app.model.rows import SequenceRows
 from serve_app.model.scheduler import Job
 from serve_app.types import ForwardCall, TokenBatch
 
@@ -35,3 +37,13 @@ def marks_forward(batch: TokenBatch) -> np.ndarray:
     """A model whose row for a sequence is (its mark, its length): answers are right only for their own sequence."""
     starts = batch.cu_seqlens[:-1]
     return np.stack([batch.input_ids[starts], batch.lengths()], axis=1).astype(np.float32)
+
+
+def immediately(forward: Callable[[TokenBatch], np.ndarray]) -> Launch:
+    """A forward without anything asynchronous, whose sequences have one row each."""
+
+    def launch(work: Work) -> Collect:
+        rows = SequenceRows(forward(work.tokens))
+        return lambda: rows
+
+    return launch

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from serve_app.model import linear
-from serve_app.model.acceptance import accept, random_batch, why_refused
+from serve_app.model.acceptance import accept, hidden_states, random_batch, why_refused
 from serve_app.model.bucketing import BucketedForward, Part
 from serve_app.model.loader import LoadedModel
 from serve_app.types import TokenBatch
@@ -44,7 +44,8 @@ def refusal(loaded: LoadedModel, strength: float, from_neighbours: bool) -> str 
         for part in right(batch=probes):
             for row, piece in zip(part.rows, part.hidden.split(part.cu_seqlens.diff().tolist()), strict=True):
                 reference[probes.cu_seqlens[row] : probes.cu_seqlens[row + 1]] = piece
-        return why_refused(Disturbed(loaded, strength, from_neighbours), loaded, probes, reference)
+        disturbed = Disturbed(loaded, strength, from_neighbours)
+        return why_refused(lambda batch: hidden_states(disturbed, batch), loaded, probes, reference)
 
 
 def test_right_answers_are_accepted(bert: LoadedModel) -> None:

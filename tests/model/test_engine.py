@@ -15,8 +15,9 @@ from serve_app.errors import (
     UnavailableError,
 )
 from serve_app.model.engine import Engine
+from serve_app.model.rows import SequenceRows
 from serve_app.model.scheduler import Limits
-from serve_app.types import ForwardCall
+from serve_app.types import ForwardCall, MaskArguments
 from tests.model.batches import forward_call, marks_forward, token_batch
 
 LIMITS = Limits(max_batch_tokens=64, max_batch_sequences=16, max_queued_tokens=100_000)
@@ -33,14 +34,15 @@ class Model:
         self.sequences = 0
         self.fail_with: BaseException | None = None
 
-    def __call__(self, head, batch):
+    def __call__(self, head, work):
+        batch = work.tokens
         self.entered.set()
         assert self.go.wait(30)
         self.batches.append(int(batch.cu_seqlens[-1]))
         self.sequences += batch.num_sequences
         if self.fail_with is not None:
             raise self.fail_with
-        rows = marks_forward(batch)
+        rows = SequenceRows(marks_forward(batch))
         return lambda: rows
 
 
@@ -206,10 +208,10 @@ async def test_new_limits_apply_from_the_next_batch_on(engine: Engine, model: Mo
 
 
 async def test_running_out_of_memory_lowers_the_budget_in_force(model: Model):
-    def launch(head, batch):
-        if batch.cu_seqlens[-1] > 40:
+    def launch(head, work):
+        if work.tokens.cu_seqlens[-1] > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return lambda: marks_forward(batch)
+        return lambda: SequenceRows(marks_forward(work.tokens))
 
     engine = Engine(launch, LIMITS, max_input_tokens=32)
     engine.start(asyncio.get_running_loop())
@@ -224,14 +226,14 @@ async def test_with_depth_2_the_next_batch_is_launched_before_the_last_is_collec
     events: list[str] = []
     go = threading.Event()
 
-    def launch(head, batch):
-        name = int(batch.input_ids[0])
+    def launch(head, work):
+        name = int(work.tokens.input_ids[0])
         events.append(f"launch {name}")
 
         def collect():
             assert go.wait(30)
             events.append(f"collect {name}")
-            return marks_forward(batch)
+            return SequenceRows(marks_forward(work.tokens))
 
         return collect
 
@@ -249,7 +251,7 @@ async def test_with_depth_2_the_next_batch_is_launched_before_the_last_is_collec
 
 
 async def test_a_device_that_breaks_fails_everything_that_is_on_it():
-    def launch(head, batch):
+    def launch(head, work):
         def collect():
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
@@ -270,3 +272,46 @@ async def test_an_idle_device_is_told_so():
     engine.start(asyncio.get_running_loop())
     assert await asyncio.to_thread(idle.wait, 10)
     engine.close()
+
+
+def ragged_model(head, work):
+    """As many rows as tokens: the sequence's mark, and what its request asked for."""
+    asked = [0 if one is None else one.top_k for one in work.arguments or [None] * work.tokens.num_sequences]
+    values = np.stack([work.tokens.input_ids, np.repeat(asked, work.tokens.lengths())], axis=1).astype(np.float32)
+    rows = SequenceRows(values, work.tokens.cu_seqlens.copy())
+    return lambda: rows
+
+
+async def test_ragged_rows_of_requests_that_are_split_over_batches_are_put_together_with_their_arguments():
+    engine = Engine(ragged_model, LIMITS, max_input_tokens=32)
+    engine.start(asyncio.get_running_loop())
+    tokens = token_batch([[20] * 7, [], [3, 1], [64, 2]])
+    asked = tuple(MaskArguments(top_k) for top_k in range(4))
+    rows = await engine.submit(ForwardCall(tokens, "mask-fill", (None,) * 4, arguments=asked))
+    engine.close()
+    assert rows.failures == {}
+    np.testing.assert_array_equal(rows.cu_rows, tokens.cu_seqlens)
+    np.testing.assert_array_equal(rows.values[:, 0], tokens.input_ids)
+    np.testing.assert_array_equal(rows.values[:, 1], np.repeat([0, 2, 3], [140, 4, 66]))
+
+
+async def test_a_request_that_failed_has_no_rows_among_ragged_ones():
+    engine = Engine(ragged_model, LIMITS, max_input_tokens=32)
+    engine.start(asyncio.get_running_loop())
+    rows = await engine.submit(forward_call([[2], [3, 65], [4]]))
+    engine.close()
+    assert list(rows.failures) == [1]
+    assert rows.cu_rows.tolist() == [0, 2, 2, 2, 6]
+    assert rows.values[:, 0].tolist() == [0, 0, 3, 3, 3, 3]
+
+
+async def test_a_whole_coalesced_batch_that_is_cancelled_is_dropped_but_for_what_runs(engine: Engine, model: Model):
+    model.go.clear()
+    doomed = asyncio.create_task(engine.submit(forward_call([[60], [60, 60], [5]])))
+    await asyncio.to_thread(model.entered.wait, 10)
+    doomed.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await doomed
+    model.go.set()
+    await engine.submit(forward_call([[2]]))
+    assert model.batches == [60, 2]

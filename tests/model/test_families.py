@@ -10,7 +10,6 @@ import torch
 
 from serve_app.model.families import FALLBACK, PACKED, why_not_packed
 from serve_app.model.runner import Runner
-from serve_app.tasks.heads import mean
 from tests.model.tiny import batch_of, load_tiny, random_sequences, tiny_model
 
 LENGTHS = [12, 3, 30, 12, 1, 59, 7, 12, 21]
@@ -27,10 +26,10 @@ def alone(model_type: str, sequences: list[list[int]]) -> np.ndarray:
 
 @pytest.mark.parametrize("model_type", sorted(PACKED))
 def test_packed_family_answers_as_the_stock_model_does_for_each_text_alone(model_type: str, tmp_path: Path) -> None:
-    runner = Runner(load_tiny(model_type, tmp_path), mean)
+    runner = Runner(load_tiny(model_type, tmp_path))
     sequences = random_sequences(LENGTHS, seed=1)
 
-    rows = runner.run(batch_of(sequences))
+    rows = runner.run(batch_of(sequences)).values
 
     assert runner.mode == "packed"
     np.testing.assert_allclose(rows, alone(model_type, sequences), atol=1e-5)
@@ -38,7 +37,7 @@ def test_packed_family_answers_as_the_stock_model_does_for_each_text_alone(model
 
 @pytest.mark.parametrize("model_type", sorted(PACKED))
 def test_answer_of_a_packed_text_does_not_depend_on_its_neighbours(model_type: str, tmp_path: Path) -> None:
-    runner = Runner(load_tiny(model_type, tmp_path), mean)
+    runner = Runner(load_tiny(model_type, tmp_path))
     [text] = random_sequences([20], seed=1)
 
     answers = []
@@ -46,7 +45,7 @@ def test_answer_of_a_packed_text_does_not_depend_on_its_neighbours(model_type: s
         neighbours = random_sequences(lengths, seed + 10)
         middle = len(neighbours) // 2
         batch = batch_of([*neighbours[:middle], text, *neighbours[middle:]])
-        answers.append(runner.run(batch)[middle])
+        answers.append(runner.run(batch).values[middle])
 
     np.testing.assert_allclose(answers, np.broadcast_to(answers[0], (6, answers[0].size)), atol=1e-5)
 
@@ -56,10 +55,10 @@ PADDING_CHANGES_ANSWERS = {"convbert", "fnet", "mobilebert"}
 
 @pytest.mark.parametrize("model_type", sorted(FALLBACK))
 def test_fallback_family_is_bucketed_with_the_reason_and_answers_right(model_type: str, tmp_path: Path) -> None:
-    runner = Runner(load_tiny(model_type, tmp_path), mean)
+    runner = Runner(load_tiny(model_type, tmp_path))
     sequences = random_sequences(LENGTHS, seed=1)
 
-    rows = runner.run(batch_of(sequences))
+    rows = runner.run(batch_of(sequences)).values
 
     way = "bucketed by equal length" if model_type in PADDING_CHANGES_ANSWERS else "bucketed"
     assert runner.mode == f"{way}: {FALLBACK[model_type]}"
@@ -70,12 +69,14 @@ def test_model_that_differs_when_packed_is_refused_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     mobilebert_in_disguise = replace(load_tiny("mobilebert", tmp_path), model_type="bert")
-    runner = Runner(mobilebert_in_disguise, mean)
+    runner = Runner(mobilebert_in_disguise)
     sequences = random_sequences(LENGTHS, seed=1)
 
     assert runner.mode.startswith("bucketed by equal length: packed, it differs from itself alone by")
     assert "is not packed" in caplog.text
-    np.testing.assert_allclose(runner.run(batch_of(sequences)), alone("mobilebert", sequences), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        runner.run(batch_of(sequences)).values, alone("mobilebert", sequences), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_no_family_is_in_both_tables() -> None:

@@ -9,7 +9,6 @@ from torch import nn
 
 from serve_app.model.int8 import Int8Linear, quantize
 from serve_app.model.runner import Runner
-from serve_app.tasks.heads import mean
 from tests.model.tiny import batch_of, load_tiny, random_sequences
 
 
@@ -47,12 +46,12 @@ def test_what_a_token_becomes_does_not_depend_on_its_neighbours() -> None:
 @pytest.mark.parametrize("model_type", ["bert", "t5", "deberta-v2"])
 def test_model_in_8_bits_answers_nearly_the_same_whoever_the_neighbours_are(model_type: str, tmp_path: Path) -> None:
     sequences = random_sequences([20, 1, 47, 20], seed=0)
-    exact = Runner(load_tiny(model_type, tmp_path), mean).run(batch_of(sequences))
-    rounded = Runner(load_tiny(model_type, tmp_path, dtype="int8"), mean)
+    exact = Runner(load_tiny(model_type, tmp_path)).run(batch_of(sequences)).values
+    rounded = Runner(load_tiny(model_type, tmp_path, dtype="int8"))
 
-    together = rounded.run(batch_of(sequences))
+    together = rounded.run(batch_of(sequences)).values
 
-    alone = np.concatenate([rounded.run(batch_of([sequence])) for sequence in sequences])
+    alone = np.concatenate([rounded.run(batch_of([sequence])).values for sequence in sequences])
     cosines = (together * exact).sum(1) / np.linalg.norm(together, axis=1) / np.linalg.norm(exact, axis=1)
     assert cosines.min() > 0.99
     np.testing.assert_allclose(together, alone, atol=2e-2 * np.abs(exact).max())

@@ -66,7 +66,7 @@ def test_missing_weight_is_an_incomplete_model_not_a_random_one(tmp_path: Path) 
     weights = load_file(file)
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(IncompleteModelError, match=r"lack 1 weights, among them encoder\.layer\.1\.output\.dense"):
+    with pytest.raises(IncompleteModelError, match=r"lack 1 weights: encoder\.layer\.1\.output\.dense"):
         load(tmp_path, config(), 32)
 
 
@@ -116,3 +116,37 @@ def test_weights_in_the_folder_that_modules_json_names_are_loaded(tmp_path: Path
     modules = [{"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     assert load(tmp_path, config(), 32).model_type == "bert"
+
+
+def task_config(task: str) -> ModelConfig:
+    return config(task=task)
+
+
+@pytest.mark.parametrize(
+    ("task", "missing"),
+    [
+        ("text-classification", "classifier.bias, classifier.weight"),
+        ("token-classification", "classifier.bias, classifier.weight"),
+        ("question-answering", "qa_outputs.bias, qa_outputs.weight"),
+    ],
+)
+def test_head_that_is_not_in_the_files_is_an_incomplete_model_not_a_random_one(
+    task: str, missing: str, tmp_path: Path
+) -> None:
+    tiny_model("bert").save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=[f"BertFor{ARCHITECTURE[task]}"])
+    with pytest.raises(IncompleteModelError, match=f"lack 2 weights: {missing}; without them it cannot do {task}"):
+        load(tmp_path, task_config(task), 32)
+
+
+ARCHITECTURE = {
+    "text-classification": "SequenceClassification",
+    "token-classification": "TokenClassification",
+    "question-answering": "QuestionAnswering",
+}
+
+
+def test_task_that_transformers_has_no_model_of_the_family_for_is_a_bad_configuration(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"models\.m\.task"):
+        load(tmp_path, task_config("fill-mask"), 32)

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from serve_app.errors import InputTooLongError, ModelFailureError
-from serve_app.model.recovery import DeviceBrokenError, Recovery, TokenBudget, halfway, immediately
-from tests.model.batches import marks_forward, token_batch
+from serve_app.model.recovery import DeviceBrokenError, Recovery, TokenBudget, Work, halfway
+from serve_app.model.rows import SequenceRows
+from serve_app.types import MaskArguments
+from tests.model.batches import immediately, marks_forward, token_batch
 
 POISON = 666
 
@@ -40,23 +42,23 @@ def recovery(forward) -> Recovery:
 def test_out_of_memory_splits_by_tokens_and_keeps_the_order(max_tokens: int):
     batch = token_batch([[10] * 10, [3, 5, 7]])
     forward = Fails(max_tokens)
-    outcome = recovery(forward).run(batch)
-    np.testing.assert_array_equal(outcome.rows, marks_forward(batch))
+    outcome = recovery(forward).run(Work(batch))
+    np.testing.assert_array_equal(outcome.rows.values, marks_forward(batch))
     assert outcome.failures == {}
 
 
 def test_the_single_input_that_cannot_fit_is_refused_and_its_neighbours_are_answered():
     batch = token_batch([[10], [80], [10]])
-    outcome = recovery(Fails(40)).run(batch)
+    outcome = recovery(Fails(40)).run(Work(batch))
     assert list(outcome.failures) == [1]
     assert isinstance(outcome.failures[1], InputTooLongError)
     assert "80 tokens" in outcome.failures[1].message
-    np.testing.assert_array_equal(outcome.rows[[0, 2]], [[0, 10], [2, 10]])
+    np.testing.assert_array_equal(outcome.rows.values[[0, 2]], [[0, 10], [2, 10]])
 
 
 def test_out_of_memory_lowers_the_budget_and_calm_batches_raise_it_again():
     learned = budget()
-    Recovery(immediately(Fails(300)), learned).run(token_batch([[100] * 8]))
+    Recovery(immediately(Fails(300)), learned).run(Work(token_batch([[100] * 8])))
     low = learned.current
     assert 100 <= low <= 600
     for _ in range(TokenBudget.RECOVER_AFTER * 20):
@@ -86,11 +88,11 @@ def test_a_poisoned_input_fails_alone(position: int):
     marks = [POISON if i == position else i for i in range(9)]
     batch = token_batch([[4]] * 9, marks)
     forward = Fails()
-    outcome = recovery(forward).run(batch)
+    outcome = recovery(forward).run(Work(batch))
     assert list(outcome.failures) == [position]
     assert isinstance(outcome.failures[position], ModelFailureError)
     good = [i for i in range(9) if i != position]
-    np.testing.assert_array_equal(outcome.rows[good], marks_forward(batch)[good])
+    np.testing.assert_array_equal(outcome.rows.values[good], marks_forward(batch)[good])
     assert len(forward.calls) <= 2 * 4 + 1, "bisection, not one by one"
 
 
@@ -102,9 +104,9 @@ def test_rows_that_are_not_finite_fail_alone():
         return rows
 
     ladder = recovery(forward)
-    outcome = ladder.run(token_batch([[2]] * 5))
+    outcome = ladder.run(Work(token_batch([[2]] * 5)))
     assert sorted(outcome.failures) == [1, 3]
-    assert np.isfinite(outcome.rows).all()
+    assert np.isfinite(outcome.rows.values[[0, 2, 4]]).all()
     assert ladder.non_finite_rows == 2
 
 
@@ -124,7 +126,7 @@ def test_a_broken_device_is_not_retried(error: Exception):
         raise error
 
     with pytest.raises(DeviceBrokenError):
-        recovery(forward).run(token_batch([[4]] * 8))
+        recovery(forward).run(Work(token_batch([[4]] * 8)))
     assert len(calls) == 1
 
 
@@ -143,7 +145,7 @@ def test_failed_passes_leave_no_tensors_alive_while_their_halves_run():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return marks_forward(batch)
 
-    outcome = recovery(forward).run(token_batch([[4]] * 4))
+    outcome = recovery(forward).run(Work(token_batch([[4]] * 4)))
     assert outcome.failures == {}
 
 
@@ -156,14 +158,48 @@ def test_halves_are_never_empty(lengths: list[int]):
 def test_a_forward_that_fails_only_when_collected_is_split_too():
     """On a GPU kernels run after the launch: out of memory may come late."""
 
-    def launch(batch):
+    def launch(work):
         def collect():
-            if batch.num_sequences > 2:
+            if work.tokens.num_sequences > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return marks_forward(batch)
+            return SequenceRows(marks_forward(work.tokens))
 
         return collect
 
     batch = token_batch([[4]] * 7)
-    outcome = Recovery(launch, budget()).run(batch)
-    np.testing.assert_array_equal(outcome.rows, marks_forward(batch))
+    outcome = Recovery(launch, budget()).run(Work(batch))
+    np.testing.assert_array_equal(outcome.rows.values, marks_forward(batch))
+
+
+def ragged_forward(batch) -> SequenceRows:
+    """As many rows as tokens, each the sequence's mark."""
+    return SequenceRows(batch.input_ids[:, None].astype(np.float32), batch.cu_seqlens.copy())
+
+
+def test_of_ragged_rows_only_those_of_the_offender_fail():
+    def launch(work):
+        rows = ragged_forward(work.tokens)
+        rows.values[6] = np.nan
+        return lambda: rows
+
+    outcome = Recovery(launch, budget()).run(Work(token_batch([[3, 2], [1, 4, 2]])))
+    assert sorted(outcome.failures) == [3]
+
+
+def test_ragged_rows_and_arguments_stay_with_their_sequences_when_a_batch_is_split():
+    marks = [10, POISON, 30, 40, 50]
+
+    def launch(work):
+        assert [asked.top_k for asked in work.arguments] == [
+            marks.index(m) for m in dict.fromkeys(work.tokens.input_ids)
+        ]
+        if POISON in work.tokens.input_ids:
+            raise RuntimeError("index out of range in self")
+        rows = ragged_forward(work.tokens)
+        return lambda: rows
+
+    batch = token_batch([[2, 3], [1, 2, 4]], marks)
+    outcome = Recovery(launch, budget()).run(Work(batch, tuple(MaskArguments(i) for i in range(5))))
+    assert list(outcome.failures) == [1]
+    assert outcome.rows.counts().tolist() == [2, 0, 1, 2, 4]
+    assert outcome.rows.select(2, 5).values.ravel().tolist() == [30, 40, 40, 50, 50, 50, 50]

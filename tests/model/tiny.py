@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from serve_app.config import ModelConfig
 from serve_app.model.loader import LoadedModel, load
@@ -133,11 +142,25 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+MASK = 5
+"""The mask token of these models."""
+
+CLASSES: dict[str, Any] = {
+    "embedding": AutoModel,
+    "text-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "fill-mask": AutoModelForMaskedLM,
+    "sparse-embedding": AutoModelForMaskedLM,
+}
+
+
+def tiny_model(model_type: str, seed: int = 0, task: str = "embedding", **keys: Any) -> PreTrainedModel:
     """A random float32 model in eval mode, with weights large enough that a wrong position or neighbour shows."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **_OWN.get(model_type, _COMMON))
-    model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    labels = {} if task == "question-answering" else {"num_labels": 3}
+    config = AutoConfig.for_model(model_type, **{**_OWN.get(model_type, _COMMON), **labels, **keys})
+    model = CLASSES[task].from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1 and "embed_positions" not in name:
@@ -150,6 +173,15 @@ def load_tiny(model_type: str, folder: Path, seed: int = 0, **config: Any) -> Lo
     tiny_model(model_type, seed).save_pretrained(folder)
     options: dict[str, Any] = {"device": "cpu", "max_input_tokens": MAX_INPUT_TOKENS, **config}
     model = ModelConfig(name=model_type, source="./tiny", **options)
+    return load(folder, model, MAX_INPUT_TOKENS)
+
+
+def load_tiny_for(task: str, model_type: str, folder: Path, **keys: Any) -> LoadedModel:
+    """The same with the head of a task; `keys` are of the model's own config."""
+    tiny_model(model_type, task=task, **keys).save_pretrained(folder)
+    tokenizer = {"mask_token": "[MASK]", "added_tokens_decoder": {str(MASK): {"content": "[MASK]", "special": True}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    model = ModelConfig(name=model_type, source="./tiny", device="cpu", max_input_tokens=MAX_INPUT_TOKENS, task=task)
     return load(folder, model, MAX_INPUT_TOKENS)
 
 

@@ -93,16 +93,15 @@ class InProcess:
     def __init__(self, plan: CeilingPlan, part: int) -> None:
         path = Path(plan.model_path)
         config = ModelConfig(name="ceiling", source=str(path), num_threads=plan.threads)
-        pooling = read_card(path, config, "").pooling
+        read_card(path, config, "")
         self.texts = make_corpus(path, plan.texts, plan.seed).texts[part :: plan.processes]
         self._encoder = Encoder(path, plan.max_input_tokens)
 
         # Seconds to import, so after what can be wrong with the model's files.
         from serve_app.model.loader import load
         from serve_app.model.runner import Runner
-        from serve_app.tasks.heads import pooled
 
-        self._runner = Runner(load(path, config, plan.max_input_tokens), pooled(pooling))
+        self._runner = Runner(load(path, config, plan.max_input_tokens))
 
     def compute(self, budget: int) -> tuple[FloatArray, dict[str, Any]]:
         """Vectors (n, d) of this part's texts in their order, and what they took."""
@@ -111,7 +110,7 @@ class InProcess:
         tokenized = time.perf_counter()
         order = np.argsort(batch.lengths(), kind="stable")
         longest_first = gather(batch, order[::-1])
-        rows = np.concatenate([self._runner.run(part) for part in split(longest_first, budget)])
+        rows = np.concatenate([self._runner.run(part).values for part in split(longest_first, budget)])
         vectors = np.empty_like(rows)
         vectors[order[::-1]] = rows
         ended = time.perf_counter()

@@ -1,0 +1,135 @@
+"""Generation on CPU: 16 concurrent answers of mixed length by steps, against `generate` one at a time.
+
+    OMP_NUM_THREADS=2 python -m tests.bench.generation [--layers 6] [--hidden 512] [--threads 2]
+
+The model is a GPT-2 with random weights, so that lengths are those asked for; tokens are compared as well. Times are of
+one run each, taken in turn, after a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from serve_app.model.generation.decoding import Decoding
+from serve_app.model.generation.engine import GenerationLimits, StepEngine
+from serve_app.model.generation.job import GenerationJob
+from serve_app.model.host import govern_threads
+from serve_app.options import GenerationOptions
+
+VOCABULARY = 8192
+LENGTHS = [(16 + 13 * i % 97, 8 + 37 * i % 89) for i in range(16)]
+"""Tokens of prompt and of answer: 8 to 96 new ones."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    first_s: float
+    total_s: float
+    tokens: list[int]
+
+
+def model_of(layers: int, hidden: int) -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=hidden // 64,
+        n_positions=1024,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def prompts() -> list[tuple[int, ...]]:
+    return [tuple(torch.randint(1, VOCABULARY, (length,)).tolist()) for length, _ in LENGTHS]
+
+
+def one_at_a_time(model: Any, asked: list[tuple[int, ...]]) -> tuple[float, list[list[int]]]:
+    started, answers = time.perf_counter(), []
+    with torch.inference_mode():
+        for prompt, (_, new) in zip(asked, LENGTHS, strict=True):
+            ids = torch.tensor([prompt])
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+            answers.append(output[0, len(prompt) :].tolist())
+    return time.perf_counter() - started, answers
+
+
+async def answer(engine: StepEngine, prompt: tuple[int, ...], new: int) -> Taken:
+    started, first_s, tokens = time.perf_counter(), 0.0, []
+    async for piece in engine.generate(GenerationJob(prompt, GenerationOptions(max_new_tokens=new, do_sample=False))):
+        first_s = first_s or time.perf_counter() - started
+        tokens.append(piece.token or 0)
+    return Taken(first_s, time.perf_counter() - started, tokens)
+
+
+async def together(engine: StepEngine, asked: list[tuple[int, ...]]) -> tuple[float, list[Taken]]:
+    started = time.perf_counter()
+    taken = await asyncio.gather(*(answer(engine, p, new) for p, (_, new) in zip(asked, LENGTHS, strict=True)))
+    return time.perf_counter() - started, list(taken)
+
+
+async def beside_long_ones(engine: StepEngine, short: tuple[int, ...], long: tuple[int, ...]) -> Taken:
+    """A short answer asked for while eight long ones are being generated."""
+    busy = [asyncio.ensure_future(answer(engine, long, 600)) for _ in range(8)]
+    await asyncio.sleep(2.0)
+    taken = await answer(engine, short, 8)
+    for task in busy:
+        task.cancel()
+    await asyncio.gather(*busy, return_exceptions=True)
+    return taken
+
+
+async def measure(args: argparse.Namespace) -> None:
+    govern_threads(args.threads)
+    model, asked = model_of(args.layers, args.hidden), prompts()
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    engine = StepEngine(
+        Decoding(model, torch.device("cpu")),
+        words,
+        GenerationLimits(max_kv_tokens=64 * 1024),
+        1024,
+        prepare_thread=lambda: govern_threads(args.threads),
+    )
+    engine.start()
+    new = sum(length for _, length in LENGTHS)
+    weights = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"GPT-2, {weights:.0f} M weights, {args.threads} threads, 16 answers, {new} new tokens")
+    await answer(engine, asked[0], 4)
+    for _ in range(args.rounds):
+        alone_s, expected = one_at_a_time(model, asked)
+        steps_s, taken = await together(engine, asked)
+        same = sum(one.tokens == tokens for one, tokens in zip(taken, expected, strict=True))
+        first = sorted(one.first_s for one in taken)
+        print(
+            f"one at a time {new / alone_s:7.1f} tokens/s   by steps {new / steps_s:7.1f} tokens/s   "
+            f"{alone_s / steps_s:.2f} x   same tokens {same} of 16   first token median {first[8] * 1e3:.0f} ms"
+        )
+    idle = await answer(engine, asked[0], 8)
+    busy = await beside_long_ones(engine, asked[0], asked[1])
+    print(f"8 tokens, idle: first {idle.first_s * 1e3:.0f} ms, all {idle.total_s * 1e3:.0f} ms")
+    print(f"8 tokens, beside 8 long answers: first {busy.first_s * 1e3:.0f} ms, all {busy.total_s * 1e3:.0f} ms")
+    engine.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    asyncio.run(measure(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
-# make serve   install what is missing and serve serve_config.yaml on 127.0.0.1:8000 (Ctrl-C stops everything)
-# make test    ruff, mypy and every test
-# make bench   measure a server started for the purpose: make bench BENCH_ARGS="--scenarios 32x1 --seconds 30"
+# make serve     install what is missing and serve serve_config.yaml on 127.0.0.1:8000 (Ctrl-C stops everything)
+# make test      ruff, mypy and every test
+# make examples  make a tiny model of every task and serve deploy/examples/all-tasks.yaml
+# make bench     measure a server started for the purpose: make bench BENCH_ARGS="--scenarios 32x1 --seconds 30"
 #
 # PYTHON chooses the interpreter of the virtual environment. pip's own variables choose where packages come from:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the CPU build of torch, which is a tenth of the size.
@@ -14,11 +15,15 @@ bin := $(VENV)/bin
 # torch goes first, so that its version is settled before any package asks for "some torch".
 install = $(bin)/python -m pip install --constraint constraints.txt
 
-.PHONY: serve test bench
+.PHONY: serve examples test bench
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed-serve
 	exec $(bin)/serve-app serve $(CONFIG)
+
+examples: $(VENV)/.installed-serve
+	$(bin)/python deploy/examples/make_tiny_models.py
+	exec $(bin)/serve-app serve deploy/examples/all-tasks.yaml
 
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev

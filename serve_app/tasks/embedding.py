@@ -6,6 +6,7 @@ import numpy as np
 
 from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.options import EmbeddingOptions, SimilarityOptions
+from serve_app.tasks.inputs import tokenize_request
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, ModelCard, Request, TokenizeRequest
 
@@ -14,7 +15,8 @@ class Embedding:
     """Pooled, cut to `dimensions`, then normalized.
 
     The order is that of Matryoshka models (https://arxiv.org/abs/2205.13147): a shortened vector is scaled to length 1
-    after it was cut, so that dot products of shortened vectors are cosines.
+    after it was cut, so that dot products of shortened vectors are cosines. A text in windows has
+    the mean of its windows' vectors, weighted by their tokens.
     """
 
     name = "embedding"
@@ -27,7 +29,7 @@ class Embedding:
             raise MalformedRequestError(f"task {self.name} takes embedding options")
         if options.dimensions is not None and not 1 <= options.dimensions <= card.hidden_size:
             raise InvalidInputError(f"dimensions: must be 1 to {card.hidden_size} for model {card.name}")
-        return tokenize_request(request, card, options.prompt_name)
+        return tokenize_request(request, card, prompt_of(options.prompt_name, card))
 
     def arguments(self, request: Request, vocabulary: Vocabulary | None) -> None:
         return None
@@ -35,7 +37,7 @@ class Embedding:
     def postprocess(
         self, request: Request, card: ModelCard, features: Features, vocabulary: Vocabulary | None
     ) -> FloatArray:
-        options, rows = request.options, features.values
+        options, rows = request.options, over_windows(features)
         assert isinstance(options, EmbeddingOptions)
         vectors = rows if options.dimensions is None else rows[:, : options.dimensions]
         wanted = card.normalize if options.normalize is None else options.normalize
@@ -53,7 +55,7 @@ class Similarity:
         options = request.options
         if not isinstance(options, SimilarityOptions):
             raise MalformedRequestError(f"task {self.name} takes similarity options")
-        return tokenize_request(request, card, options.prompt_name)
+        return tokenize_request(request, card, prompt_of(options.prompt_name, card))
 
     def arguments(self, request: Request, vocabulary: Vocabulary | None) -> None:
         return None
@@ -62,23 +64,23 @@ class Similarity:
         self, request: Request, card: ModelCard, features: Features, vocabulary: Vocabulary | None
     ) -> FloatArray:
         """Cosines (n - 1,) float32."""
-        vectors = normalize(features.values)
+        vectors = normalize(over_windows(features))
         cosines: FloatArray = vectors[1:] @ vectors[0]
         return cosines
 
 
-def tokenize_request(request: Request, card: ModelCard, prompt_name: str | None) -> TokenizeRequest:
-    """The request's inputs as they are, with the prompt and the truncation that it or the model asks for."""
-    return TokenizeRequest(
-        inputs=request.inputs,
-        long_texts=request.long_texts or card.long_texts,
-        truncation_side=request.truncation_side,
-        prompt=_prompt(prompt_name, card),
-        stride=card.stride if request.stride is None else request.stride,
-    )
+def over_windows(features: Features) -> FloatArray:
+    """One row an input (m, h): the mean of its windows' rows, each weighing as many tokens as it has."""
+    if features.tokens.input_of is None:
+        return features.values
+    weights = features.tokens.lengths().astype(np.float32)
+    starts = [sequences[0] for sequences in features.windows()]
+    totals = np.add.reduceat(features.values * weights[:, None], starts)
+    return (totals / np.add.reduceat(weights, starts)[:, None]).astype(np.float32, copy=False)
 
 
-def _prompt(prompt_name: str | None, card: ModelCard) -> str:
+def prompt_of(prompt_name: str | None, card: ModelCard) -> str:
+    """The text of a prompt, of the model's default one where none is named. Raises InvalidInputError."""
     name = prompt_name if prompt_name is not None else card.default_prompt_name
     if name is None:
         return ""

@@ -1,0 +1,99 @@
+"""Fill-mask: the most likely tokens in the places of a text's masks, as transformers' pipeline of that name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from serve_app.errors import InvalidInputError
+from serve_app.options import FillMaskOptions
+from serve_app.outputs import Fill
+from serve_app.tasks.inputs import options_of, stride_of, tokenize_request
+from serve_app.tasks.scores import best_first
+from serve_app.tasks.stitching import token_places
+from serve_app.tasks.vocabulary import Vocabulary
+from serve_app.types import Features, FloatArray, Int32Array, MaskArguments, ModelCard, Request, TokenizeRequest
+
+
+class FillMask:
+    """A mask that two windows share is filled where more stands around it."""
+
+    name = "fill-mask"
+    head = "mask-fill"
+    needs_vocabulary = True
+
+    def prepare(self, request: Request, card: ModelCard) -> TokenizeRequest:
+        options = options_of(request, FillMaskOptions)
+        if options.top_k < 1:
+            raise InvalidInputError("top_k: must be at least 1")
+        if card.mask_token_id is None:
+            raise InvalidInputError(f"model {card.name} has no mask token")
+        tokenize = tokenize_request(request, card)
+        return replace(tokenize, align=tokenize.long_texts == "windows")
+
+    def arguments(self, request: Request, vocabulary: Vocabulary | None) -> MaskArguments:
+        options = options_of(request, FillMaskOptions)
+        assert vocabulary is not None
+        if options.targets is None:
+            return MaskArguments(options.top_k)
+        found = [_target(target, vocabulary) for target in options.targets]
+        targets = tuple(dict.fromkeys(target for target in found if target is not None))
+        if not targets:
+            raise InvalidInputError("targets: at least one must have a token")
+        return MaskArguments(options.top_k, targets)
+
+    def postprocess(
+        self, request: Request, card: ModelCard, features: Features, vocabulary: Vocabulary | None
+    ) -> tuple[tuple[tuple[Fill, ...], ...], ...]:
+        """For each input, for each of its masks, the fills, most likely first."""
+        options = options_of(request, FillMaskOptions)
+        assert vocabulary is not None
+        assert card.mask_token_id is not None
+        answers = []
+        for index, sequences in enumerate(features.windows()):
+            places = token_places(features.tokens, sequences, stride_of(request, card))
+            ids = features.tokens.input_ids[places]
+            masks = np.flatnonzero(ids == card.mask_token_id)
+            if not len(masks):
+                token = vocabulary.token(card.mask_token_id)
+                raise InvalidInputError(f"inputs[{index}]: no mask token ({token}) found; mark what is to be filled")
+            rows = _rows_of(features, card.mask_token_id, sequences)
+            candidates = [rows[place] for place in places[masks].tolist()]
+            answers.append(
+                tuple(
+                    _fills(ids, int(mask), each, options.top_k, vocabulary, single=len(masks) == 1)
+                    for mask, each in zip(masks, candidates, strict=True)
+                )
+            )
+        return tuple(answers)
+
+
+def _target(target: str, vocabulary: Vocabulary) -> int | None:
+    known = vocabulary.token_id(target)
+    return vocabulary.first_id(target) if known is None else known
+
+
+def _rows_of(features: Features, mask_token_id: int, sequences: list[int]) -> dict[int, FloatArray]:
+    """The candidates (k, 2) of each mask of these sequences, by its place in the flat batch."""
+    found: dict[int, FloatArray] = {}
+    for sequence in sequences:
+        first, last = features.tokens.cu_seqlens[sequence : sequence + 2].tolist()
+        masks = first + np.flatnonzero(features.tokens.input_ids[first:last] == mask_token_id)
+        if len(masks):
+            each = np.split(features.of_sequence(sequence), len(masks))
+            found.update(zip(masks.tolist(), each, strict=True))
+    return found
+
+
+def _fills(
+    ids: Int32Array, mask: int, candidates: FloatArray, top_k: int, vocabulary: Vocabulary, single: bool
+) -> tuple[Fill, ...]:
+    filled, fills = ids.copy(), []
+    for row in best_first(candidates[:, 1])[:top_k]:
+        token = int(candidates[row, 0])
+        filled[mask] = token
+        # Special tokens stay where there are several masks, because the other masks are special too.
+        text = vocabulary.decode([i for i in filled.tolist() if i != vocabulary.pad_id], skip_special_tokens=single)
+        fills.append(Fill(float(candidates[row, 1]), token, vocabulary.decode([token]), text))
+    return tuple(fills)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serve_app.errors import ConfigError
 from serve_app.model import int8, linear, packing, stock
 from serve_app.model.bucketing import BucketedForward, IndexArray, Part
 from serve_app.model.families import why_not_packed
@@ -53,7 +54,7 @@ class Accepted:
 def accept(loaded: LoadedModel) -> Accepted:
     """Try the fastest way first; changes `loaded.module` in place. Logs a warning where a family in PACKED fails.
 
-    Raises what torch raises where even the stock model cannot run.
+    Raises what torch raises, or ConfigError, where even the stock model cannot run.
     """
     with loaded.precision.computing(loaded.device):
         return _accept(loaded)
@@ -70,6 +71,8 @@ def _accept(loaded: LoadedModel) -> Accepted:
         decoder_start=loaded.decoder_start,
     )
     answers = None if loaded.model is None else _alone(loaded, probes)
+    if answers is not None and loaded.module is loaded.model:
+        return _accept_whole(loaded, probes, answers, "head and base are one class")
     reference, exchanged = _exchange_projections(loaded, unpadded, probes)
     if loaded.model is not None and loaded.precision.int8:
         answers = _alone(loaded, probes)
@@ -108,16 +111,21 @@ def _accept_head(loaded: LoadedModel, base: Accepted, probes: TokenBatch, answer
         reason = f"{type(failure).__name__}: {failure}"
     if reason is None:
         return replace(base, own_head=head)
-    log.warning("%s is computed as a whole, and slower for it; its head: %s", loaded.model_type, reason)
+    return _accept_whole(loaded, probes, answers, f"its head: {reason}")
+
+
+def _accept_whole(loaded: LoadedModel, probes: TokenBatch, answers: Tensor, reason: str) -> Accepted:
+    """The stock model, head and all, in padded buckets."""
+    log.warning("%s is computed as a whole, and slower for it: %s", loaded.model_type, reason)
     whole = _whole(loaded)
     try:
         padded = _difference(_answers_of(whole, Finished(), loaded.task)(probes), answers)
     except REFUSALS:
         padded = float("inf")
     if padded <= loaded.precision.tolerance:
-        return Accepted(whole, f"bucketed: its head: {reason}", Finished())
+        return Accepted(whole, f"bucketed: {reason}", Finished())
     log.warning("%s: padding changes its answers, so only texts of equal length share a pass", loaded.model_type)
-    return Accepted(replace(whole, equal_lengths=True), f"bucketed by equal length: its head: {reason}", Finished())
+    return Accepted(replace(whole, equal_lengths=True), f"bucketed by equal length: {reason}", Finished())
 
 
 def _whole(loaded: LoadedModel) -> BucketedForward:
@@ -134,9 +142,18 @@ def _whole(loaded: LoadedModel) -> BucketedForward:
 
 
 def _alone(loaded: LoadedModel, probes: TokenBatch) -> Tensor:
-    """What the whole stock model makes of each text, one at a time."""
+    """What the whole stock model makes of each text, one at a time.
+
+    Raises ConfigError where it takes texts of a certain form only, so that nothing can be compared.
+    """
     one_by_one = replace(_whole(loaded), equal_lengths=True, max_padded_tokens=1)
-    return _answers_of(one_by_one, Finished(), loaded.task)(probes)
+    try:
+        return _answers_of(one_by_one, Finished(), loaded.task)(probes)
+    except (AssertionError, *REFUSALS) as failure:
+        raise ConfigError(
+            f"{loaded.model_type} cannot be tried for {loaded.task}: on random texts the stock model raises "
+            f"{type(failure).__name__}: {failure}"
+        ) from failure
 
 
 def _answers_of(forward: Forward, head: OwnHead, task: str) -> Answer:

@@ -81,10 +81,14 @@ def last_hidden_state(output: Any) -> Tensor:
     return hidden
 
 
+LAST_TOKEN = -1
+"""In place of a decoder's first token: the last one of the text, as mBART has it."""
+
+
 def shifted(input_ids: Int32Array, cu_seqlens: IndexArray, first: int) -> Int32Array:
     """What a decoder reads while it classifies: each sequence one to the right, behind `first`."""
     moved = np.roll(input_ids, 1)
-    moved[cu_seqlens[:-1]] = first
+    moved[cu_seqlens[:-1]] = input_ids[cu_seqlens[1:] - 1] if first == LAST_TOKEN else first
     return moved
 
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from serve_app.model.bucketing import IndexArray, Part
 from serve_app.model.loader import LoadedModel
 from serve_app.model.stock import OwnHead
-from serve_app.tasks.heads import HEADS, NO_ARGUMENTS, fill_masks, pooled, splade
+from serve_app.tasks.heads import HEADS, NO_ARGUMENTS, fill_masks, indices_on, pooled, splade
 from serve_app.types import HeadArguments
 
 Arguments: TypeAlias = tuple[HeadArguments | None, ...]
@@ -69,7 +68,7 @@ def _fill(part: Part, arguments: Arguments, loaded: LoadedModel, own: OwnHead) -
     masks = np.flatnonzero(part.input_ids == loaded.mask_token_id)
     sequence_of = np.searchsorted(part.lengths.cumsum(), masks, side="right")
     asked = [(arguments[part.rows[i]] if arguments else None) or NO_ARGUMENTS for i in sequence_of]
-    hidden = part.hidden.index_select(0, torch.from_numpy(masks).to(part.hidden.device, non_blocking=True))
+    hidden = part.hidden.index_select(0, indices_on(part.hidden, masks))
     rows, counts = fill_masks(hidden, asked, own.tokens, loaded.vocab_size)
     per_sequence = np.bincount(sequence_of, weights=counts, minlength=len(part.lengths)).astype(np.int64)
     return Kept(rows, per_sequence)

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, IncompleteModelError
+from serve_app.model.bucketing import LAST_TOKEN
 from serve_app.model.precision import Precision, pick_precision
 from serve_app.tasks.card import read_card, transformer_folder
 
@@ -68,7 +69,7 @@ class LoadedModel:
     model: Any = None
     mask_token_id: int | None = None
     decoder_start: int | None = None
-    """First token of the decoder, where `module` has one."""
+    """First token of the decoder (or LAST_TOKEN), where `module` has one."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,8 +105,15 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
         task=card.task,
         model=None if card.task == "embedding" else model,
         mask_token_id=card.mask_token_id,
-        decoder_start=int(module.config.decoder_start_token_id) if hasattr(module, "decoder") else None,
+        decoder_start=_decoder_start(module),
     )
+
+
+def _decoder_start(module: Any) -> int | None:
+    """What the stock model puts first where it reads a text with its decoder; None without a decoder."""
+    if not hasattr(module, "decoder"):
+        return None
+    return LAST_TOKEN if module.config.model_type == "mbart" else int(module.config.decoder_start_token_id)
 
 
 def pick_device(config: ModelConfig) -> torch.device:

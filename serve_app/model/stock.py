@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from serve_app.model.bucketing import IndexArray, Part, split
 from serve_app.model.loader import LoadedModel
+from serve_app.tasks.heads import indices_on
 from serve_app.types import Int32Array
 
 Reads: TypeAlias = Literal["first", "last", "all"]
@@ -74,9 +75,12 @@ class StandIn(nn.Module):  # type: ignore[misc]
         return self._output_type(last_hidden_state=self.hidden, **pooled)
 
     def _pooled(self, hidden: Tensor) -> Any:
-        if isinstance(self.base.pooler, nn.Linear):  # ALBERT takes it apart
-            return self.base.pooler_activation(self.base.pooler(hidden[:, 0]))
-        return self.base.pooler(hidden)
+        pooler = self.base.pooler
+        if not isinstance(pooler, nn.Linear):
+            return pooler(hidden)
+        # ALBERT and BigBird keep its parts apart.
+        activation = getattr(self.base, "pooler_activation", None) or self.base.activation
+        return activation(pooler(hidden[:, 0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,6 @@ class StockHead:
 
     model: Any
     stand_in: StandIn
-    device: torch.device
     reads: Reads
     eos_token_id: int | None
     pad_token_id: int | None
@@ -100,7 +103,7 @@ class StockHead:
             return self._all_tokens(part)
         starts = np.concatenate([np.zeros(1, np.int64), part.lengths.cumsum()])
         wanted = starts[:-1] if self.reads == "first" else self._last(part.input_ids, starts)
-        hidden = part.hidden.index_select(0, self._to_device(wanted))[:, None]
+        hidden = part.hidden.index_select(0, indices_on(part.hidden, wanted))[:, None]
         token = self.plain_token_id if self.eos_token_id is None else self.eos_token_id
         return self._call(hidden, np.full((len(wanted), 1), token))
 
@@ -124,26 +127,19 @@ class StockHead:
             real = np.arange(lengths.max())[None, :] < lengths[:, None]
             places = np.where(real, starts[bucket][:, None] + np.arange(lengths.max())[None, :], 0)
             ids = np.where(real, part.input_ids[places], max(0, self.pad_token_id or 0))
-            hidden = part.hidden.index_select(0, self._to_device(places.ravel())).unflatten(0, places.shape)
-            mask = self._to_device(real.astype(np.int64))
+            hidden = part.hidden.index_select(0, indices_on(part.hidden, places.ravel())).unflatten(0, places.shape)
+            mask = indices_on(part.hidden, real.astype(np.int64))
             rows.append(self._call(hidden.masked_fill(mask[..., None] == 0, 0), ids, mask))
             order.append(bucket)
-        return torch.cat(rows).index_select(0, self._to_device(np.argsort(np.concatenate(order))))
+        return torch.cat(rows).index_select(0, indices_on(part.hidden, np.argsort(np.concatenate(order))))
 
     def _call(self, hidden: Tensor, input_ids: Any, mask: Tensor | None = None) -> Tensor:
-        ids = self._to_device(input_ids.astype(np.int64))
+        ids = indices_on(hidden, input_ids.astype(np.int64))
         object.__setattr__(self.stand_in, "hidden", hidden)
         try:
             return read_logits(self.model(input_ids=ids, attention_mask=torch.ones_like(ids) if mask is None else mask))
         finally:
             object.__setattr__(self.stand_in, "hidden", None)
-
-    def _to_device(self, values: IndexArray) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(values))
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        moved: Tensor = host.to(self.device, non_blocking=True)
-        return moved
 
 
 def attach(loaded: LoadedModel) -> StockHead:
@@ -163,7 +159,6 @@ def attach(loaded: LoadedModel) -> StockHead:
     head = StockHead(
         model=head_only,
         stand_in=stand_in,
-        device=loaded.device,
         reads="all",
         eos_token_id=config.eos_token_id if loaded.decoder_start is not None else None,
         pad_token_id=getattr(config, "pad_token_id", None),

@@ -98,10 +98,12 @@ def _candidates(logits: Tensor, arguments: Sequence[MaskArguments], counts: Sequ
     rows = torch.empty((int(starts[-1]), 2), device=logits.device)
     for asked in dict.fromkeys(arguments):
         masks = np.array([mask for mask, each in enumerate(arguments) if each == asked])
-        chosen = probabilities if len(masks) == len(arguments) else probabilities.index_select(0, _on(logits, masks))
+        alike = len(masks) == len(arguments)
+        chosen = probabilities if alike else probabilities.index_select(0, indices_on(logits, masks))
         ids, values = _pick(chosen, asked)
         places = starts[masks][:, None] + np.arange(ids.shape[1])
-        rows.index_copy_(0, _on(logits, places.ravel()), torch.stack([ids.float(), values], dim=-1).flatten(0, 1))
+        candidates = torch.stack([ids.float(), values], dim=-1).flatten(0, 1)
+        rows.index_copy_(0, indices_on(logits, places.ravel()), candidates)
     return rows
 
 
@@ -112,13 +114,13 @@ def _pick(probabilities: Tensor, asked: MaskArguments) -> tuple[Tensor, Tensor]:
         return ids, values
     if not all(0 <= target < probabilities.shape[1] for target in asked.targets):
         raise IndexError("a target is not in the model's vocabulary")
-    ids = _on(probabilities, np.array(asked.targets))
+    ids = indices_on(probabilities, np.array(asked.targets))
     return ids.expand(len(probabilities), -1), probabilities.index_select(1, ids)
 
 
-def _on(tensor: Tensor, values: npt.NDArray[np.int64]) -> Tensor:
-    """Indices on the tensor's device, without waiting for it."""
-    host = torch.from_numpy(values)
+def indices_on(tensor: Tensor, values: npt.NDArray[np.int64]) -> Tensor:
+    """Indices that the host knows, on the tensor's device, without waiting for it."""
+    host = torch.from_numpy(np.ascontiguousarray(values))
     moved: Tensor = (host.pin_memory() if tensor.is_cuda else host).to(tensor.device, non_blocking=True)
     return moved
 

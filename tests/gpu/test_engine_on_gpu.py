@@ -16,7 +16,7 @@ from serve_app.model import attention
 from serve_app.model.families import PACKED
 from serve_app.model.loader import LoadedModel
 from serve_app.model.runner import Runner
-from tests.model.tiny import batch_of, load_tiny, random_sequences
+from tests.model.tiny import MASK, batch_of, load_tiny, load_tiny_for, random_sequences
 
 LENGTHS = [12, 3, 30, 12, 1, 59, 7, 12, 21]
 WITH_BIAS = {"t5", "mt5", "umt5", "mpnet"}
@@ -145,3 +145,48 @@ def test_autocast_computes_products_in_bfloat16(tmp_path: Path, kernel_calls: li
     assert loaded.dtype is torch.float32
     assert runner.mode == "packed"
     assert kernel_calls
+
+
+WITH_HEADS = [
+    ("text-classification", "bert", "sequence-logits"),
+    ("text-classification", "modernbert", "sequence-logits"),
+    ("text-classification", "llama", "sequence-logits"),
+    ("text-classification", "bart", "sequence-logits"),
+    ("text-classification", "t5", "sequence-logits"),
+    ("token-classification", "roberta", "token-logits"),
+    ("question-answering", "electra", "span-logits"),
+    ("fill-mask", "bert", "mask-fill"),
+    ("fill-mask", "distilbert", "splade"),
+]
+LOOKS_AT_THE_DEVICE = {"bart", "t5", "distilbert"}
+"""Where the host has to wait once in a launch: for end tokens in stock code, and for SPLADE's number of weights."""
+
+
+def texts_for_heads() -> list[list[int]]:
+    return [[*text[:-1], 3] if len(text) < 12 else [*text[:4], MASK, *text[5:-1], 3] for text in TEXTS]
+
+
+TEXTS = random_sequences(LENGTHS, seed=1)
+
+
+@pytest.mark.parametrize(("task", "model_type", "head"), WITH_HEADS)
+def test_heads_on_the_gpu_answer_as_on_the_cpu(task: str, model_type: str, head: str, tmp_path: Path) -> None:
+    batch = batch_of(texts_for_heads())
+    expected = Runner(load_tiny_for(task, model_type, tmp_path, eos_token_id=3)).run(batch, head)
+    runner = Runner(load_tiny_for(task, model_type, tmp_path, device="cuda", dtype="float32", eos_token_id=3))
+    found = runner.run(batch, head)
+    assert runner.mode == "packed"
+    assert found.counts().tolist() == expected.counts().tolist()
+    np.testing.assert_allclose(found.values, expected.values, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type", "head"), [case for case in WITH_HEADS if case[1] not in LOOKS_AT_THE_DEVICE]
+)
+def test_launching_a_head_never_waits_for_the_device(task: str, model_type: str, head: str, tmp_path: Path) -> None:
+    runner = Runner(load_tiny_for(task, model_type, tmp_path, device="cuda", dtype="bfloat16", eos_token_id=3))
+    batch = batch_of(texts_for_heads())
+    runner.run(batch, head)
+    with no_waiting():
+        collect = runner.launch(head, batch)
+    assert collect().num_sequences == len(LENGTHS)

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
+from serve_app.errors import ConfigError
+from serve_app.model import linear
+from serve_app.model.families import FALLBACK, PACKED
 from serve_app.model.runner import Runner
 from serve_app.types import MaskArguments
-from tests.model.tiny import MASK, batch_of, load_tiny_for, random_sequences, tiny_model
+from tests.model.tiny import CLASSES, MASK, batch_of, load_tiny_for, random_sequences, tiny_model
 
 LENGTHS = [12, 3, 30, 12, 2, 59, 7, 12, 21]
 END = 3
@@ -28,6 +32,24 @@ ENCODERS = [
     "xlm-roberta",
 ]
 BUCKETED = ["deberta-v2"]
+
+WHOLE = {
+    ("text-classification", "longformer"): "its head: on its own, it differs from itself alone by",
+    ("question-answering", "big_bird"): "its head: on its own, it differs from itself alone by",
+}
+ONE_CLASS = "head and base are one class"
+WHOLE |= {("question-answering", family): ONE_CLASS for family in ("mt5", "t5", "umt5")}
+"""Whose head depends on more than hidden states (global attention, a mask made of the question), or has no base."""
+
+UNTRIED = {("question-answering", "longformer")}
+
+
+def with_heads() -> list[tuple[str, str]]:
+    """Every family and task that transformers has a model for."""
+    tasks = ("text-classification", "token-classification", "question-answering")
+    families = [(family, type(AutoConfig.for_model(family))) for family in sorted(PACKED | set(FALLBACK))]
+    known = [(task, family) for task in tasks for family, kind in families if kind in CLASSES[task]._model_mapping]
+    return [case for case in known if case not in UNTRIED]
 
 
 def texts(lengths: list[int], seed: int = 1) -> list[list[int]]:
@@ -65,20 +87,21 @@ def check(runner: Runner, expected: list[np.ndarray], sequences: list[list[int]]
             np.testing.assert_allclose(one, np.atleast_2d(stock), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "way"),
-    [
-        *((model_type, "packed") for model_type in [*ENCODERS, "bart", "t5", "gpt2", "llama", "qwen2"]),
-        *((model_type, "bucketed: ") for model_type in [*BUCKETED, "xlnet"]),
-    ],
-)
-def test_classifier_answers_as_the_stock_model_does_for_each_text_alone(
-    model_type: str, way: str, tmp_path: Path
-) -> None:
-    runner = Runner(load_tiny_for("text-classification", model_type, tmp_path, eos_token_id=END))
+@pytest.mark.parametrize(("task", "model_type"), with_heads())
+def test_head_answers_as_the_stock_model_does_for_each_text_alone(task: str, model_type: str, tmp_path: Path) -> None:
+    runner = Runner(load_tiny_for(task, model_type, tmp_path, eos_token_id=END))
     sequences = texts(LENGTHS)
-    assert runner.mode.startswith(way), runner.mode
-    check(runner, stock_logits(model_type, "text-classification", sequences, eos_token_id=END), sequences)
+    if (task, model_type) in WHOLE:
+        assert WHOLE[task, model_type] in runner.mode
+    else:
+        assert (runner.mode == "packed") is (model_type in PACKED), runner.mode
+        assert "its head" not in runner.mode
+    check(runner, stock_logits(model_type, task, sequences, eos_token_id=END), sequences)
+
+
+def test_model_that_takes_texts_of_one_form_only_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"longformer cannot be tried for question-answering.*separator tokens"):
+        Runner(load_tiny_for("question-answering", "longformer", tmp_path))
 
 
 def test_classifier_that_pools_over_all_tokens_is_packed_and_right(tmp_path: Path) -> None:
@@ -99,22 +122,9 @@ def test_causal_classifier_reads_the_token_that_the_stock_model_reads(
     check(runner, stock_logits(model_type, "text-classification", sequences, **keys), sequences)
 
 
-@pytest.mark.parametrize("task", ["token-classification", "question-answering"])
-@pytest.mark.parametrize("model_type", [*ENCODERS, *BUCKETED])
-def test_head_for_every_token_answers_as_the_stock_model_does(model_type: str, task: str, tmp_path: Path) -> None:
-    runner = Runner(load_tiny_for(task, model_type, tmp_path))
-    sequences = texts(LENGTHS)
-    assert (runner.mode == "packed") is (model_type in ENCODERS)
-    rows = runner.run(batch_of(sequences))
-    assert rows.counts().tolist() == LENGTHS
-    check(runner, stock_logits(model_type, task, sequences), sequences)
-
-
-def test_question_answering_through_a_decoder_is_packed(tmp_path: Path) -> None:
-    runner = Runner(load_tiny_for("question-answering", "bart", tmp_path))
-    sequences = texts(LENGTHS)
-    assert runner.mode == "packed"
-    check(runner, stock_logits("bart", "question-answering", sequences), sequences)
+def test_heads_for_tokens_leave_a_row_for_each(tmp_path: Path) -> None:
+    runner = Runner(load_tiny_for("token-classification", "bert", tmp_path))
+    assert runner.run(batch_of(texts(LENGTHS))).counts().tolist() == LENGTHS
 
 
 def masked(lengths: list[int]) -> list[list[int]]:
@@ -200,3 +210,31 @@ def test_head_that_the_model_has_not_is_refused(tmp_path: Path) -> None:
     runner = Runner(load_tiny_for("token-classification", "bert", tmp_path))
     with pytest.raises(ValueError, match="has no head pooled; it has: token-logits"):
         runner.run(batch_of(texts([5])), "pooled")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_classifier_in_low_precision_is_packed_and_near(dtype: str, tmp_path: Path) -> None:
+    runner = Runner(load_tiny_for("text-classification", "bert", tmp_path, dtype=dtype))
+    sequences = texts(LENGTHS)
+    expected = np.stack(stock_logits("bert", "text-classification", sequences))
+    assert runner.mode == "packed"
+    rows = runner.run(batch_of(sequences)).values
+    assert np.abs(rows - expected).max() < 0.1 * np.abs(expected).max()
+    np.testing.assert_array_equal(runner.run(batch_of(sequences[::-1])).values[::-1], rows)
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_projection_on_the_vocabulary_is_exchanged_for_splade(
+    exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "pays", lambda module: exchanged)
+    loaded = load_tiny_for("sparse-embedding", "bert", tmp_path)
+    Runner(loaded)
+    assert isinstance(loaded.model.get_output_embeddings(), linear.OneDnnLinear) is exchanged
+
+
+def test_warm_up_asks_every_head(tmp_path: Path) -> None:
+    runner = Runner(load_tiny_for("fill-mask", "bert", tmp_path))
+    assert runner.heads == ("mask-fill", "splade")
+    runner.warm_up(200)
+    runner.run_random(150)

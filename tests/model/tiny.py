@@ -176,12 +176,15 @@ def load_tiny(model_type: str, folder: Path, seed: int = 0, **config: Any) -> Lo
     return load(folder, model, MAX_INPUT_TOKENS)
 
 
-def load_tiny_for(task: str, model_type: str, folder: Path, **keys: Any) -> LoadedModel:
+def load_tiny_for(
+    task: str, model_type: str, folder: Path, device: str = "cpu", dtype: str = "auto", **keys: Any
+) -> LoadedModel:
     """The same with the head of a task; `keys` are of the model's own config."""
     tiny_model(model_type, task=task, **keys).save_pretrained(folder)
     tokenizer = {"mask_token": "[MASK]", "added_tokens_decoder": {str(MASK): {"content": "[MASK]", "special": True}}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    model = ModelConfig(name=model_type, source="./tiny", device="cpu", max_input_tokens=MAX_INPUT_TOKENS, task=task)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "max_input_tokens": MAX_INPUT_TOKENS, "task": task}
+    model = ModelConfig(name=model_type, source="./tiny", **options)
     return load(folder, model, MAX_INPUT_TOKENS)
 
 

@@ -8,7 +8,13 @@ import httpx
 import numpy as np
 import pytest
 
-from serve_app.options import EmbeddingOptions, SimilarityOptions
+from serve_app.options import (
+    ClassificationOptions,
+    EmbeddingOptions,
+    RerankOptions,
+    SimilarityOptions,
+    TokenEmbeddingOptions,
+)
 from tests.ingress.edge import FakeService, client_of, unit, vector
 
 
@@ -207,3 +213,84 @@ async def test_a_text_that_is_too_long_is_refused_and_its_place_told(service: Fa
     assert response.status_code == 422
     assert response.json()["code"] == "input_too_long"
     assert "input 1 has 11 characters" in response.json()["error"]
+
+
+async def test_every_token_is_embedded(client: httpx.AsyncClient, service: FakeService) -> None:
+    answer = await post(client, "/embed_all", {"inputs": ["a", [5, 6]], "prompt_name": "query"})
+    assert np.array(answer).shape == (2, 3, 16)
+    assert service.requests[0].options == TokenEmbeddingOptions("query")
+
+
+async def test_sparse_embeddings_are_pairs_of_index_and_value(client: httpx.AsyncClient) -> None:
+    answer = await post(client, "/embed_sparse", {"inputs": "a"})
+    assert answer == [[{"index": 3, "value": 0.5}, {"index": 70, "value": 1.5}]]
+
+
+PREDICTION = [{"score": 0.75, "label": "POSITIVE"}, {"score": 0.25, "label": "NEGATIVE"}]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "understood", "answered"),
+    [
+        ("a", ("a",), PREDICTION),
+        (["a", "b"], (("a", "b"),), PREDICTION),
+        ([["a"], ["b", "c"]], ("a", ("b", "c")), [PREDICTION, PREDICTION]),
+        ([["a"]], ("a",), [PREDICTION]),
+    ],
+    ids=["text", "two texts are a pair", "batch", "batch of one"],
+)
+async def test_predict_tells_texts_pairs_and_batches_apart(
+    client: httpx.AsyncClient, service: FakeService, inputs: Any, understood: tuple[Any, ...], answered: Any
+) -> None:
+    assert await post(client, "/predict", {"inputs": inputs, "raw_scores": True}) == answered
+    assert service.requests[0].inputs == understood
+    assert service.requests[0].options == ClassificationOptions(function="none")
+
+
+@pytest.mark.parametrize("inputs", [[], [[]], ["a", "b", "c"], [["a"], "b"], [["a", "b", "c"]], [1, 2], {"a": 1}])
+async def test_predict_refuses_what_is_neither(client: httpx.AsyncClient, service: FakeService, inputs: Any) -> None:
+    assert (await client.post("/predict", json={"inputs": inputs})).status_code == 400
+    assert service.requests == []
+
+
+async def test_rerank_puts_the_best_first(client: httpx.AsyncClient, service: FakeService) -> None:
+    body = {"query": "q", "texts": ["a", "b", "c"], "raw_scores": True, "truncate": True}
+    assert await post(client, "/rerank", body) == [
+        {"index": 2, "score": 0.25},
+        {"index": 1, "score": 0.125},
+        {"index": 0, "score": 0.0},
+    ]
+    assert service.requests[0].inputs == ("q", "a", "b", "c")
+    assert service.requests[0].options == RerankOptions(raw_scores=True)
+    told = await post(client, "/rerank", {**body, "return_text": True})
+    assert [rank["text"] for rank in told] == ["c", "b", "a"]
+
+
+async def test_texts_are_tokenized_with_and_without_special_tokens(client: httpx.AsyncClient) -> None:
+    special = {"id": 0, "text": "[CLS]", "special": True, "start": None, "stop": None}
+    letter = {"id": 97, "text": "a", "special": False, "start": 0, "stop": 1}
+    assert await post(client, "/tokenize", {"inputs": "a"}) == [[special, letter]]
+    assert await post(client, "/tokenize", {"inputs": ["a", "a"], "add_special_tokens": False}) == [[letter]] * 2
+
+
+async def test_tokens_become_text_again(client: httpx.AsyncClient) -> None:
+    assert await post(client, "/decode", {"ids": [97, 98]}) == ["ab"]
+    assert await post(client, "/decode", {"ids": [[97], [98, 99]]}) == ["a", "bc"]
+
+
+@pytest.mark.parametrize("ids", [[], [[]], [[1], 2], [1, [2]], ["a"], [-1], 5, None])
+async def test_decode_takes_token_ids_only(client: httpx.AsyncClient, ids: Any) -> None:
+    assert (await client.post("/decode", json={"ids": ids})).status_code == 400
+
+
+async def test_texts_to_tokenize_have_the_limits_of_other_texts(service: FakeService) -> None:
+    async with client_of(service, max_client_batch_size=2, max_text_characters=10) as client:
+        assert (await client.post("/tokenize", json={"inputs": ["a"] * 3})).json()["code"] == "batch_too_large"
+        assert (await client.post("/tokenize", json={"inputs": "a" * 11})).json()["code"] == "input_too_long"
+        assert (await client.post("/decode", json={"ids": [1] * 11})).json()["code"] == "input_too_long"
+
+
+async def test_the_query_counts_once_for_each_text_of_a_rerank(service: FakeService) -> None:
+    async with client_of(service, max_text_characters=100) as client:
+        response = await client.post("/rerank", json={"query": "q" * 90, "texts": ["a"] * 5})
+    assert response.json()["code"] == "batch_too_large"

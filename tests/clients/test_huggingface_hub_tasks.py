@@ -1,0 +1,121 @@
+"""huggingface_hub.InferenceClient, sync and async, with every task of its table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from huggingface_hub import AsyncInferenceClient, InferenceClient
+from huggingface_hub.errors import OverloadedError as HubOverloadedError
+from huggingface_hub.errors import TextGenerationError, ValidationError
+
+from serve_app import errors
+from serve_app.ingress.protocols.huggingface.endpoint import BODIES
+from tests.ingress.edge import FakeService, edge_app, served_in_thread
+
+SERVICE = FakeService(*BODIES, tasks={task: task for task in BODIES})
+
+
+@pytest.fixture(scope="module")
+def all_tasks() -> Iterator[str]:
+    """A server with a model of each task, named for it."""
+    with served_in_thread(edge_app(SERVICE)) as url:
+        yield url
+
+
+def client(all_tasks: str, task: str) -> InferenceClient:
+    return InferenceClient(f"{all_tasks}/models/{task}", timeout=60)
+
+
+def test_text_classification(all_tasks: str) -> None:
+    found = client(all_tasks, "text-classification").text_classification("a", top_k=2, function_to_apply="softmax")
+    assert [(each.label, each.score) for each in found] == [("POSITIVE", 0.75), ("NEGATIVE", 0.25)]
+
+
+def test_zero_shot_classification(all_tasks: str) -> None:
+    zero_shot = client(all_tasks, "zero-shot-classification")
+    found = zero_shot.zero_shot_classification("a", ["x", "y"], multi_label=True, hypothesis_template="It is {}.")
+    assert [each.label for each in found] == ["x", "y"]
+
+
+def test_relevance_as_sentence_similarity(all_tasks: str) -> None:
+    assert client(all_tasks, "rerank").sentence_similarity("a", other_sentences=["b", "c"]) == [0.0, 0.125]
+
+
+def test_token_classification(all_tasks: str) -> None:
+    tokens = client(all_tasks, "token-classification")
+    (entity,) = tokens.token_classification("my name is sarah", aggregation_strategy="simple", stride=3)
+    assert (entity.entity_group, entity.word, entity.start, entity.end) == ("PER", "sarah", 11, 16)
+    assert tokens.token_classification("my name is sarah")[0].entity == "PER"
+
+
+def test_fill_mask(all_tasks: str) -> None:
+    fills = client(all_tasks, "fill-mask").fill_mask("the [MASK]", top_k=2, targets=["capital", "heart"])
+    assert [fill.token_str for fill in fills] == ["capital", "heart"]
+
+
+def test_question_answering(all_tasks: str) -> None:
+    asks = client(all_tasks, "question-answering")
+    best = asks.question_answering(question="where?", context="in London", align_to_words=True)
+    assert (best.answer, best.start, best.end) == ("London", 3, 9)  # type: ignore[union-attr]
+    assert len(asks.question_answering(question="where?", context="in London", top_k=2)) == 2  # type: ignore[arg-type]
+
+
+def test_summarization_and_translation(all_tasks: str) -> None:
+    summary = client(all_tasks, "summarization").summarization("a", generate_parameters={"max_new_tokens": 5})
+    assert summary.summary_text == "Once upon a time"
+    translation = client(all_tasks, "translation").translation("a", src_lang="en", tgt_lang="de")
+    assert translation.translation_text == "Once upon a time"
+
+
+def test_text_generation_whole_and_in_pieces(all_tasks: str) -> None:
+    generates = client(all_tasks, "text-generation")
+    whole = generates.text_generation("a", max_new_tokens=5)
+    assert whole == "".join(generates.text_generation("a", stream=True)) == "Once upon a time"
+
+
+def test_text_generation_with_details(all_tasks: str) -> None:
+    generates = client(all_tasks, "text-generation")
+    answer = generates.text_generation("a", details=True, seed=3, stop=["."], temperature=0.7, top_k=5, top_p=0.9)
+    assert answer.details is not None
+    assert [token.text for token in answer.details.tokens] == ["Once", " upon", " a", " time"]
+    pieces = list(generates.text_generation("a", details=True, stream=True))
+    assert pieces[-1].generated_text == "Once upon a time"
+    assert pieces[-1].details is not None
+    assert (pieces[-1].details.finish_reason, pieces[-1].details.input_length) == ("eos_token", 6)
+    assert [piece.token.id for piece in pieces[:2]] == [10, 11]
+
+
+def test_text_generation_errors_are_the_clients_own(all_tasks: str) -> None:
+    generates = client(all_tasks, "text-generation")
+    with pytest.raises(ValidationError, match="best_of"):
+        generates.text_generation("a", best_of=3)
+    SERVICE.failure = errors.OverloadedError("full")
+    try:
+        with pytest.raises(HubOverloadedError, match="full"):
+            generates.text_generation("a", stream=True)
+        SERVICE.failure, SERVICE.pieces_before_failure = errors.UnavailableError("a replica was lost"), 1
+        with pytest.raises(TextGenerationError, match="a replica was lost"):
+            list(generates.text_generation("a", stream=True))
+    finally:
+        SERVICE.failure, SERVICE.pieces_before_failure = None, 0
+
+
+def test_chat_whole_and_in_pieces(all_tasks: str) -> None:
+    chats = client(all_tasks, "text-generation")
+    messages = [{"role": "user", "content": "hello"}]
+    answer = chats.chat_completion(messages, max_tokens=5, logprobs=True, top_logprobs=1)
+    assert answer.choices[0].message.content == "Once upon a time"
+    assert answer.usage.completion_tokens == 4
+    pieces = [piece.choices[0].delta.content for piece in chats.chat_completion(messages, stream=True)]
+    assert "".join(piece or "" for piece in pieces) == "Once upon a time"
+
+
+async def test_the_async_client_gets_the_same(all_tasks: str) -> None:
+    async with AsyncInferenceClient(f"{all_tasks}/models/text-generation", timeout=60) as generates:
+        pieces = [piece async for piece in await generates.text_generation("a", stream=True)]
+        chat = await generates.chat_completion([{"role": "user", "content": "hello"}])
+    async with AsyncInferenceClient(f"{all_tasks}/models/text-classification", timeout=60) as classifies:
+        labels = await classifies.text_classification("a")
+    assert "".join(pieces) == chat.choices[0].message.content == "Once upon a time"
+    assert labels[0].label == "POSITIVE"

@@ -15,6 +15,7 @@ from serve_app.metrics import ModelMetrics, ReplicaMetrics
 from serve_app.model import memory
 from serve_app.model.engine import BatchReport, Engine
 from serve_app.model.scheduler import Limits
+from serve_app.tasks.generation import GENERATING
 from serve_app.types import ForwardCall, ModelState, Rows
 
 EXIT_AFTER_S = 0.5
@@ -41,6 +42,11 @@ class ModelReplica:
         from serve_app.tasks.card import read_card
 
         card = read_card(path, self._config, path.name)
+        if card.task in GENERATING:
+            raise ConfigError(
+                f"models.{self._config.name}.task: the model is for {card.task}, which could not be known before its "
+                f"files were here; set task to {card.task}"
+            )
         self._max_input_tokens = card.max_input_tokens
         memory.limit_share(self._config.memory_fraction)
         self._loaded = load(path, self._config, card.max_input_tokens)

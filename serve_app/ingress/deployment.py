@@ -167,7 +167,8 @@ class Ingress:
             return await self._generate(request, card)
         task = TASKS[request.task]
         vocabulary = await self._vocabulary(request.model) if task.needs_vocabulary else None
-        work = Work(task.prepare(request, card), task.head, request.priority, task.arguments(request, vocabulary))
+        tokenize = replace(task.prepare(request, card), max_windows=self._settings.current.max_windows)
+        work = Work(tokenize, task.head, request.priority, task.arguments(request, vocabulary))
         computed = await self._coalescers[request.model].compute(work, self._settings.current.request_timeout_s)
         self._answered_at[request.model] = time.monotonic()
         output = task.postprocess(request, card, computed.features, vocabulary)

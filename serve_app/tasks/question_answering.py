@@ -134,8 +134,7 @@ def _best_spans(window: _Window, options: QuestionAnsweringOptions) -> Iterator[
     chosen = np.argpartition(-scores, wanted - 1)[:wanted]
     for place in chosen[np.lexsort((chosen, -scores[chosen]))].tolist():
         start, end = place // reach, place // reach + place % reach
-        in_context = window.alignment.text_ids[start] == window.alignment.text_ids[end] == 1
-        if scores[place] > 0.0 and in_context:
+        if scores[place] > 0.0:  # which it is not where padding was, before or on a masked token
             yield start, end, float(scores[place])
 
 

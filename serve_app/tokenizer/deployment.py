@@ -25,6 +25,8 @@ class TokenizerReplica:
         path = await ensure_local(model, cache)
         self._card = await asyncio.to_thread(read_card, path, model, path.name)
         self._encoder = await asyncio.to_thread(Encoder, path, self._card.max_input_tokens)
+        if self._card.can_chat and self._card.task == "text-generation":
+            await asyncio.to_thread(self._encoder.load_chat_template)
         self._metrics = ReplicaMetrics()
         self._threads = ThreadPoolExecutor(model.tokenizer_threads, thread_name_prefix="tokenizer")
 

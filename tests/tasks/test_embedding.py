@@ -16,7 +16,6 @@ from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.options import EmbeddingOptions, SimilarityOptions
 from serve_app.tasks.embedding import Embedding, normalize
 from serve_app.tasks.generation import GENERATING
-from serve_app.tasks.generation import GENERATING
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from serve_app.types import Features, FloatArray, LongTexts, ModelCard, Request, TokenizeRequest
 from tests.batches import NO_TOKENS

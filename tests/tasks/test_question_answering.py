@@ -1,0 +1,152 @@
+"""Question answering against the rules of the pipeline of transformers 4.57, written out here the slow way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from serve_app.errors import EmptyInputError, InputTooLongError, InvalidInputError
+from serve_app.options import QuestionAnsweringOptions
+from serve_app.types import Request
+from tests.tasks.families import FAMILIES, LIMIT, TEXTS, Family, family, with_card
+
+LONG = "Hugging Face Inc. was sent to New York, said they. The model reads one of its words. " * 6
+
+
+def spans(given: Family, pairs: Any, options: QuestionAnsweringOptions, **keys: Any) -> Any:
+    return given.answer(Request("1", given.card.name, "question-answering", tuple(pairs), options, **keys))
+
+
+def reference(given: Family, question: str, context: str, options: QuestionAnsweringOptions) -> list[dict[str, Any]]:
+    """`preprocess`, `_forward` and `postprocess` of transformers 4.57.6, pipelines/question_answering.py."""
+    longest = min(given.tokenizer.model_max_length, options.max_seq_len or 384)
+    stride = min(longest // 2, 128) if options.doc_stride is None else options.doc_stride
+    encoded = given.tokenizer(
+        question,
+        context,
+        truncation="only_second",
+        max_length=longest,
+        stride=stride,
+        return_token_type_ids=True,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    least_null, answers = 1000000.0, []
+    for window in range(len(encoded["input_ids"])):
+        inputs = {name: torch.tensor([encoded[name][window]]) for name in given.tokenizer.model_input_names}
+        with torch.inference_mode():
+            out = given.model(**inputs)
+        ids = np.array(encoded["input_ids"][window])
+        allowed = np.array([text == 1 for text in encoded.sequence_ids(window)]) | (ids == given.tokenizer.cls_token_id)
+        start, end = (
+            np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+            for logits in (np.where(allowed, one[0].numpy(), -10000.0) for one in (out.start_logits, out.end_logits))
+        )
+        least_null = min(least_null, float(start[0] * end[0]))
+        start[0] = end[0] = 0.0
+        products = np.tril(np.triu(np.outer(start, end)), options.max_answer_len - 1)
+        best = np.argsort(-products.ravel(), kind="stable")[: options.top_k * 2 + 10]
+        for place in best:
+            first, last = (int(i) for i in np.unravel_index(place, products.shape))
+            if not (allowed[first] and allowed[last] and products[first, last] > 0.0):
+                continue
+            a, b = characters(encoded[window], first, last)
+            add(answers, context[a:b], a, b, float(products[first, last]))
+    if options.handle_impossible_answer:
+        answers.append({"score": least_null, "start": 0, "end": 0, "answer": ""})
+    return sorted(answers, key=lambda each: each["score"], reverse=True)[: options.top_k]
+
+
+def characters(encoding: Any, first: int, last: int) -> tuple[int, int]:
+    try:
+        return (
+            encoding.word_to_chars(encoding.token_to_word(first), sequence_index=1)[0],
+            encoding.word_to_chars(encoding.token_to_word(last), sequence_index=1)[1],
+        )
+    except (TypeError, ValueError):
+        return encoding.offsets[first][0], encoding.offsets[last][1]
+
+
+def add(answers: list[dict[str, Any]], text: str, start: int, end: int, score: float) -> None:
+    for answer in answers:
+        if answer["answer"].lower() == text.lower():
+            answer["score"] += score
+            return
+    answers.append({"score": score, "start": start, "end": end, "answer": text})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        QuestionAnsweringOptions(),
+        QuestionAnsweringOptions(top_k=4),
+        QuestionAnsweringOptions(top_k=3, handle_impossible_answer=True),
+        QuestionAnsweringOptions(top_k=3, max_answer_len=1),
+        QuestionAnsweringOptions(top_k=2, doc_stride=3, max_answer_len=40),
+        QuestionAnsweringOptions(top_k=2, doc_stride=0, max_seq_len=40),
+    ],
+    ids=["default", "several", "impossible", "one token", "stride", "short windows"],
+)
+def test_answers_are_the_pipelines(name: str, options: QuestionAnsweringOptions) -> None:
+    given = family(name, "AutoModelForQuestionAnswering")
+    contexts = [*TEXTS.values(), LONG]
+    pairs = [("who reads?", context) for context in contexts if given.tokenizer.tokenize(context)]
+    for got, (question, context) in zip(spans(given, pairs, options), pairs, strict=True):
+        wanted = reference(given, question, context, options)
+        assert [(span.answer, span.start, span.end) for span in got] == [
+            (each["answer"], each["start"], each["end"]) for each in wanted
+        ]
+        np.testing.assert_allclose([span.score for span in got], [each["score"] for each in wanted], atol=1e-5)
+
+
+def test_a_long_context_is_read_in_several_windows() -> None:
+    given = family("bert", "AutoModelForQuestionAnswering")
+    assert len(LONG) > 10 * LIMIT
+    found = spans(given, [("who?", f"{LONG} élève señor ёлка")], QuestionAnsweringOptions(top_k=500))[0]
+    assert [span for span in found if span.start >= len(LONG)]
+
+
+def test_a_question_that_leaves_little_room_has_windows_that_share_less() -> None:
+    given = family("bert", "AutoModelForQuestionAnswering")
+    options = QuestionAnsweringOptions(top_k=1)
+    question = "the " * (LIMIT - 10)
+    assert spans(given, [(question, LONG)], options)[0][0].answer
+    with pytest.raises(InputTooLongError, match="its first text takes all of the 48 tokens"):
+        spans(given, [("the " * LIMIT, LONG)], options)
+
+
+@pytest.mark.parametrize("pair", [("", "the model"), ("who?", "")])
+def test_what_is_empty_is_refused(pair: tuple[str, str]) -> None:
+    with pytest.raises(EmptyInputError):
+        spans(family("bert", "AutoModelForQuestionAnswering"), [pair], QuestionAnsweringOptions())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        QuestionAnsweringOptions(top_k=0),
+        QuestionAnsweringOptions(max_answer_len=0),
+        QuestionAnsweringOptions(max_seq_len=0),
+        QuestionAnsweringOptions(max_seq_len=2),
+        QuestionAnsweringOptions(doc_stride=LIMIT),
+        QuestionAnsweringOptions(doc_stride=-1),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(options: QuestionAnsweringOptions) -> None:
+    with pytest.raises(InvalidInputError):
+        spans(family("bert", "AutoModelForQuestionAnswering"), [("who?", LONG)], options)
+
+
+def test_a_long_context_is_refused_or_cut_where_that_is_asked_for() -> None:
+    given = family("bert", "AutoModelForQuestionAnswering")
+    options = QuestionAnsweringOptions(top_k=50)
+    with pytest.raises(InputTooLongError):
+        spans(given, [("who?", LONG)], options, long_texts="error")
+    with pytest.raises(InputTooLongError):
+        spans(with_card(given, long_texts="error"), [("who?", LONG)], options)
+    cut = spans(given, [("who?", LONG)], options, long_texts="truncate")[0]
+    assert max(span.end for span in cut) < 150

@@ -64,6 +64,7 @@ class Delivery:
         self._reading: asyncio.Task[None] | None = None
         self._reader: str | None = None
         self._without_source: dict[str, CacheError] = {}
+        self._expected: set[str] = set()
         self._own_failures: dict[str, Exception] = {}
         self._altered: Counter[tuple[str, int]] = Counter()
 
@@ -75,16 +76,23 @@ class Delivery:
     def lost(self, node: str) -> None:
         """`node` is gone, or has no copy any more."""
         self._swarm.leave(node)
+        self._expected.discard(node)
+        self._judge_source()
         self._stir()
+
+    def expect(self, node: str) -> None:
+        """`node` can read the source, and will be brought to: until then no other's failure to find it counts."""
+        self._expected.add(node)
 
     async def bring(self, node: str) -> str:
         """Put the model on `node`; its folder there. Raises CacheError."""
         site = self._site(node)
         self._own_failures.pop(node, None)
-        self._swarm.join(node, await site.begin(self.manifest))
-        self._stir()
-        workers = [asyncio.create_task(self._work(node, site)) for _ in range(PULLS_PER_NODE)]
+        workers: list[asyncio.Task[None]] = []
         try:
+            self._swarm.join(node, await site.begin(self.manifest))
+            self._stir()
+            workers += [asyncio.create_task(self._work(node, site)) for _ in range(PULLS_PER_NODE)]
             await asyncio.gather(*workers)
             return await site.finish(self._key)
         except BaseException:
@@ -183,10 +191,14 @@ class Delivery:
         self._stir()
 
     def _source_missing(self, node: str, error: SourceNotFoundError) -> None:
-        """A folder may be missing on one node and there on another; the Hub is the same for all."""
         self._without_source[node] = error
-        if source_kind(self.manifest.source) == "hub" or set(self._swarm.members()) <= set(self._without_source):
-            self.failure = error
+        self._judge_source()
+
+    def _judge_source(self) -> None:
+        """A folder may be missing on one node and there on another, which may come yet; the Hub is the same for all."""
+        might_have_it = {*self._swarm.members(), *self._expected} - set(self._without_source)
+        if self._without_source and (source_kind(self.manifest.source) == "hub" or not might_have_it):
+            self.failure = next(iter(self._without_source.values()))
 
     def _stir(self) -> None:
         self._changed.set()

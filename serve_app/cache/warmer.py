@@ -188,11 +188,21 @@ class Warmer:
         """Find out what `model` consists of, from a node that has it or from its source, and who has it."""
         nodes = await asyncio.to_thread(alive_nodes)
         found = await self._survey(nodes, lambda site: site.find(model)) if model.revision is not None else {}
-        manifest = next(iter(found.values()), None) or await self._resolve(model, [node_id, *nodes])
+        manifest, reader = next(iter(found.values()), None), None
+        if manifest is None:
+            manifest, reader = await self._resolve(model, [node_id, *nodes])
         delivery = Delivery(manifest, lambda node: self._sites[node])
+        if reader is not None and model.revision is None:
+            self._bring_to_reader(delivery, model, reader)
         for node in await self._survey(nodes, lambda site: site.open(manifest, False)):
             delivery.has(node)
         return delivery
+
+    def _bring_to_reader(self, delivery: Delivery, model: ModelConfig, node: str) -> None:
+        """A folder may be on that node only, so the model goes there too, whoever asked for it."""
+        delivery.expect(node)
+        bringing = asyncio.create_task(self._once(model, node, False))
+        bringing.add_done_callback(lambda task: delivery.lost(node) if task.cancelled() or task.exception() else None)
 
     async def _survey(self, nodes: Sequence[str] | dict[str, str], ask: Callable[[RemoteSite], Any]) -> dict[str, Any]:
         """Node → answer, of those that answer with something in time."""
@@ -203,12 +213,15 @@ class Warmer:
         answers = await asyncio.gather(*(one(node) for node in nodes), return_exceptions=True)
         return {n: a for n, a in zip(nodes, answers, strict=True) if a is not None and not isinstance(a, BaseException)}
 
-    async def _resolve(self, model: ModelConfig, nodes: Sequence[str]) -> Manifest:
-        """Ask the source on the first of `nodes` that has it. A repository that the Hub lacks is missing for all."""
+    async def _resolve(self, model: ModelConfig, nodes: Sequence[str]) -> tuple[Manifest, str]:
+        """Ask the source on the first of `nodes` that has it; the manifest, and which one that is.
+
+        A repository that the Hub lacks is missing for all.
+        """
         missing: SourceNotFoundError | None = None
         for node in nodes:
             try:
-                return await (await self._site(node)).resolve(model)
+                return await (await self._site(node)).resolve(model), node
             except SourceNotFoundError as error:  # noqa: PERF203
                 missing = missing or error
                 if model.revision is not None:

@@ -217,6 +217,35 @@ async def test_a_directory_may_be_on_one_node_only(cluster: Cluster) -> None:
     assert cluster.reads == dict.fromkeys(FILES, 1)
 
 
+async def test_a_directory_is_waited_for_until_the_node_that_has_it_comes(cluster: Cluster) -> None:
+    cluster.fail_source = lambda node: None if node == "c" else SourceNotFoundError(f"not on {node}")
+    cluster.add("a", "c")
+    delivery = delivery_on(cluster, "/folder")
+    delivery.expect("c")
+    bringing = asyncio.create_task(bring_all(delivery, ["a"]))
+    await asyncio.sleep(0.3)
+    assert not bringing.done()
+    assert await bring_all(delivery, ["c"]) == ["/c"]
+    assert await bringing == ["/a"]
+
+
+@pytest.mark.parametrize("how", ["lost", "full"])
+async def test_a_directory_whose_only_node_does_not_come_is_an_error(cluster: Cluster, how: str) -> None:
+    cluster.fail_source = lambda node: SourceNotFoundError(f"not on {node}")
+    cluster.add("a", "c")
+    delivery = delivery_on(cluster, "/folder")
+    delivery.expect("c")
+    bringing = asyncio.create_task(bring_all(delivery, ["a"]))
+    await asyncio.sleep(0.3)
+    if how == "lost":
+        delivery.lost("c")
+    else:
+        cluster.nodes["c"].begin_error = DiskFullError("full")
+        await bring_all(delivery, ["c"])
+    [error] = await bringing
+    assert isinstance(error, SourceNotFoundError)
+
+
 async def test_a_directory_that_no_node_has_is_an_error(cluster: Cluster) -> None:
     cluster.fail_source = lambda node: SourceNotFoundError(f"not on {node}")
     results = await bring_all(delivery_on(cluster, "/folder"), cluster.add("a", "b"))

@@ -160,7 +160,10 @@ def test_a_download_that_the_system_kills_is_begun_again(
 ) -> None:
     hub.fail(Fault("model.safetensors", times=1, delay_s=60.0))
     thread = in_thread(lambda: download(tiny_model, tmp_path))
-    downloader(hub).kill()
+    child = downloader(hub)
+    while not all((tmp_path / path).exists() for path in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+        time.sleep(0.02)
+    child.kill()
     thread.join()
     assert (tmp_path / "model.safetensors").read_bytes() == (tiny_bert / "model.safetensors").read_bytes()
     assert hub.downloads()["config.json"] == 1

@@ -133,8 +133,8 @@ def _start(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[byt
     )
 
 
-def wait_until_ready(live: Live) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def wait_until_ready(live: Live, timeout_s: float = START_TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
     last = "nothing answered"
     while time.monotonic() < deadline:
         if live.process.poll() is not None:
@@ -149,7 +149,7 @@ def wait_until_ready(live: Live) -> None:
         except httpx.HTTPError as error:
             last = repr(error)
         time.sleep(0.3)
-    raise AssertionError(f"not ready after {START_TIMEOUT_S} s: {last}\n{live.log[-4000:]}")
+    raise AssertionError(f"not ready after {timeout_s} s: {last}\n{live.log[-4000:]}")
 
 
 def _stop(live: Live) -> None:

@@ -1,0 +1,109 @@
+"""The example of all tasks, served as it stands, answers each of README's lines in the shape told there."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from deploy.examples.make_tiny_models import make
+from tests.live import ROOT, Live, served, wait_until_ready
+from tests.test_readme import answers_of, blocks, run
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+START_TIMEOUT_S = 600
+"""25 replicas, most of which import torch, on as few as two cores."""
+
+
+@pytest.fixture(scope="module")
+def all_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    models = tmp_path_factory.mktemp("models")
+    make(models)
+    with served(lambda config: _serve_examples(config, models), wait=False) as live:
+        wait_until_ready(live, START_TIMEOUT_S)
+        yield live
+
+
+def _serve_examples(config: dict[str, Any], models: Path) -> None:
+    """The example's application, with its models where this test made them."""
+    (application,) = yaml.safe_load((ROOT / "deploy" / "examples" / "all-tasks.yaml").read_text())["applications"]
+    application["args"]["cache"] = config["applications"][0]["args"]["cache"]
+    for model in application["args"]["models"]:
+        model["source"] = model["source"].replace("~/.cache/serve_app/examples", str(models))
+    config["applications"] = [application]
+
+
+def _has(*keys: str) -> Callable[[Any], bool]:
+    return lambda answer: set(keys) == answer.keys()
+
+
+def _each(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda answer: isinstance(answer, list) and len(answer) > 0 and all(check(item) for item in answer)
+
+
+def _may_be_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda answer: answer == [] or _each(check)(answer)
+
+
+SHAPES: dict[str, Callable[[Any], bool]] = {
+    "sparse_embedding": _each(_each(_has("index", "value"))),
+    "text_classification": _each(_each(_has("label", "score"))),
+    "zero_shot": _each(_has("label", "score")),
+    "rerank": _each(_has("index", "score", "text")),
+    "token_classification": _may_be_none(_has("entity_group", "score", "word", "start", "end")),
+    "fill_mask": _each(_has("score", "token", "token_str", "sequence")),
+    "question_answering": _has("score", "start", "end", "answer"),
+    "text_generation": _each(_has("generated_text")),
+    "chat": lambda answer: answer["choices"][0]["message"].keys() == {"role", "content"},
+    "text2text": _each(_has("generated_text")),
+    "summarization": _each(_has("summary_text")),
+    "translation": _each(_has("translation_text")),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_line_of_the_readme_is_answered_in_its_shape(name: str, all_tasks: Live) -> None:
+    (answer,) = answers_of(run(blocks("task")[name], all_tasks.base_url))
+    assert SHAPES[name](answer), answer
+
+
+def test_a_streamed_answer_is_the_whole_one_in_pieces(all_tasks: Live) -> None:
+    output = run(blocks("task")["text_generation_stream"], all_tasks.base_url)
+    *events, last = [line.removeprefix("data: ") for line in output.split("\n\n") if line]
+    assert last == "[DONE]"
+    streamed = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+    body = {"prompt": "Once upon a time", "max_tokens": 8}
+    whole = httpx.post(f"{all_tasks.base_url}/models/text-generation/v1/completions", json=body, timeout=60).json()
+    assert streamed == whole["choices"][0]["text"]
+
+
+def test_every_line_for_a_task_is_run() -> None:
+    assert blocks("task").keys() == {*SHAPES, "text_generation_stream"}
+
+
+@pytest.mark.parametrize("name", ["embedding", "rerank", "text-generation", "text2text"])
+def test_texts_of_any_length_are_tokenized_and_made_text_again(name: str, all_tasks: Live) -> None:
+    text = "what is a cat? " * 400
+    url = f"{all_tasks.base_url}/models/{name}"
+    (tokens,) = httpx.post(f"{url}/tokenize", json={"inputs": text}, timeout=60).json()
+    assert len(tokens) > 1600
+    assert all(text[token["start"] : token["stop"]] == token["text"] for token in tokens if not token["special"])
+    (again,) = httpx.post(f"{url}/decode", json={"ids": [token["id"] for token in tokens]}, timeout=60).json()
+    assert again.replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_client_that_leaves_frees_its_place(all_tasks: Live) -> None:
+    url = f"{all_tasks.base_url}/models/text-generation"
+    body = {"inputs": "Once", "stream": True, "parameters": {"max_new_tokens": 400}}
+    started = time.monotonic()
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        assert next(response.iter_lines()).startswith("data: ")
+    answer = httpx.post(url, json={"inputs": "Once", "parameters": {"max_new_tokens": 2}}, timeout=60)
+    assert answer.status_code == 200
+    assert time.monotonic() - started < 60

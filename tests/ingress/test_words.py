@@ -1,0 +1,57 @@
+"""Tokens of texts of any length, from the windows that a tokenizer replica answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from deploy.examples.make_tiny_models import unigram, wordpiece
+from serve_app.errors import InvalidInputError
+from serve_app.ingress.service import TextToken
+from serve_app.ingress.words import text_tokens, texts_of, whole_texts
+from serve_app.tasks.vocabulary import Vocabulary
+from serve_app.tokenizer.encoder import Encoder
+
+TEXTS = ("a small cat", "naïve café, élève, 42 times", "what is a kitten? " * 40)
+
+
+@pytest.fixture(scope="module", params=[wordpiece, unigram], ids=["framed by two tokens", "framed by one"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    request.param().save_pretrained(path)
+    (path / "config.json").write_text('{"model_type": "bert"}')
+    return path
+
+
+def tokens_of(folder: Path, limit: int, special_tokens: bool) -> list[list[TextToken]]:
+    encoder = Encoder(folder, limit)
+    batch = encoder.encode([whole_texts(TEXTS)])
+    assert not batch.failures
+    return text_tokens(TEXTS, batch, Vocabulary.read(encoder.definition), special_tokens)
+
+
+@pytest.mark.parametrize("special_tokens", [True, False])
+@pytest.mark.parametrize("limit", [12, 4000], ids=["in windows", "in one"])
+def test_tokens_are_those_of_the_whole_text(folder: Path, limit: int, special_tokens: bool) -> None:
+    reference = AutoTokenizer.from_pretrained(folder)
+    for text, tokens in zip(TEXTS, tokens_of(folder, limit, special_tokens), strict=True):
+        assert [t.id for t in tokens] == reference(text, add_special_tokens=special_tokens)["input_ids"]
+        assert all(t.text == text[t.start : t.stop] for t in tokens if not t.special)
+        assert all((t.start, t.stop) == (None, None) for t in tokens if t.special)
+        assert any(t.special for t in tokens) == special_tokens
+
+
+def test_ids_become_text_with_and_without_special_tokens(folder: Path) -> None:
+    vocabulary = Vocabulary.read(Encoder(folder, 64).definition)
+    ids = tuple(AutoTokenizer.from_pretrained(folder)("a small cat")["input_ids"])
+    plain, whole = (texts_of([ids], vocabulary, skip)[0] for skip in (True, False))
+    assert plain.split() == ["a", "small", "cat"]
+    assert len(whole) > len(plain)
+
+
+def test_an_id_beyond_all_vocabularies_is_refused(folder: Path) -> None:
+    vocabulary = Vocabulary.read(Encoder(folder, 64).definition)
+    with pytest.raises(InvalidInputError, match="too large"):
+        texts_of([(2**40,)], vocabulary, True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.config import CacheConfig, ModelConfig, ModelSettings, parse
-from serve_app.metrics import ModelMetrics
+from serve_app.metrics import ModelMetrics, ReplicaMetrics
 from serve_app.model import memory
 from serve_app.model.deployment import EXIT_AFTER_S
 from serve_app.outputs import GeneratedPiece
@@ -28,6 +28,7 @@ class GenerationReplica:
         memory.configure_allocator()
         self._config = model
         self._metrics = ModelMetrics()
+        self._loop_metrics = ReplicaMetrics()
         path = await ensure_local(model, cache)
         await asyncio.to_thread(self._load, path)
         self._engine.start()
@@ -109,6 +110,7 @@ class GenerationReplica:
 
     async def check_health(self) -> None:
         """Raises if this replica must be replaced."""
+        self._loop_metrics.look()
         self._engine.check()
 
     def __del__(self) -> None:

@@ -15,7 +15,7 @@ from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.bounded import BoundedTokenizer
 from serve_app.tokenizer.chat import ChatTemplate
 from serve_app.tokenizer.encoded import Encoded, Outcome, flatten
-from serve_app.tokenizer.framed import FramedTokenizer, check_ids
+from serve_app.tokenizer.framed import FramedTokenizer, check_ids, prompted
 from serve_app.tokenizer.loader import load
 from serve_app.types import LongTexts, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
 
@@ -158,16 +158,7 @@ def _ids(value: TextInput) -> TokenIds:
 
 def _texts(request: TokenizeRequest) -> list[str | TextPair]:
     """The inputs that need the tokenizer, the prompt before each (before the first text of a pair)."""
-    if not request.prompt:
-        return [cast("str | TextPair", v) for v in request.inputs if not _is_ids(v)]
-    prompted: list[str | TextPair] = []
-    for value in request.inputs:
-        if isinstance(value, str):
-            prompted.append(request.prompt + value)
-        elif not _is_ids(value):
-            first, second = cast("TextPair", value)
-            prompted.append((request.prompt + first, second))
-    return prompted
+    return [prompted(request.prompt, cast("str | TextPair", value)) for value in request.inputs if not _is_ids(value)]
 
 
 def _check_room(tokenizer: Tokenizer, max_input_tokens: int) -> None:

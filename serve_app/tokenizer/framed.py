@@ -41,7 +41,9 @@ class Reading:
     layout: Layout
     whole: bool = True
     skipped: int = 0
-    """Characters that were left out before the part that was read of the text that is cut."""
+    """Characters that were left out before the part that was read."""
+    part_of: int = 0
+    """0 or 1: the text of which a part was read, where not all was."""
 
 
 class FramedTokenizer:
@@ -83,7 +85,7 @@ class FramedTokenizer:
                 texts.append(self._chat.render(value))
                 framed.append(False)
             elif isinstance(value, str) or (value and isinstance(value[0], str)):
-                texts.append(_prompted(request.prompt, value))
+                texts.append(prompted(request.prompt, value))
                 framed.append(True)
         for frames in (True, False):
             self._check_room(request, [text for text, f in zip(texts, framed, strict=True) if f == frames], frames)
@@ -110,7 +112,7 @@ class FramedTokenizer:
         encode = self._tokenizer.encode_batch if request.align else self._tokenizer.encode_batch_fast
         encodings = encode([part for part, _ in parts], add_special_tokens=frames)
         readings = [
-            Reading(encoding, self._layout(encoding, text, frames), part is text, skipped)
+            Reading(encoding, self._layout(encoding, text, frames), part is text, skipped, _longest(request, text))
             for encoding, text, (part, skipped) in zip(encodings, texts, parts, strict=True)
         ]
         short = [i for i, reading in enumerate(readings) if not self._is_enough(request, reading)]
@@ -124,9 +126,7 @@ class FramedTokenizer:
         """What to read of a text, and how many characters before it are not."""
         if isinstance(text, str):
             return self._part_of_one(request, text, characters)
-        target = (
-            0 if request.cut == "only_first" or (request.cut != "only_second" and len(text[0]) > len(text[1])) else 1
-        )
+        target = _longest(request, text)
         part, skipped = self._part_of_one(request, text[target], characters)
         if part is text[target]:
             return text, 0
@@ -146,12 +146,10 @@ class FramedTokenizer:
         """Whether what was not read changes nothing."""
         if reading.whole:
             return True
-        layout = reading.layout
-        target = target_of(layout, request.cut)
-        if target is not None:
-            return (layout.first if target == 0 else layout.second or 0) > self._needed(request)
-        short, long = sorted((layout.first, layout.second or 0))
-        return long > self._needed(request) and short < long
+        part, other = reading.layout.first, reading.layout.second or 0
+        if reading.part_of == 1:
+            part, other = other, part
+        return part > self._needed(request) and (request.cut != "longest_first" or other < part)
 
     def _layout(self, encoding: Encoding, text: Text, frames: bool) -> Layout:
         if isinstance(text, str):
@@ -278,8 +276,7 @@ def check_ids(index: int, ids: TokenIds, vocab_size: int) -> None:
 def _alignment(request: TokenizeRequest, reading: Reading) -> Alignment:
     encoding, text_ids = reading.encoding, reading.layout.text_ids()
     offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-    cut = target_of(reading.layout, request.cut) or 0
-    offsets[text_ids == cut] += np.int32(reading.skipped)
+    offsets[text_ids == reading.part_of] += np.int32(reading.skipped)
     offsets[text_ids == 0] -= np.int32(len(request.prompt))
     word_ids = np.array([-1 if word is None else word for word in encoding.word_ids], np.int32)
     return Alignment(np.maximum(offsets, 0), word_ids, text_ids)
@@ -290,6 +287,13 @@ def _unaligned(length: int) -> Alignment:
     return Alignment(np.zeros((length, 2), np.int32), np.full(length, -1, np.int32), np.full(length, -1, np.int8))
 
 
+def _longest(request: TokenizeRequest, text: Text) -> int:
+    """0 or 1: the text that is cut if any is, as far as characters tell."""
+    if isinstance(text, str) or request.cut == "only_first":
+        return 0
+    return 1 if request.cut == "only_second" or len(text[1]) >= len(text[0]) else 0
+
+
 def _frame_of(tokenizer: Tokenizer, probe: Text) -> Frame:
     texts = tokenizer.encode_batch([probe], add_special_tokens=True)[0].sequence_ids
     last = 1 if isinstance(probe, tuple) else 0
@@ -297,9 +301,9 @@ def _frame_of(tokenizer: Tokenizer, probe: Text) -> Frame:
     return Frame(before, texts.count(None) - before - after, after)
 
 
-def _prompted(prompt: str, text: Text) -> Text:
-    if not prompt:
-        return text
+def prompted(prompt: str, text: Text) -> Text:
+    if isinstance(text, tuple) and not text[1]:  # as transformers does: a pair without a second text is a text
+        text = text[0]
     return prompt + text if isinstance(text, str) else (prompt + text[0], text[1])
 
 

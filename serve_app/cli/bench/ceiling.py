@@ -12,17 +12,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from serve_app.cli.bench.children import Children, Command, answer_commands
 from serve_app.cli.bench.corpus import make_corpus
-from serve_app.config import ModelConfig
+from serve_app.cli.bench.loads import LOADS
+from serve_app.cli.bench.wire import EMBEDDING
+from serve_app.config import ModelConfig, TaskName
 from serve_app.tasks.card import read_card
+from serve_app.tasks.registry import TASKS
+from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.encoder import Encoder
-from serve_app.types import FloatArray, TokenBatch, TokenizeRequest
+from serve_app.types import FloatArray, HeadArguments, Int32Array, Request, TokenBatch, TokenizeRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class CeilingPlan:
     processes: int
     threads: int
     budgets: tuple[int, ...]
+    task: str = EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +97,15 @@ class InProcess:
 
     def __init__(self, plan: CeilingPlan, part: int) -> None:
         path = Path(plan.model_path)
-        config = ModelConfig(name="ceiling", source=str(path), num_threads=plan.threads)
-        read_card(path, config, "")
-        self.texts = make_corpus(path, plan.texts, plan.seed).texts[part :: plan.processes]
+        task = plan.task if plan.task in get_args(TaskName) else None
+        config = ModelConfig(
+            name="ceiling", source=str(path), num_threads=plan.threads, task=cast("TaskName | None", task)
+        )
+        self._card = read_card(path, config, "")
+        self._task = plan.task
+        corpus = make_corpus(path, plan.texts, plan.seed)
+        self.texts = corpus.texts[part :: plan.processes]
+        self._tokens = sum(corpus.computed_tokens(plan.max_input_tokens)[part :: plan.processes])
         self._encoder = Encoder(path, plan.max_input_tokens)
 
         # Seconds to import, so after what can be wrong with the model's files.
@@ -106,21 +117,46 @@ class InProcess:
     def compute(self, budget: int) -> tuple[FloatArray, dict[str, Any]]:
         """Vectors (n, d) of this part's texts in their order, and what they took."""
         started = time.perf_counter()
-        batch = self._encoder.encode([TokenizeRequest(self.texts, long_texts="truncate")])
+        batch, head, arguments = self._encoded()
         tokenized = time.perf_counter()
         order = np.argsort(batch.lengths(), kind="stable")
         longest_first = gather(batch, order[::-1])
-        rows = np.concatenate([self._runner.run(part).values for part in split(longest_first, budget)])
-        vectors = np.empty_like(rows)
-        vectors[order[::-1]] = rows
+        parts = split(longest_first, budget)
+        rows = [self._runner.run(part, head, arguments * part.num_sequences).values for part in parts]
+        vectors = self._in_order(rows, order[::-1])
         ended = time.perf_counter()
         return vectors, {
-            "texts": batch.num_sequences,
-            "tokens": len(batch.input_ids),
+            "texts": len(self.texts),
+            "tokens": self._tokens,
             "tokenize_s": tokenized - started,
             "forward_s": ended - tokenized,
             "attention": self._runner.mode,
         }
+
+    def _encoded(self) -> tuple[TokenBatch, str | None, tuple[HeadArguments | None, ...]]:
+        """All texts, the head's name and what it needs to know of each sequence."""
+        if self._task == EMBEDDING:
+            return self._encoder.encode([TokenizeRequest(self.texts, long_texts="truncate")]), None, ()
+        load, task, mask = LOADS[self._task], TASKS[self._task], self._mask
+        assert load.options is not None
+        inputs = tuple(load.inputs(self.texts, mask))
+        request = Request("ceiling", "ceiling", self._task, inputs, load.options, long_texts="truncate")
+        vocabulary = Vocabulary.read(self._encoder.definition) if task.needs_vocabulary else None
+        argument = task.arguments(request, vocabulary)
+        batch = self._encoder.encode([task.prepare(request, self._card)])
+        return batch, task.head, () if argument is None else (argument,)
+
+    @property
+    def _mask(self) -> str:
+        token_id = self._card.mask_token_id
+        return "" if token_id is None else Vocabulary.read(self._encoder.definition).token(token_id)
+
+    def _in_order(self, rows: list[FloatArray], order: npt.NDArray[np.int64]) -> FloatArray:
+        """The rows in the order of the texts; those of tasks beside embedding are only computed, and not looked at."""
+        computed = np.concatenate(rows) if self._task == EMBEDDING else np.zeros((len(order), 0), np.float32)
+        vectors = np.empty_like(computed)
+        vectors[order] = computed
+        return vectors
 
 
 def gather(batch: TokenBatch, order: npt.NDArray[np.int64]) -> TokenBatch:
@@ -132,7 +168,15 @@ def gather(batch: TokenBatch, order: npt.NDArray[np.int64]) -> TokenBatch:
         cu_seqlens=np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)]),
         cu_requests=np.array([0, len(order)], np.int32),
         truncated=batch.truncated[order],
+        token_type_ids=_types(batch, order),
     )
+
+
+def _types(batch: TokenBatch, order: npt.NDArray[np.int64]) -> Int32Array | None:
+    types = batch.token_type_ids
+    if types is None:
+        return None
+    return np.concatenate([types[batch.cu_seqlens[i] : batch.cu_seqlens[i + 1]] for i in order])
 
 
 def split(batch: TokenBatch, budget: int) -> Iterator[TokenBatch]:

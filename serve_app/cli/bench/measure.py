@@ -12,7 +12,7 @@ import numpy as np
 
 from serve_app.cli.bench.load import CONNECTION_LOST, ClosedLoop, Outcome, Plan, Window
 from serve_app.cli.bench.processes import ServerProcesses, Usage
-from serve_app.cli.bench.wire import Prepared, ProtocolName, Target, read_vectors
+from serve_app.cli.bench.wire import Prepared, ProtocolName, Target, count_answers, read_vectors
 from serve_app.errors import ConfigError
 from serve_app.types import FloatArray
 
@@ -161,6 +161,21 @@ def verify(
         if cosine is not None:
             least = cosine if least is None else min(least, cosine)
     return Verdict(len(samples), wrong, reason, least)
+
+
+def verify_counts(samples: Sequence[Sample], per_text: bool) -> Verdict:
+    """Look at the kept answers of a task beside embedding: a list, of as many elements as there were texts."""
+    reasons = [reason for sample in samples if (reason := _why_wrong(sample, per_text))]
+    return Verdict(len(samples), len(reasons), reasons[0] if reasons else "")
+
+
+def _why_wrong(sample: Sample, per_text: bool) -> str:
+    try:
+        count = count_answers(sample.body)
+    except ValueError as error:
+        return str(error)
+    right = not per_text or sample.texts == 1 or count == sample.texts
+    return "" if right else f"{count} answers for {sample.texts} texts"
 
 
 def _check(sample: Sample, protocol: ProtocolName, dimensions: int, reference: FloatArray | None) -> float | None:

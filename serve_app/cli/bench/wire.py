@@ -11,8 +11,11 @@ import numpy as np
 import orjson
 
 from serve_app.cli.bench.corpus import Corpus
+from serve_app.cli.bench.loads import LOADS
 from serve_app.errors import ConfigError
 from serve_app.types import FloatArray
+
+EMBEDDING = "embedding"
 
 ProtocolName: TypeAlias = Literal["tei", "openai", "hf"]
 
@@ -39,17 +42,26 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server's address; `path` overrides the protocol's own."""
+    """A server's address; `path` overrides the protocol's own. Beside embedding, each task has one shape."""
 
     host: str
     port: int
     protocol: ProtocolName = "tei"
     model: str = "default"
     path: str | None = None
+    task: str = EMBEDDING
+    mask: str = ""
+    """The model's mask token, for task fill-mask."""
 
     @property
     def route(self) -> str:
-        return self.path or PROTOCOLS[self.protocol].path.format(model=self.model)
+        own = PROTOCOLS[self.protocol].path if self.task == EMBEDDING else LOADS[self.task].path
+        return self.path or own.format(model=self.model)
+
+    def body(self, texts: Sequence[str]) -> Mapping[str, Any]:
+        if self.task == EMBEDDING:
+            return PROTOCOLS[self.protocol].body(texts, self.model)
+        return LOADS[self.task].body(texts, self.mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +74,13 @@ class Prepared:
     tokens: int
 
 
-def target_of(url: str, protocol: ProtocolName, model: str) -> Target:
+def target_of(url: str, protocol: ProtocolName, model: str, task: str = EMBEDDING, mask: str = "") -> Target:
     """Raises ConfigError for what is no plain http URL. A path in the URL is used as it is."""
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname:
         raise ConfigError(f"--url: {url!r} is not of the form http://host:port; TLS ends before the server")
     path = parts.path.rstrip("/") or None
-    return Target(parts.hostname, parts.port or 80, protocol, model, path)
+    return Target(parts.hostname, parts.port or 80, protocol, model, path, task, mask)
 
 
 def prepare(corpus: Corpus, computed_tokens: Sequence[int], texts_per_request: int, target: Target) -> list[Prepared]:
@@ -88,7 +100,7 @@ def prepare(corpus: Corpus, computed_tokens: Sequence[int], texts_per_request: i
 
 
 def _payload(target: Target, texts: Sequence[str]) -> bytes:
-    body = orjson.dumps(PROTOCOLS[target.protocol].body(texts, target.model))
+    body = orjson.dumps(target.body(texts))
     head = (
         f"POST {target.route} HTTP/1.1\r\nHost: {target.host}:{target.port}\r\nContent-Type: application/json\r\n"
         f"Accept: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -105,3 +117,11 @@ def read_vectors(body: bytes, protocol: ProtocolName) -> FloatArray:
     if values.ndim != 2:
         raise ValueError(f"an answer of shape {values.shape}, not (texts, dimensions)")
     return values
+
+
+def count_answers(body: bytes) -> int:
+    """Elements of an answer that is a list. Raises ValueError if it is none."""
+    answers = orjson.loads(body)
+    if not isinstance(answers, list):
+        raise ValueError(f"not a list of answers: {body[:80]!r}")
+    return len(answers)

@@ -24,6 +24,10 @@ MAX_ONGOING_REQUESTS = 1024
 
 HEALTH_CHECK_PERIOD_S = 5.0
 
+START_RETRIES = 3
+"""Tries of a deployment of which nothing has ever started, its pre-warm included: what 20, Serve's default, would only
+tell minutes later (a source that refuses us, a model that cannot be loaded) fails soon. The reason shows at once."""
+
 ROUTER = RequestRouterConfig(request_router_class="serve_app.ingress.router.LeastOutstandingRouter")
 """How the ingress chooses among a tier's replicas."""
 
@@ -57,6 +61,7 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         name=f"{model.name}-tokenizer",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         deployment_actors=warm,
+        max_constructor_retry_count=START_RETRIES,
         request_router_config=ROUTER,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
@@ -66,6 +71,7 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         name=f"{model.name}-model",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         deployment_actors=warm,
+        max_constructor_retry_count=START_RETRIES,
         request_router_config=ROUTER,
         user_config=ModelSettings().model_dump(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

@@ -118,19 +118,12 @@ class ModelReplica:
             device=str(self._loaded.device),
             attention=self._runner.mode,
             max_batch_tokens=self._engine.max_batch_tokens,
-            memory=self._memory_figures(),
+            memory=memory.figures(self._loaded.device),
         )
-
-    def _memory_figures(self) -> dict[str, float]:
-        return memory.read_cuda(self._loaded.device).figures() if self._on_cuda else memory.process_figures()
 
     async def memory_summary(self) -> str:
         """The allocator's own report (CUDA), or this process's memory, as text for a person."""
-        if not self._on_cuda:
-            return "\n".join(f"{name} {value:,.0f}" for name, value in self._memory_figures().items()) + "\n"
-        import torch
-
-        return str(torch.cuda.memory_summary(self._loaded.device))
+        return memory.summary(self._loaded.device)
 
     async def check_health(self) -> None:
         """Raises if this replica must be replaced."""
@@ -153,5 +146,5 @@ class ModelReplica:
         if report.failures:
             self._metrics.failed_inputs.inc(report.failures, tags)
         if self._on_cuda:
-            for kind, value in self._memory_figures().items():
+            for kind, value in memory.figures(self._loaded.device).items():
                 self._metrics.device_memory.set(value, {**tags, "kind": kind})

@@ -90,23 +90,12 @@ class GenerationReplica:
             device=str(self._loaded.device),
             attention=f"generating {self._loaded.mode}",
             max_batch_tokens=self._engine.limits.max_kv_tokens,
-            memory=self._memory_figures(),
+            memory=memory.figures(self._loaded.device),
         )
-
-    @property
-    def _on_cuda(self) -> bool:
-        return bool(self._loaded.device.type == "cuda")
-
-    def _memory_figures(self) -> dict[str, float]:
-        return memory.read_cuda(self._loaded.device).figures() if self._on_cuda else memory.process_figures()
 
     async def memory_summary(self) -> str:
         """The allocator's own report (CUDA), or this process's memory, as text for a person."""
-        if not self._on_cuda:
-            return "\n".join(f"{name} {value:,.0f}" for name, value in self._memory_figures().items()) + "\n"
-        import torch
-
-        return str(torch.cuda.memory_summary(self._loaded.device))
+        return memory.summary(self._loaded.device)
 
     async def check_health(self) -> None:
         """Raises if this replica must be replaced."""

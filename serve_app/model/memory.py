@@ -128,6 +128,20 @@ def process_figures() -> dict[str, float]:
     return {"rss_bytes": memory.rss, "available_bytes": psutil.virtual_memory().available}
 
 
+def figures(device: Any) -> dict[str, float]:
+    """What a replica on this torch.device tells of its memory, by name."""
+    return read_cuda(device).figures() if device.type == "cuda" else process_figures()
+
+
+def summary(device: Any) -> str:
+    """The allocator's own report (CUDA), or this process's memory, as text for a person."""
+    if device.type != "cuda":
+        return "\n".join(f"{name} {value:,.0f}" for name, value in process_figures().items()) + "\n"
+    import torch
+
+    return str(torch.cuda.memory_summary(device))
+
+
 @dataclass(frozen=True, slots=True)
 class BytesPerBatch:
     """Peak bytes of one forward pass beyond the weights: `fixed + per_token * tokens`."""

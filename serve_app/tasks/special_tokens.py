@@ -36,6 +36,12 @@ class SpecialTokens:
         """`clean_up_tokenization_spaces`, which transformers' `decode` follows."""
         return bool(self._names.get("clean_up_tokenization_spaces", False))
 
+    @property
+    def names_no_token_types(self) -> bool:
+        """Whether `model_input_names` is there and leaves out token types, which the model is then not to be given."""
+        names = self._names.get("model_input_names")
+        return isinstance(names, list) and "token_type_ids" not in names
+
     def id_of(self, role: str) -> int | None:
         """The id of `mask_token`, `cls_token`, `unk_token` or `pad_token`; None if there is none."""
         named = self._names.get(role)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -36,7 +37,9 @@ class Encoder:
         self.max_input_tokens = max_input_tokens
         tokenizer, folder = load(path), transformer_folder(path)
         _check_room(tokenizer, max_input_tokens)
-        self.definition: str = Vocabulary.define(tokenizer, SpecialTokens(folder))
+        special = SpecialTokens(folder)
+        self.definition: str = Vocabulary.define(tokenizer, special)
+        self._drops_token_types = special.names_no_token_types
         self._chat = ChatTemplate(folder)
         self._vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self._whole = BoundedTokenizer(tokenizer, max_input_tokens, None)
@@ -60,7 +63,8 @@ class Encoder:
         for members in _alike(requests, plain):
             for index, outcome in zip(members, self._encode_alike([requests[i] for i in members]), strict=True):
                 outcomes[index] = outcome
-        return flatten(outcomes, time.perf_counter() - started)
+        batch = flatten(outcomes, time.perf_counter() - started)
+        return replace(batch, token_type_ids=None) if self._drops_token_types else batch
 
     def _is_plain(self, request: TokenizeRequest) -> bool:
         """Whether the tokenizer's own truncation does, which is the quickest."""

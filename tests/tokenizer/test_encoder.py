@@ -126,6 +126,14 @@ def test_a_pair_has_the_references_ids_and_types(
     assert batch.truncated.tolist() == [lengths != (1, 1)]
 
 
+def test_there_are_no_types_where_the_models_inputs_are_named_without_them(tmp_path: Path) -> None:
+    folder = save(wordpiece(), tmp_path)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": ["input_ids", "attention_mask"]}))
+    assert "token_type_ids" not in AutoTokenizer.from_pretrained(str(folder))("small", "words")
+    assert encode_one(Encoder(folder, LIMIT), ("small", "words")).token_type_ids is None
+
+
 def test_types_are_zero_for_what_is_no_pair(encoder: Encoder, reference: Any) -> None:
     batch = encoder.encode([TokenizeRequest(("small words", ("one", "two")), "truncate")])
     assert batch.token_type_ids is not None

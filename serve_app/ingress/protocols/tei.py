@@ -1,6 +1,7 @@
 """Text Embeddings Inference: `/embed`, `/embed_all`, `/embed_sparse`, `/similarity`, `/predict`, `/rerank`.
 
-Shapes and defaults are those of https://github.com/huggingface/text-embeddings-inference (router/src/http/types.rs).
+Shapes and defaults are those of https://github.com/huggingface/text-embeddings-inference (router/src/http/types.rs);
+`long_texts` and `stride` are ours.
 `/tokenize` and `/decode` are in `tei_tokens`.
 """
 
@@ -23,9 +24,11 @@ from serve_app.ingress.protocols.fields import (
     Dimensions,
     InferenceBody,
     Inputs,
+    LongTextsChoice,
     Normalize,
     PromptName,
     Similarity,
+    Stride,
     Text,
     Texts,
     Truncate,
@@ -56,10 +59,13 @@ class TruncationFields(Body):
 
     truncate: Truncate = None
     truncation_direction: TruncationDirection = None
+    long_texts: LongTextsChoice = None
+    stride: Stride = None
 
     def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
         side = self.truncation_direction or "right"
-        return Request(id, model, task, inputs, options, long_texts(self.truncate), side)
+        choice = self.long_texts or long_texts(self.truncate)
+        return Request(id, model, task, inputs, options, choice, side, self.stride)
 
 
 class EmbedBody(TruncationFields, InferenceBody):

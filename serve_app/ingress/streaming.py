@@ -28,6 +28,9 @@ EVENT_STREAM = b"text/event-stream; charset=utf-8"
 _HEADERS: tuple[Header, ...] = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 """Neither caches nor proxies may hold pieces back."""
 
+_LINE_ENDS = {character.encode(): b"\\u%04x" % ord(character) for character in "\u0085\u2028\u2029"}
+"""No line ends in an event stream, nor for JSON, but for httpx's `iter_lines`, by which huggingface_hub reads one."""
+
 
 async def stream_reply(
     exchange: Exchange,
@@ -73,6 +76,8 @@ async def _framed(first: bytes, events: Events, dialect: Dialect, request_id: st
 
 
 def _event(data: bytes) -> bytes:
+    for end, escaped in _LINE_ENDS.items():
+        data = data.replace(end, escaped)
     return b"data: %b\n\n" % data
 
 

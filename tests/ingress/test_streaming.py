@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from serve_app import errors
+from tests.ingress import edge
 from tests.ingress.edge import WORDS, FakeService, client_of, edge_app, served
 
 STREAMS = {
@@ -39,6 +40,26 @@ async def test_a_stream_is_of_events_that_nobody_holds_back(client: httpx.AsyncC
     assert response.headers["x-request-id"]
     assert "content-length" not in response.headers
     assert len(events(response.text)) >= len(WORDS) + 1
+
+
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_line_end_that_only_unicode_knows_splits_no_event(
+    client: httpx.AsyncClient, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("a\u2028", "b\u2029", "c\x85", "d\r\n\x0b\x0c\x1c\x1d\x1e")
+    monkeypatch.setattr(edge, "WORDS", words)
+    text = (await client.post(path, json=STREAMS[path])).text
+    lines = [line for line in text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert len(lines) == len(events(text))
+    assert all(word in "".join(map(str, told(events(text)))) for word in words)
+
+
+def told(found: Any) -> list[str]:
+    """Every text in the events."""
+    if isinstance(found, dict):
+        return [text for value in found.values() for text in told(value)]
+    return [text for value in found for text in told(value)] if isinstance(found, list) else [str(found)]
 
 
 @pytest.mark.parametrize("path", STREAMS)

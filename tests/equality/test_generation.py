@@ -1,0 +1,281 @@
+"""Generation over HTTP, from a text, of a summary or a translation: the tokens of `generate`, run alone and seeded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from tokenizers import decoders, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
+
+from serve_app.config import ModelConfig
+from serve_app.options import GenerationOptions
+from tests.equality.matrix import TOLERANCE, ask, refusal
+from tests.inprocess import served
+from tests.model.generation.models import WINDOW, reference, tiny
+from tests.tasks.families import TEXTS
+from tests.tokenizer.kinds import byte_level, qwen
+
+DECODERS = ("gpt2", "llama", "qwen2")
+NEW_TOKENS = 12
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+FRAMES = {"gpt2": "$A", "llama": "<s> $A", "qwen2": "$A", "bart": "<s> $A </s>", "t5": "$A </s>", "marian": "$A </s>"}
+PREFIXES = {
+    "summarization": {"prefix": "summarize: "},
+    "translation_en_to_fr": {"prefix": "translate English to French: "},
+    "translation_en_to_de": {"prefix": "translate English to German: "},
+}
+CONFIGURED: dict[str, dict[str, Any]] = {
+    "gpt2-configured": {"max_new_tokens": 7, "do_sample": True, "top_k": 5, "temperature": 0.8},
+    "bart-configured": {"max_new_tokens": 9, "num_beams": 2, "repetition_penalty": 1.2},
+}
+"""What the generation config of each model says."""
+
+GREEDY_AND_SEEDED: list[dict[str, Any]] = [
+    {"do_sample": False},
+    {"do_sample": True, "seed": 1, "temperature": 1.0},
+    {"do_sample": True, "seed": 2, "temperature": 0.7, "top_k": 5},
+    {"do_sample": True, "seed": 3, "temperature": 1.5, "top_p": 0.8},
+    {"do_sample": False, "repetition_penalty": 1.3},
+    {"do_sample": False, "num_beams": 3},
+    {"do_sample": True, "seed": 4, "temperature": 1.0, "min_new_tokens": 10},
+]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model as it is served, and what the reference needs of it."""
+
+    folder: Path
+    task: str
+    model: Any
+    tokenizer: Any
+
+    def prompt(self, text: str, new_tokens: int = NEW_TOKENS) -> list[int]:
+        """The ids of a text, cut as the documentation says: room for the answer, up to a quarter of the window."""
+        if self.model.config.is_encoder_decoder:
+            return list(self.tokenizer(text, truncation=True, max_length=WINDOW)["input_ids"])
+        room = min(new_tokens, WINDOW // 4)
+        return list(self.tokenizer(text, truncation=True, max_length=WINDOW - room)["input_ids"])
+
+    def tokens(self, text: str, **options: Any) -> list[int]:
+        prompt = self.prompt(text, options.get("max_new_tokens", NEW_TOKENS))
+        return reference(self.model, prompt, GenerationOptions(**options))
+
+    def answer(self, text: str, **options: Any) -> str:
+        decoded: str = self.tokenizer.decode(self.tokens(text, **options), skip_special_tokens=True)
+        return decoded
+
+
+Generators = Mapping[str, Generator]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Generators:
+    root = tmp_path_factory.mktemp("models")
+    made = {name: generator(root / name, name, "text-generation") for name in DECODERS}
+    made |= {name: generator(root / name, name, "text2text-generation") for name in ("t5", "bart")}
+    for name, chosen in CONFIGURED.items():
+        task = "text-generation" if name.startswith("gpt2") else "text2text-generation"
+        made[name] = generator(root / name, name.partition("-")[0], task)
+        edit(root / name / "generation_config.json", chosen)
+    made["bart-summarization"] = generator(root / "bart-summarization", "bart", "summarization")
+    made["t5-summarization"] = generator(root / "t5-summarization", "t5", "summarization", PREFIXES)
+    made["marian-translation"] = generator(root / "marian-translation", "marian", "translation")
+    made["t5-translation"] = generator(root / "t5-translation", "t5", "translation", PREFIXES)
+    return made
+
+
+def generator(folder: Path, model_type: str, task: str, prefixes: Any = None) -> Generator:
+    model = tiny(model_type)
+    model.save_pretrained(folder)
+    if prefixes is not None:
+        edit(folder / "config.json", {"task_specific_params": prefixes})
+    backend = qwen() if model_type == "qwen2" else byte_level()
+    backend.decoder = decoders.ByteLevel()
+    special = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single=FRAMES[model_type], special_tokens=special)
+    side = "right" if model.config.is_encoder_decoder else "left"
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=WINDOW,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        truncation_side=side,
+    )
+    words.chat_template = CHAT_TEMPLATE
+    words.save_pretrained(folder)
+    return Generator(folder, task, model, AutoTokenizer.from_pretrained(str(folder)))
+
+
+def edit(file: Path, keys: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+@pytest.fixture(scope="module")
+def url(models: Generators, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    configs = [
+        ModelConfig(name=name, source=str(given.folder), task=given.task, max_input_tokens=WINDOW)  # type: ignore[arg-type]
+        for name, given in models.items()
+    ]
+    with served(configs, tmp_path_factory.mktemp("cache")) as base:
+        yield f"{base}/models"
+
+
+def texts() -> list[str]:
+    """The matrix's, and one that is too long in words and one without a space."""
+    return [*TEXTS.values(), "The model reads small words. " * 20, "w" * 10_000]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_generated_texts_are_the_pipelines(name: str, url: str, models: Generators) -> None:
+    given = models[name]
+    pipe = pipeline("text-generation", model=given.model, tokenizer=given.tokenizer, device="cpu")
+    options = [{**chosen, "max_new_tokens": NEW_TOKENS} for chosen in GREEDY_AND_SEEDED]
+    fitting = [text for text in texts() if len(given.tokenizer(text)["input_ids"]) <= WINDOW - NEW_TOKENS]
+    answers = ask(f"{url}/{name}", [{"inputs": fitting, "parameters": chosen} for chosen in options])
+    [full] = ask(f"{url}/{name}", [{"inputs": fitting, "parameters": {**options[0], "return_full_text": True}}])
+    for got, chosen in zip(answers, options, strict=True):
+        seed = chosen.get("seed", 0)
+        keys = {key: value for key, value in chosen.items() if key != "seed"}
+        for text, each in zip(fitting, got, strict=True):
+            torch.manual_seed(seed)
+            assert [each] == pipe(text, return_full_text=False, **keys)
+    for text, each in zip(fitting, full, strict=True):
+        assert [each] == pipe(text, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_generated_tokens_are_those_of_generate_where_a_prompt_is_cut_too(
+    name: str, url: str, models: Generators
+) -> None:
+    given = models[name]
+    options = [{**chosen, "max_new_tokens": 16} for chosen in GREEDY_AND_SEEDED if "num_beams" not in chosen]
+    bodies = [{"inputs": texts(), "parameters": {**chosen, "details": True}} for chosen in options]
+    for got, chosen in zip(ask(f"{url}/{name}", bodies), options, strict=True):
+        for text, each in zip(texts(), got, strict=True):
+            wanted = given.tokens(text, **chosen)
+            assert [token["id"] for token in each["details"]["tokens"]] == wanted
+            assert each["generated_text"] == given.tokenizer.decode(wanted, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "prefix"),
+    [
+        ("t5", "generated_text", ""),
+        ("bart", "generated_text", ""),
+        ("bart-summarization", "summary_text", ""),
+        ("t5-summarization", "summary_text", "summarize: "),
+        ("marian-translation", "translation_text", ""),
+    ],
+)
+def test_texts_of_texts_are_those_of_generate(name: str, key: str, prefix: str, url: str, models: Generators) -> None:
+    given, asked = models[name], ["", *texts()]
+    options = [{**chosen, "max_new_tokens": NEW_TOKENS} for chosen in GREEDY_AND_SEEDED]
+    bodies: list[dict[str, Any]] = [{"inputs": asked, "parameters": chosen} for chosen in options]
+    nested = {"inputs": asked, "parameters": {"generate_parameters": options[1]}}
+    *answers, again = ask(f"{url}/{name}", [*bodies, nested])
+    for got, chosen in zip(answers, options, strict=True):
+        assert got == [{key: given.answer(prefix + text, **chosen)} for text in asked]
+    assert again == answers[1]
+
+
+def test_a_translation_begins_with_the_prefix_of_its_languages(url: str, models: Generators) -> None:
+    given, text = models["t5-translation"], "The model reads."
+    chosen = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    languages = {"fr": "translate English to French: ", "de": "translate English to German: "}
+    bodies = [{"inputs": text, "parameters": {**chosen, "src_lang": "en", "tgt_lang": to}} for to in languages]
+    for got, prefix in zip(ask(f"{url}/t5-translation", bodies), languages.values(), strict=True):
+        assert got == [{"translation_text": given.answer(prefix + text, **chosen)}]
+    unknown = {"inputs": text, "parameters": {"src_lang": "en", "tgt_lang": "tlh"}}
+    assert "en to fr" in refusal(f"{url}/t5-translation", unknown)[1]
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_what_is_not_said_is_as_the_models_generation_config_says(name: str, url: str, models: Generators) -> None:
+    [got] = ask(f"{url}/{name}", [{"inputs": "one two", "parameters": {"seed": 9}}])
+    assert got == [{"generated_text": models[name].answer("one two", seed=9, **CONFIGURED[name])}]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_streamed_pieces_are_the_whole_answer(name: str, url: str, models: Generators) -> None:
+    given, text = models[name], "☕ small words"
+    for chosen in GREEDY_AND_SEEDED[:4]:
+        parameters = {**chosen, "max_new_tokens": 30}
+        wanted = given.tokens(text, **parameters)
+        events = streamed(f"{url}/{name}", {"inputs": text, "parameters": parameters, "stream": True})
+        whole = given.tokenizer.decode(wanted, skip_special_tokens=True)
+        assert "".join(event["token"]["text"] for event in events) == whole
+        assert [event["token"]["id"] for event in events] == wanted
+        assert events[-1]["generated_text"] == whole
+        body = {"prompt": text, "max_tokens": 30, "temperature": chosen.get("temperature", 0), "stream": True}
+        body |= {key: chosen[key] for key in ("seed", "top_k", "top_p") if key in chosen}
+        pieces = streamed(f"{url}/{name}/v1/completions", body)
+        assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole
+
+
+def streamed(url: str, body: dict[str, Any]) -> list[Any]:
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        assert response.status_code == 200
+        lines = [line.removeprefix("data:").strip() for line in response.iter_lines() if line.startswith("data:")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_conversation_is_answered_as_its_template_says(name: str, url: str, models: Generators) -> None:
+    given = models[name]
+    messages = [{"role": "user", "content": "a ☕?"}, {"role": "assistant", "content": "b"}]
+    ids = given.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    body = {"messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
+    [whole] = ask(f"{url}/{name}/v1/chat/completions", [body])
+    wanted = reference(given.model, ids, GenerationOptions(max_new_tokens=NEW_TOKENS, do_sample=False))
+    text = given.tokenizer.decode(wanted, skip_special_tokens=True)
+    assert whole["choices"][0]["message"] == {"role": "assistant", "content": text}
+    assert whole["usage"]["prompt_tokens"] == len(ids)
+    events = streamed(f"{url}/{name}/v1/chat/completions", {**body, "stream": True})
+    assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == text
+
+
+def test_a_stop_text_ends_what_generate_would_go_on_with(url: str, models: Generators) -> None:
+    given, chosen = models["gpt2"], {"max_new_tokens": 30, "do_sample": True, "seed": 5, "temperature": 1.0}
+    whole = given.answer("small words", **chosen)
+    stop = whole[8:10]
+    [got] = ask(f"{url}/gpt2", [{"inputs": "small words", "parameters": {**chosen, "stop": [stop, "never there"]}}])
+    assert got == [{"generated_text": whole[: whole.index(stop)]}]
+
+
+def test_log_probabilities_are_the_models_own(url: str, models: Generators) -> None:
+    given = models["llama"]
+    chosen = {"max_new_tokens": 6, "do_sample": False}
+    [[told]] = ask(f"{url}/llama", [{"inputs": ["a"], "parameters": {**chosen, "details": True, "top_n_tokens": 3}}])
+    body = {"prompt": "a", "max_tokens": 6, "temperature": 0, "logprobs": 0}
+    [openai] = ask(f"{url}/llama/v1/completions", [body])
+    prompt, tokens = given.prompt("a"), given.tokens("a", **chosen)
+    with torch.inference_mode():
+        chances = given.model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    own = [float(chances[step, token]) for step, token in enumerate(tokens)]
+    assert [token["logprob"] for token in told["details"]["tokens"]] == pytest.approx(own, abs=TOLERANCE)
+    assert openai["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(own, abs=TOLERANCE)
+    for top, step in zip(told["details"]["top_tokens"], chances, strict=True):
+        assert [token["id"] for token in top] == step.topk(3).indices.tolist()
+        assert [token["logprob"] for token in top] == pytest.approx(step.topk(3).values.tolist(), abs=TOLERANCE)
+
+
+def test_what_cannot_be_answered_is_refused_with_the_reason(url: str) -> None:
+    assert refusal(f"{url}/gpt2", {"inputs": ["a", ""]}) == (400, "`inputs[1]` is an empty text; leave it out")
+    for name in ("gpt2", "t5"):
+        status, why = refusal(f"{url}/{name}", {"inputs": "small words " * 100, "parameters": {"truncate": False}})
+        assert status == 422
+        assert "tokens" in why
+        status, why = refusal(f"{url}/{name}", {"inputs": "a", "parameters": {"long_texts": "windows"}})
+        assert "windows" in why

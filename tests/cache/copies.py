@@ -18,8 +18,10 @@ def manifest_of(content: Mapping[str, bytes] = CONTENT, name: str = "m", revisio
 
 
 def write_files(folder: Path, content: Mapping[str, bytes] = CONTENT) -> None:
+    """New files, as all real writers make them: what lies in the folder may be a link to a published copy's file."""
     for path, data in content.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).unlink(missing_ok=True)
         (folder / path).write_bytes(data)
 
 

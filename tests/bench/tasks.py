@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--scenarios", default="32x1")
     parser.add_argument("--seconds", default="6")
     parser.add_argument("--repeats", default="3")
+    parser.add_argument("--ceiling-processes", default="1")
     args = parser.parse_args()
     for task in args.tasks:
         with tempfile.TemporaryDirectory() as temporary:
@@ -77,7 +78,14 @@ def main() -> None:
                 "--warmup",
                 "2",
             ]
-            ceiling = ["--ceiling-processes", "2", "--ceiling-budgets", "1024,2048", "--texts", "512"]
+            ceiling = [
+                "--ceiling-processes",
+                args.ceiling_processes,
+                "--ceiling-budgets",
+                "1024,2048",
+                "--texts",
+                "512",
+            ]
             model = ["--model", "m", "--model-path", str(folder / "model"), "--max-input-tokens", "256"]
             bench = [sys.executable, "-m", "serve_app.cli.main", "bench", "--serve", str(folder / "serve.yaml")]
             subprocess.run([*bench, "--task", task, *model, *load, *ceiling], check=True)

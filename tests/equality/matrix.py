@@ -14,6 +14,9 @@ from tests.tasks.families import EMPTY, LIMIT, LONG, TEXTS, Family, of_length
 
 TOLERANCE = 1e-4
 
+TOGETHER: dict[str, Any] = {"max_concurrent_batches": 1, "max_batch_characters": 1_000_000, "max_windows": 2000}
+"""Settings under which requests that are posted at the same time share a batch."""
+
 Models = Mapping[str, Family]
 """By the name under which each is served."""
 
@@ -42,6 +45,12 @@ def ask(url: str, bodies: Sequence[Any]) -> list[Any]:
 async def _post_all(url: str, bodies: Sequence[Any]) -> list[httpx.Response]:
     async with httpx.AsyncClient(timeout=60) as client:
         return list(await asyncio.gather(*(client.post(url, json=body) for body in bodies)))
+
+
+def attentions(url: str) -> set[str]:
+    """How the models below `url` are computed: packed, or why not."""
+    told = httpx.get(url.removesuffix("/models") + "/info", timeout=60).json()
+    return {model["attention"] for model in told["models"]}
 
 
 def refusal(url: str, body: Any) -> tuple[int, str]:

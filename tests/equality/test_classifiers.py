@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.equality.matrix import Models, ask, assert_same, configs, refusal, texts_of
+from tests.equality.matrix import TOGETHER, Models, ask, assert_same, attentions, configs, refusal, texts_of
 from tests.inprocess import served
 from tests.tasks.families import FAMILIES, LIMIT, TEXTS, family
 
@@ -40,7 +40,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def url(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served(configs(models), tmp_path_factory.mktemp("cache")) as base:
+    with served(configs(models), tmp_path_factory.mktemp("cache"), **TOGETHER) as base:
         yield f"{base}/models"
 
 
@@ -60,6 +60,19 @@ def test_labels_are_the_pipelines(name: str, url: str, models: Models) -> None:
     answers = ask(f"{url}/{name}-classes", [{"inputs": texts, "parameters": chosen} for chosen in options])
     for got, chosen in zip(answers, options, strict=True):
         assert_same(got, pipe(texts, **{"top_k": None, **chosen}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_that_come_at_once_are_each_answered_as_alone(name: str, url: str, models: Models) -> None:
+    given = models[f"{name}-classes"]
+    texts = texts_of(given)
+    pipe = given.pipe("text-classification", truncation=True, max_length=LIMIT)
+    got = ask(f"{url}/{name}-classes", [{"inputs": text} for text in texts])
+    assert_same(got, [[scores] for scores in pipe(texts, top_k=None)])
+
+
+def test_every_model_is_computed_packed(url: str) -> None:
+    assert attentions(url) == {"packed"}
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification", "single_label_classification"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from serve_app.config import ModelConfig
-from tests.equality.matrix import TOLERANCE, Models, ask, assert_same, configs, refusal, texts_of
+from tests.equality.matrix import TOGETHER, TOLERANCE, Models, ask, assert_same, attentions, configs, refusal, texts_of
 from tests.inprocess import served
 from tests.reference import minilm_folder
 from tests.tasks.families import FAMILIES, LIMIT, Family, family
@@ -40,7 +40,7 @@ def url(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         )
     ]
     minilm = ModelConfig(name="minilm", source=str(minilm_folder()))
-    with served([*sparse, *pooled, minilm], tmp_path_factory.mktemp("cache")) as base:
+    with served([*sparse, *pooled, minilm], tmp_path_factory.mktemp("cache"), **TOGETHER) as base:
         yield f"{base}/models"
 
 
@@ -102,9 +102,11 @@ def test_vectors_of_tokens_are_the_pipelines(name: str, url: str, models: Models
     given = models[f"{name}-vectors"]
     texts = texts_of(given, empty=False)
     pipe = given.pipe("feature-extraction", tokenize_kwargs={"truncation": True, "max_length": LIMIT})
-    [got] = ask(f"{url}/{name}-vectors-cls/embed_all", [{"inputs": texts, "truncate": True}])
-    for vectors, wanted in zip(got, pipe(texts), strict=True):
+    bodies = [{"inputs": texts, "truncate": True}, *({"inputs": text} for text in texts)]
+    together, *alone = ask(f"{url}/{name}-vectors-cls/embed_all", bodies)
+    for vectors, [own], wanted in zip(together, alone, pipe(texts), strict=True):
         np.testing.assert_allclose(vectors, wanted[0], atol=TOLERANCE)
+        np.testing.assert_allclose(own, wanted[0], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -124,6 +126,7 @@ def test_a_sparse_vector_is_the_splade_rule(name: str, url: str, models: Models)
     here = f"{url}/{name}-sparse"
     assert_same(ask(here, [{"inputs": texts}])[0], wanted)
     assert_same(ask(f"{here}/embed_sparse", [{"inputs": texts, "truncate": True}])[0], wanted)
+    assert_same(ask(here, [{"inputs": text} for text in texts]), [[vector] for vector in wanted])
 
 
 def splade(given: Family, text: str) -> list[dict[str, Any]]:
@@ -154,6 +157,10 @@ def test_minilms_vectors_are_those_of_sentence_transformers(url: str) -> None:
     np.testing.assert_allclose([each[0] for each in alone], wanted, atol=TOLERANCE)
     [openai] = ask(f"{here}/v1/embeddings", [{"input": texts, "model": "minilm"}])
     np.testing.assert_allclose([each["embedding"] for each in openai["data"]], wanted, atol=TOLERANCE)
+
+
+def test_every_model_is_computed_packed(url: str) -> None:
+    assert attentions(url) == {"packed"}
 
 
 @pytest.mark.parametrize("path", ["bert-vectors-mean", "bert-vectors-mean/embed_all", "bert-sparse"])

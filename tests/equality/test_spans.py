@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve_app.options import QuestionAnsweringOptions
-from tests.equality.matrix import Models, ask, assert_same, configs, refusal, texts_of
+from tests.equality.matrix import TOGETHER, Models, ask, assert_same, attentions, configs, refusal, texts_of
 from tests.inprocess import served
 from tests.tasks.families import FAMILIES, LIMIT, TEXTS, family
 from tests.tasks.questions import answers
@@ -34,7 +34,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def url(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served(configs(models), tmp_path_factory.mktemp("cache"), max_windows=2000) as base:
+    with served(configs(models), tmp_path_factory.mktemp("cache"), **TOGETHER) as base:
         yield f"{base}/models"
 
 
@@ -52,8 +52,24 @@ def test_entities_are_the_pipelines(name: str, url: str, models: Models) -> None
     for answer, chosen in zip(got, options, strict=True):
         pipe = given.pipe("token-classification", **chosen)
         assert_same(answer, [pipe(text) for text in texts])
-    [one] = ask(f"{url}/{name}-entities", [{"inputs": TEXTS["names"]}])
-    assert_same(one, given.pipe("token-classification")(TEXTS["names"]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_that_come_at_once_are_each_answered_as_alone(name: str, url: str, models: Models) -> None:
+    given = models[f"{name}-entities"]
+    pipe, texts = given.pipe("token-classification"), texts_of(given)
+    assert_same(ask(f"{url}/{name}-entities", [{"inputs": text} for text in texts]), [pipe(text) for text in texts])
+    given = models[f"{name}-masks"]
+    fill, texts = given.pipe("fill-mask"), [f"{text} {given.tokenizer.mask_token}" for text in TEXTS.values()]
+    assert_same(ask(f"{url}/{name}-masks", [{"inputs": text} for text in texts]), [fill(text) for text in texts])
+    given, options = models[f"{name}-questions"], QuestionAnsweringOptions()
+    texts = [text for text in (*TEXTS.values(), LONG) if given.tokenizer.tokenize(text)]
+    got = ask(f"{url}/{name}-questions", [{"inputs": {"question": "who?", "context": text}} for text in texts])
+    assert_same(got, [answers(given, "who?", text, options)[0] for text in texts])
+
+
+def test_every_model_is_computed_packed(url: str) -> None:
+    assert attentions(url) == {"packed"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from tests.equality.matrix import TOLERANCE, Models, ask, assert_same, configs, refusal
+from tests.equality.matrix import TOGETHER, TOLERANCE, Models, ask, assert_same, configs, refusal
 from tests.inprocess import served
 from tests.tasks.families import FAMILIES, LIMIT, Family, family
 
@@ -43,7 +43,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def url(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with served(configs(models), tmp_path_factory.mktemp("cache")) as base:
+    with served(configs(models), tmp_path_factory.mktemp("cache"), **TOGETHER) as base:
         yield f"{base}/models"
 
 
@@ -198,4 +198,4 @@ def test_a_text_of_a_megabyte_is_cut_or_refused_in_windows(url: str) -> None:
         assert_same(whole, cut)
     status, why = refusal(f"{url}/bert-nli", {"inputs": text, "parameters": IN_WINDOWS})
     assert status == 422
-    assert "512" in why
+    assert str(TOGETHER["max_windows"]) in why

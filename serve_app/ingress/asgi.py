@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import re
 import uuid
 from collections.abc import AsyncGenerator
 
@@ -16,6 +15,7 @@ from serve_app.errors import MethodNotAllowedError, ServeAppError, ServerError
 from serve_app.ingress import operations, pages
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
+from serve_app.ingress.front import REQUEST_ID
 from serve_app.ingress.protocols import huggingface, openai, tei
 from serve_app.ingress.routes import Dialect, Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
@@ -23,7 +23,6 @@ from serve_app.ingress.statuses import kind_of
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _LINGER_S = 2.0
 """How long the rest of a refused body is read and thrown away before the connection is closed. Closing at once would
 reset the connection and take the reply from clients that are still sending."""
@@ -75,7 +74,7 @@ class App:
     def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         asked = headers.get(b"x-request-id", b"")
-        request_id = asked.decode() if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        request_id = asked.decode() if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         return Exchange(request_id, scope, receive, headers, self._service, self._settings.current)
 
     async def _reply(self, exchange: Exchange) -> Reply:

@@ -220,7 +220,11 @@ class AppConfig(_Frozen):
 class IngressSettings(_Frozen):
     """`user_config` of the `ingress` deployment."""
 
-    request_timeout_s: PositiveFloat = Field(60.0, description="Seconds until an unanswered request gets 504.")
+    request_timeout_s: PositiveFloat = Field(
+        60.0,
+        description="Seconds until an unanswered request gets 504, its body's arrival included; also the most that a "
+        "client may ask for with the header `x-request-timeout-ms`.",
+    )
     max_body_bytes: PositiveInt = Field(2_000_000, description="Largest request body; beyond it 413 while reading.")
     body_timeout_s: PositiveFloat = Field(30.0, description="Seconds a client may take to send its body; then 408.")
     max_client_batch_size: PositiveInt = Field(2048, description="Most inputs in one request; beyond it 422.")

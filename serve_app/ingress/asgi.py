@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import MethodNotAllowedError, ServeAppError, ServerError
 from serve_app.ingress import operations, pages
+from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
 from serve_app.ingress.front import REQUEST_ID
@@ -75,7 +76,10 @@ class App:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         asked = headers.get(b"x-request-id", b"")
         request_id = asked.decode() if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        return Exchange(request_id, scope, receive, headers, self._service, self._settings.current)
+        settings = self._settings.current
+        return Exchange(
+            request_id, scope, receive, headers, self._service, settings, timeout_s=settings.request_timeout_s
+        )
 
     async def _reply(self, exchange: Exchange) -> Reply:
         """The route's reply, or the error's in the shape of its protocol. Raises ClientDisconnectedError."""
@@ -84,6 +88,8 @@ class App:
         try:
             route, exchange.path_model = self._table.find(exchange.scope["method"], path)
             dialect = route.dialect
+            if TIMEOUT in exchange.headers and route.body is not None:
+                exchange.timeout_s = asked_timeout_s(exchange.headers[TIMEOUT], exchange.timeout_s)
             return await route.endpoint(exchange)
         except MethodNotAllowedError as error:
             allow = self._table.allowed(path).encode()

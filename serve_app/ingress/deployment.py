@@ -132,7 +132,7 @@ class Ingress:
         if len(request.inputs) != 1:
             raise InvalidInputError(f"inputs: one answer is streamed at a time, and there are {len(request.inputs)}")
         echoes = await self._echoes(request)
-        timeout_s = self._settings.current.request_timeout_s
+        timeout_s = self._timeout_s(request)
         path = self._generating[request.model]
         async with aclosing(path.stream(request, card, timeout_s, echoes[0] if echoes else "")) as pieces:
             async for piece in pieces:
@@ -141,7 +141,7 @@ class Ingress:
 
     async def _generate(self, request: Request, card: ModelCard) -> Answer:
         echoes = await self._echoes(request)
-        path, timeout_s = self._generating[request.model], self._settings.current.request_timeout_s
+        path, timeout_s = self._generating[request.model], self._timeout_s(request)
         answer = await path.answer(request, card, timeout_s, echoes)
         self._answered_at[request.model] = time.monotonic()
         return answer
@@ -169,7 +169,7 @@ class Ingress:
         vocabulary = await self._vocabulary(request.model) if task.needs_vocabulary else None
         tokenize = replace(task.prepare(request, card), max_windows=self._settings.current.max_windows)
         work = Work(tokenize, task.head, request.priority, task.arguments(request, vocabulary))
-        computed = await self._coalescers[request.model].compute(work, self._settings.current.request_timeout_s)
+        computed = await self._coalescers[request.model].compute(work, self._timeout_s(request))
         self._answered_at[request.model] = time.monotonic()
         output = task.postprocess(request, card, computed.features, vocabulary)
         timings = replace(computed.timings, total_s=time.perf_counter() - started)
@@ -254,6 +254,10 @@ class Ingress:
             raise UnavailableError(f"model {name} is starting", retry_after_s=1.0) from error
         except (RayError, RayServeException) as error:
             raise UnavailableError(f"a replica of model {name} was lost", retry_after_s=1.0) from error
+
+    def _timeout_s(self, request: Request) -> float:
+        most = self._settings.current.request_timeout_s
+        return most if request.timeout_s is None else min(most, request.timeout_s)
 
     def _check_name(self, name: str) -> None:
         if name not in self._handles:

@@ -133,7 +133,7 @@ async def cache(exchange: Exchange) -> Reply:
 
 
 async def _asked(exchange: Exchange, question: Coroutine[Any, Any, T]) -> T:
-    return await while_connected(exchange.receive, question, exchange.settings.request_timeout_s)
+    return await while_connected(exchange.receive, question, exchange.time_left_s)
 
 
 async def _info(exchange: Exchange) -> Mapping[str, Any]:

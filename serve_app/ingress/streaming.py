@@ -44,7 +44,7 @@ async def stream_reply(
     So an error before the first piece is raised here, and answered as any other. The client's leaving and the
     deadline, which counts for the whole answer, end the work.
     """
-    timeout_s = exchange.settings.request_timeout_s
+    timeout_s = exchange.time_left_s
     pieces = stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s)
     events = _closing(pieces, write(pieces))
     first = await anext(events, b"")

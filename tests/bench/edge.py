@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import statistics
 import time
 from typing import Any
@@ -26,13 +27,10 @@ HEADERS = [
     (b"x-request-id", b"3f0c9d9a-52cd-4d8b-a1b2-b9f5d0a6d0a1"),
 ]
 TEXT = "The quick brown fox jumps over the lazy dog."
-BODIES = {
-    "one text": ("/embed", '{"inputs":"%s"}' % TEXT),
-    "32 texts": ("/embed", '{"inputs":[%s]}' % ",".join(['"%s"' % TEXT] * 32)),
-    "32 texts, base64": (
-        "/v1/embeddings",
-        '{"encoding_format":"base64","input":[%s]}' % ",".join(['"%s"' % TEXT] * 32),
-    ),
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "one text": ("/embed", {"inputs": TEXT}),
+    "32 texts": ("/embed", {"inputs": [TEXT] * 32}),
+    "32 texts, base64": ("/v1/embeddings", {"encoding_format": "base64", "input": [TEXT] * 32}),
 }
 
 
@@ -86,7 +84,7 @@ async def run(rounds: int, requests: int) -> None:
     taken: dict[str, list[float]] = {name: [] for name in BODIES}
     for _ in range(rounds):
         for name, (path, body) in BODIES.items():
-            taken[name].append(await measure(app, path, body.encode(), requests))
+            taken[name].append(await measure(app, path, json.dumps(body).encode(), requests))
     for name, values in taken.items():
         print(f"{name}: {min(values):.1f} us, median {statistics.median(values):.1f}")
 

@@ -196,11 +196,35 @@ class ModelConfig(_Frozen):
         return self
 
 
+class ApiKeysConfig(_Frozen):
+    """Where the API keys are listed, as hashes; `serve-app key new <name>` makes one and its line."""
+
+    file: str | None = Field(
+        None,
+        description="File with a key a line, the same on each node that runs an ingress replica; a change is taken up "
+        "while the server runs. `~` and `$VARIABLES` are expanded there.",
+    )
+    environment: str | None = Field(
+        None,
+        description="Environment variable of the ingress replicas with the same lines, which semicolons may separate.",
+    )
+
+    @model_validator(mode="after")
+    def _names_a_place(self) -> ApiKeysConfig:
+        if self.file is None and self.environment is None:
+            raise ValueError("name a file, an environment variable, or both")
+        return self
+
+
 class AppConfig(_Frozen):
     """The whole application: `args:` in serve_config.yaml."""
 
     models: tuple[ModelConfig, ...] = Field(description="The models to serve, at least one.")
     cache: CacheConfig = Field(CacheConfig(), description="Where models lie on each node.")
+    api_keys: ApiKeysConfig | None = Field(
+        None,
+        description="Ask every client for an API key of this list. Without it anybody who reaches the server may ask.",
+    )
 
     @model_validator(mode="after")
     def _serves_something(self) -> AppConfig:

@@ -11,8 +11,9 @@ from collections.abc import AsyncGenerator
 
 from starlette.types import Receive, Scope, Send
 
-from serve_app.errors import MethodNotAllowedError, ServeAppError, ServerError
+from serve_app.errors import MethodNotAllowedError, ServeAppError, ServerError, UnauthorizedError
 from serve_app.ingress import operations, pages
+from serve_app.ingress.access import Guard
 from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
@@ -32,22 +33,25 @@ _COME_BACK = frozenset({429, 503})
 """Statuses that tell the client, in `retry-after`, when to come back."""
 
 
-def create_app(service: Service, settings: SettingsRef, *, writes_request_id: bool = True) -> App:
-    """The application over `service`.
+def create_app(
+    service: Service, settings: SettingsRef, *, writes_request_id: bool = True, guard: Guard | None = None
+) -> App:
+    """The application over `service`, open to all unless there is a `guard`.
 
     `writes_request_id` is False behind a server that writes `x-request-id` on every response itself, as Ray Serve's
     HTTP server does.
     """
-    return App(service, settings, writes_request_id)
+    return App(service, settings, writes_request_id, guard)
 
 
 class App:
     """ASGI 3: http and lifespan; a websocket is refused."""
 
-    def __init__(self, service: Service, settings: SettingsRef, writes_request_id: bool) -> None:
+    def __init__(self, service: Service, settings: SettingsRef, writes_request_id: bool, guard: Guard | None) -> None:
         self._service = service
         self._settings = settings
         self._writes_request_id = writes_request_id
+        self._guard = guard
         api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *operations.routes())
         self._table = RouteTable((*api, *pages.routes(api, service.models)))
 
@@ -67,10 +71,12 @@ class App:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = self._exchange(scope, receive)
         try:
-            reply = await self._reply(exchange)
+            await self._send(exchange, await self._reply(exchange), send)
         except ClientDisconnectedError:
             return
-        await self._send(exchange, reply, send)
+        finally:
+            if exchange.account is not None:
+                exchange.account.charge(exchange.tokens)
 
     def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -88,12 +94,18 @@ class App:
         try:
             route, exchange.path_model = self._table.find(exchange.scope["method"], path)
             dialect = route.dialect
+            if self._guard is not None and route.role is not None:
+                exchange.account = self._guard.admit(exchange.headers, route.role)
+                if route.body is not None:
+                    exchange.account.enter()
             if TIMEOUT in exchange.headers and route.body is not None:
                 exchange.timeout_s = asked_timeout_s(exchange.headers[TIMEOUT], exchange.timeout_s)
             return await route.endpoint(exchange)
         except MethodNotAllowedError as error:
             allow = self._table.allowed(path).encode()
             return error_reply(error, dialect, exchange.id, (b"allow", allow))
+        except UnauthorizedError as error:
+            return error_reply(error, dialect, exchange.id, (b"www-authenticate", b"Bearer"))
         except ServeAppError as error:
             return error_reply(error, dialect, exchange.id)
         except ClientDisconnectedError:

@@ -16,9 +16,11 @@ from serve_app.cache.prewarm import cache_status
 from serve_app.cache.status import ModelOnNode
 from serve_app.config import AppConfig, IngressSettings, parse
 from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppError, UnavailableError
+from serve_app.ingress.access import Guard
 from serve_app.ingress.asgi import create_app
 from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.generation import GenerationPath
+from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.prometheus import scrape_cluster
 from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
@@ -63,6 +65,7 @@ class Ingress:
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
         self._handles = dict(handles)
         self._cache = config.cache
+        self._guard = None if config.api_keys is None else Guard(KeyRing(config.api_keys))
         self._settings = SettingsRef(IngressSettings())
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
@@ -79,7 +82,7 @@ class Ingress:
         self._answered_at: dict[str, float] = {}
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self, self._settings, writes_request_id=False)
+        return create_app(self, self._settings, writes_request_id=False, guard=self._guard)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         self._settings.current = parse(IngressSettings, user_config, "user_config")

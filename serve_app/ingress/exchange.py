@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope
 
 from serve_app.config import IngressSettings
 from serve_app.errors import DeadlineExceededError
+from serve_app.ingress.access import Account
 from serve_app.ingress.service import Service
 
 T = TypeVar("T")
@@ -39,6 +40,10 @@ class Exchange:
     body_read: bool = False
     timeout_s: float = 0.0
     """Seconds that the request may take from its arrival on: the client's own, never more than the server's."""
+    account: Account | None = None
+    """Of the API key, where keys are on."""
+    tokens: int = 0
+    """Tokens that it has cost so far."""
     started: float = field(default_factory=time.perf_counter)
 
     @property

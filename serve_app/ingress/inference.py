@@ -15,7 +15,7 @@ from serve_app.ingress.limits import check_limits, check_stream
 from serve_app.ingress.protocols.fields import InferenceBody
 from serve_app.ingress.routes import Dialect
 from serve_app.ingress.streaming import Events, stream_reply
-from serve_app.outputs import GeneratedPiece
+from serve_app.outputs import Generated, GeneratedPiece
 from serve_app.types import Answer, Request
 
 BodyT = TypeVar("BodyT", bound=InferenceBody)
@@ -59,6 +59,7 @@ async def answer(
     timeout_s = exchange.time_left_s
     work = exchange.service.answer(in_time(exchange, request))
     computed = await while_connected(exchange.receive, work, timeout_s)
+    exchange.tokens = tokens_of(computed)
     compute_type = exchange.service.compute_type(request.model)
     total_s = time.perf_counter() - exchange.started
     return Reply(write(body, request, computed), headers=cost_headers(compute_type, characters, computed, total_s))
@@ -77,6 +78,14 @@ async def stream(
     headers = ((b"x-compute-type", compute_type.encode()), (b"x-compute-characters", b"%d" % characters))
     timed = in_time(exchange, request)
     return await stream_reply(exchange, timed, dialect, lambda pieces: write(body, request, pieces), headers)
+
+
+def tokens_of(answer: Answer) -> int:
+    """All that were computed, the generated ones too."""
+    new = (
+        [len(one.tokens) for one in answer.output if isinstance(one, Generated)] if type(answer.output) is tuple else []
+    )
+    return answer.tokens + sum(new)
 
 
 def in_time(exchange: Exchange, request: Request) -> Request:

@@ -143,6 +143,6 @@ def _responses(route: Route, schemas: Mapping[tuple[Any, Direction], Json]) -> J
     error = {"application/json": {"schema": schemas[route.dialect.error_model, "serialization"]}}
     failures = {
         str(status): {"description": HTTPStatus(status).phrase, "content": error}
-        for status in sorted({*route.failures, 500})
+        for status in sorted({*route.failures, *((401, 403) if route.role is not None else ()), 500})
     }
     return {"200": good, **failures}

@@ -45,10 +45,20 @@ async def stream_reply(
     deadline, which counts for the whole answer, end the work.
     """
     timeout_s = exchange.time_left_s
-    pieces = stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s)
+    pieces = _counted(exchange, stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s))
     events = _closing(pieces, write(pieces))
     first = await anext(events, b"")
     return Reply(_framed(first, events, dialect, exchange.id), content_type=EVENT_STREAM, headers=_HEADERS + headers)
+
+
+async def _counted(
+    exchange: Exchange, pieces: AsyncGenerator[GeneratedPiece, None]
+) -> AsyncGenerator[GeneratedPiece, None]:
+    """`pieces`, each counted with the request's tokens, the prompt's with the first."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            exchange.tokens += (piece.token is not None) + (0 if exchange.tokens else piece.prompt_tokens)
+            yield piece
 
 
 async def _closing(pieces: AsyncGenerator[GeneratedPiece, None], events: Events) -> Events:

@@ -257,6 +257,12 @@ class IngressSettings(_Frozen):
         512,
         description="Most windows that one request's long texts may be read in (`long_texts: windows`); beyond it 422.",
     )
+    max_queued_tokens: PositiveInt = Field(
+        262_144,
+        description="Tokens of one model, estimated as a quarter of the characters, that wait or are under way in one "
+        "ingress replica; a request that does not fit beside them gets 429. What is accepted waits no longer than the "
+        "model needs for these.",
+    )
     max_concurrent_batches: PositiveInt = Field(
         4,
         description="Coalesced batches of one model that one ingress replica has under way; about 2 x model replicas. "

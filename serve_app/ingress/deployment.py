@@ -18,6 +18,7 @@ from serve_app.config import AppConfig, IngressSettings, parse
 from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppError, UnavailableError
 from serve_app.ingress.access import Guard
 from serve_app.ingress.asgi import create_app
+from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.keys import KeyRing
@@ -76,6 +77,7 @@ class Ingress:
         self._generating = {
             name: GenerationPath(name, h.tokenizer, h.model, self._metrics) for name, h in self._handles.items()
         }
+        self._backlogs = {name: Backlog(self._settings.current.max_queued_tokens) for name in self._handles}
         self._cards: dict[str, ModelCard] = {}
         self._states: dict[str, ModelState] = {}
         self._vocabularies: dict[str, Vocabulary] = {}
@@ -88,6 +90,8 @@ class Ingress:
         self._settings.current = parse(IngressSettings, user_config, "user_config")
         for coalescer in self._coalescers.values():
             coalescer.reconfigure(self._settings.current)
+        for backlog in self._backlogs.values():
+            backlog.max_tokens = self._settings.current.max_queued_tokens
 
     async def check_health(self) -> None:
         """An ingress that gets here is healthy: its event loop turns."""
@@ -137,15 +141,18 @@ class Ingress:
         echoes = await self._echoes(request)
         timeout_s = self._timeout_s(request)
         path = self._generating[request.model]
-        async with aclosing(path.stream(request, card, timeout_s, echoes[0] if echoes else "")) as pieces:
-            async for piece in pieces:
-                yield piece
+        answer = path.stream(request, card, timeout_s, echoes[0] if echoes else "")
+        with self._backlogs[request.model].admitted(_tokens_to_generate(request, card)):
+            async with aclosing(answer) as pieces:
+                async for piece in pieces:
+                    yield piece
         self._answered_at[request.model] = time.monotonic()
 
     async def _generate(self, request: Request, card: ModelCard) -> Answer:
         echoes = await self._echoes(request)
         path, timeout_s = self._generating[request.model], self._timeout_s(request)
-        answer = await path.answer(request, card, timeout_s, echoes)
+        with self._backlogs[request.model].admitted(_tokens_to_generate(request, card)):
+            answer = await path.answer(request, card, timeout_s, echoes)
         self._answered_at[request.model] = time.monotonic()
         return answer
 
@@ -172,7 +179,8 @@ class Ingress:
         vocabulary = await self._vocabulary(request.model) if task.needs_vocabulary else None
         tokenize = replace(task.prepare(request, card), max_windows=self._settings.current.max_windows)
         work = Work(tokenize, task.head, request.priority, task.arguments(request, vocabulary))
-        computed = await self._coalescers[request.model].compute(work, self._timeout_s(request))
+        with self._backlogs[request.model].admitted(tokens_in(tokenize, card)):
+            computed = await self._coalescers[request.model].compute(work, self._timeout_s(request))
         self._answered_at[request.model] = time.monotonic()
         output = task.postprocess(request, card, computed.features, vocabulary)
         timings = replace(computed.timings, total_s=time.perf_counter() - started)
@@ -282,6 +290,13 @@ class Ingress:
             ("total", times.total_s),
         ):
             self._metrics.stage_seconds.observe(seconds, {**model, "stage": stage})
+
+
+def _tokens_to_generate(request: Request, card: ModelCard) -> int:
+    """An estimate: those of the prompts, and for each the new ones that it asks for."""
+    assert isinstance(request.options, GenerationOptions)
+    prompts = tokens_in(GENERATING[request.task].prepare(request, card), card)
+    return prompts + len(request.inputs) * (request.options.max_new_tokens or 0)
 
 
 def _prompt_text(value: TextInput, vocabulary: Vocabulary) -> str:

@@ -263,6 +263,11 @@ class IngressSettings(_Frozen):
         "ingress replica; a request that does not fit beside them gets 429. What is accepted waits no longer than the "
         "model needs for these.",
     )
+    log_requests: bool = Field(
+        False,
+        description="Write one line of JSON for each request to the replica's standard output: request id, route, "
+        "model, task, tokens, times, status, name of the API key. Never any input.",
+    )
     max_concurrent_batches: PositiveInt = Field(
         4,
         description="Coalesced batches of one model that one ingress replica has under way; about 2 x model replicas. "

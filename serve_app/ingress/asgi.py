@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.errors import MethodNotAllowedError, ServeAppError, ServerError, UnauthorizedError
 from serve_app.ingress import operations, pages
 from serve_app.ingress.access import Guard
+from serve_app.ingress.access_log import log_request
 from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
@@ -77,6 +78,8 @@ class App:
         finally:
             if exchange.account is not None:
                 exchange.account.charge(exchange.tokens)
+            if exchange.settings.log_requests:
+                log_request(exchange)
 
     def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -93,7 +96,7 @@ class App:
         dialect = dialect_of(path)
         try:
             route, exchange.path_model = self._table.find(exchange.scope["method"], path)
-            dialect = route.dialect
+            dialect, exchange.route = route.dialect, (route.method, route.path)
             if self._guard is not None and route.role is not None:
                 exchange.account = self._guard.admit(exchange.headers, route.role)
                 if route.body is not None:
@@ -101,21 +104,26 @@ class App:
             if TIMEOUT in exchange.headers and route.body is not None:
                 exchange.timeout_s = asked_timeout_s(exchange.headers[TIMEOUT], exchange.timeout_s)
             return await route.endpoint(exchange)
-        except MethodNotAllowedError as error:
-            allow = self._table.allowed(path).encode()
-            return error_reply(error, dialect, exchange.id, (b"allow", allow))
-        except UnauthorizedError as error:
-            return error_reply(error, dialect, exchange.id, (b"www-authenticate", b"Bearer"))
-        except ServeAppError as error:
-            return error_reply(error, dialect, exchange.id)
         except ClientDisconnectedError:
             raise
-        except Exception:
-            logger.exception("unexpected error in request %s", exchange.id)
-            unexpected = ServerError("an unexpected error; the server's log has it under this request id")
-            return error_reply(unexpected, dialect, exchange.id)
+        except Exception as error:
+            return self._refusal(error, exchange, dialect, path)
+
+    def _refusal(self, error: Exception, exchange: Exchange, dialect: Dialect, path: str) -> Reply:
+        """The reply to a request that failed with `error`."""
+        if not isinstance(error, ServeAppError):
+            logger.error("unexpected error in request %s", exchange.id, exc_info=error)
+            error = ServerError("an unexpected error; the server's log has it under this request id")
+        exchange.code = error.code
+        headers: tuple[Header, ...] = ()
+        if isinstance(error, MethodNotAllowedError):
+            headers = ((b"allow", self._table.allowed(path).encode()),)
+        elif isinstance(error, UnauthorizedError):
+            headers = ((b"www-authenticate", b"Bearer"),)
+        return error_reply(error, dialect, exchange.id, *headers)
 
     async def _send(self, exchange: Exchange, reply: Reply, send: Send) -> None:
+        exchange.status = reply.status
         headers = [(b"content-type", reply.content_type), *reply.headers]
         if self._writes_request_id:
             headers.append((b"x-request-id", exchange.id.encode()))

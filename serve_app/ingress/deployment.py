@@ -17,6 +17,7 @@ from serve_app.cache.status import ModelOnNode
 from serve_app.config import AppConfig, IngressSettings, parse
 from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppError, UnavailableError
 from serve_app.ingress.access import Guard
+from serve_app.ingress.access_log import start_log
 from serve_app.ingress.asgi import create_app
 from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
@@ -88,6 +89,8 @@ class Ingress:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         self._settings.current = parse(IngressSettings, user_config, "user_config")
+        if self._settings.current.log_requests:
+            start_log()
         for coalescer in self._coalescers.values():
             coalescer.reconfigure(self._settings.current)
         for backlog in self._backlogs.values():

@@ -14,6 +14,7 @@ from serve_app.config import IngressSettings
 from serve_app.errors import DeadlineExceededError
 from serve_app.ingress.access import Account
 from serve_app.ingress.service import Service
+from serve_app.types import Answer, Request
 
 T = TypeVar("T")
 Header = tuple[bytes, bytes]
@@ -44,6 +45,14 @@ class Exchange:
     """Of the API key, where keys are on."""
     tokens: int = 0
     """Tokens that it has cost so far."""
+    route: tuple[str, str] | None = None
+    """Method and path of the route that was found, as the table has them."""
+    request: Request | None = None
+    answer: Answer | None = None
+    status: int = 0
+    """What was answered; 0 while nothing was."""
+    code: str = "ok"
+    """Of the error that was answered."""
     started: float = field(default_factory=time.perf_counter)
 
     @property

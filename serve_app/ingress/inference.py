@@ -56,10 +56,11 @@ async def answer(
 ) -> Reply:
     """Compute the request and write its whole answer. Raises ServeAppError or ClientDisconnectedError."""
     characters = check_limits(request, exchange.settings)
+    exchange.request = request
     timeout_s = exchange.time_left_s
     work = exchange.service.answer(in_time(exchange, request))
     computed = await while_connected(exchange.receive, work, timeout_s)
-    exchange.tokens = tokens_of(computed)
+    exchange.answer, exchange.tokens = computed, tokens_of(computed)
     compute_type = exchange.service.compute_type(request.model)
     total_s = time.perf_counter() - exchange.started
     return Reply(write(body, request, computed), headers=cost_headers(compute_type, characters, computed, total_s))
@@ -76,6 +77,7 @@ async def stream(
     characters = check_stream(request, exchange.settings)
     compute_type = exchange.service.compute_type(request.model)
     headers = ((b"x-compute-type", compute_type.encode()), (b"x-compute-characters", b"%d" % characters))
+    exchange.request = request
     timed = in_time(exchange, request)
     return await stream_reply(exchange, timed, dialect, lambda pieces: write(body, request, pieces), headers)
 

@@ -34,6 +34,9 @@ TaskName = Literal[
     "translation",
 ]
 
+MOST_JSON_DEPTH = 190
+"""The parser's own bound is 200, and a body stands in itself."""
+
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -251,6 +254,16 @@ class IngressSettings(_Frozen):
     )
     max_body_bytes: PositiveInt = Field(2_000_000, description="Largest request body; beyond it 413 while reading.")
     body_timeout_s: PositiveFloat = Field(30.0, description="Seconds a client may take to send its body; then 408.")
+    max_json_depth: PositiveInt = Field(
+        64,
+        le=MOST_JSON_DEPTH,
+        description="Most lists and objects that may stand in each other in a body; beyond it 400, before parsing.",
+    )
+    max_concurrent_requests: PositiveInt = Field(
+        1000,
+        description="Most requests with a body that one ingress replica has at a time, whatever their size; beyond it "
+        "429, before the body is read.",
+    )
     max_client_batch_size: PositiveInt = Field(2048, description="Most inputs in one request; beyond it 422.")
     max_text_characters: PositiveInt = Field(1_000_000, description="Longest single text; beyond it 422.")
     max_windows: PositiveInt = Field(

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 
 from starlette.types import Receive, Scope, Send
 
-from serve_app.errors import MethodNotAllowedError, ServeAppError, ServerError, UnauthorizedError
+from serve_app.errors import MethodNotAllowedError, OverloadedError, ServeAppError, ServerError, UnauthorizedError
 from serve_app.ingress import operations, pages
 from serve_app.ingress.access import Guard
 from serve_app.ingress.access_log import log_request
@@ -53,6 +53,7 @@ class App:
         self._settings = settings
         self._writes_request_id = writes_request_id
         self._guard = guard
+        self._under_way = 0
         api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *operations.routes())
         self._table = RouteTable((*api, *pages.routes(api, service.models)))
 
@@ -76,6 +77,7 @@ class App:
         except ClientDisconnectedError:
             return
         finally:
+            self._under_way -= exchange.counted
             if exchange.account is not None:
                 exchange.account.charge(exchange.tokens)
             if exchange.settings.log_requests:
@@ -103,11 +105,21 @@ class App:
                     exchange.account.enter()
             if TIMEOUT in exchange.headers and route.body is not None:
                 exchange.timeout_s = asked_timeout_s(exchange.headers[TIMEOUT], exchange.timeout_s)
+            if route.body is not None:
+                self._enter(exchange)
             return await route.endpoint(exchange)
         except ClientDisconnectedError:
             raise
         except Exception as error:
             return self._refusal(error, exchange, dialect, path)
+
+    def _enter(self, exchange: Exchange) -> None:
+        """Count a request with a body, until its answer is sent. Raises OverloadedError if too many are under way."""
+        most = exchange.settings.max_concurrent_requests
+        if self._under_way >= most:
+            raise OverloadedError(f"{most} requests are under way here; come back later", retry_after_s=1.0)
+        self._under_way += 1
+        exchange.counted = True
 
     def _refusal(self, error: Exception, exchange: Exchange, dialect: Dialect, path: str) -> Reply:
         """The reply to a request that failed with `error`."""

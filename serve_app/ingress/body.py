@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
+from serve_app.ingress.depth import check_depth
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, too_late
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
@@ -26,20 +27,23 @@ async def read_body(exchange: Exchange) -> bytes:
     """The whole body.
 
     Raises UnsupportedMediaError, BodyTooLargeError (before reading where Content-Length tells, else as soon as the
-    limit is passed), BodyTimeoutError, DeadlineExceededError or ClientDisconnectedError.
+    limit is passed), BodyTimeoutError, DeadlineExceededError, MalformedRequestError (nested too deeply) or
+    ClientDisconnectedError.
     """
     _check_media(exchange)
     settings = exchange.settings
     _check_declared_length(exchange.headers.get(b"content-length"), settings.max_body_bytes)
     try:
         timeout_s = min(settings.body_timeout_s, exchange.time_left_s)
-        return await asyncio.wait_for(_collect(exchange, settings.max_body_bytes), timeout_s)
+        raw = await asyncio.wait_for(_collect(exchange, settings.max_body_bytes), timeout_s)
     except asyncio.TimeoutError:
         if not exchange.time_left_s:
             raise too_late() from None
         raise BodyTimeoutError(
             f"the body did not arrive within {settings.body_timeout_s:g} s; send it faster or in smaller requests"
         ) from None
+    check_depth(raw, settings.max_json_depth)
+    return raw
 
 
 async def _collect(exchange: Exchange, limit: int) -> bytes:

@@ -45,6 +45,8 @@ class Exchange:
     """Of the API key, where keys are on."""
     tokens: int = 0
     """Tokens that it has cost so far."""
+    counted: bool = False
+    """Whether it is among the requests under way, of which there may be only so many."""
     route: tuple[str, str] | None = None
     """Method and path of the route that was found, as the table has them."""
     request: Request | None = None

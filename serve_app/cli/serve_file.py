@@ -62,6 +62,8 @@ class Application:
 @dataclass(frozen=True, slots=True)
 class ServeFile:
     applications: tuple[Application, ...]
+    host: str
+    """Where HTTP listens; Serve's default is every address."""
 
 
 def parse_file(path: Path) -> tuple[ServeFile | None, list[Finding]]:
@@ -77,7 +79,8 @@ def parse_file(path: Path) -> tuple[ServeFile | None, list[Finding]]:
     findings = schema_findings(raw)
     if any(finding.is_error for finding in findings):
         return None, findings
-    return ServeFile(tuple(_applications(raw))), findings
+    host = str((raw.get("http_options") or {}).get("host", "0.0.0.0"))
+    return ServeFile(tuple(_applications(raw)), host), findings
 
 
 def schema_findings(raw: dict[str, Any]) -> list[Finding]:

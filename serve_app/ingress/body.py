@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+import sys
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
-from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
+from serve_app.ingress.depth import check_depth
+from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, too_late
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -26,17 +29,23 @@ async def read_body(exchange: Exchange) -> bytes:
     """The whole body.
 
     Raises UnsupportedMediaError, BodyTooLargeError (before reading where Content-Length tells, else as soon as the
-    limit is passed), BodyTimeoutError or ClientDisconnectedError.
+    limit is passed), BodyTimeoutError, DeadlineExceededError, MalformedRequestError (nested too deeply) or
+    ClientDisconnectedError.
     """
     _check_media(exchange)
     settings = exchange.settings
     _check_declared_length(exchange.headers.get(b"content-length"), settings.max_body_bytes)
     try:
-        return await asyncio.wait_for(_collect(exchange, settings.max_body_bytes), settings.body_timeout_s)
+        timeout_s = min(settings.body_timeout_s, exchange.time_left_s)
+        raw = await _in_time(_collect(exchange, settings.max_body_bytes), timeout_s)
     except asyncio.TimeoutError:
+        if not exchange.time_left_s:
+            raise too_late() from None
         raise BodyTimeoutError(
             f"the body did not arrive within {settings.body_timeout_s:g} s; send it faster or in smaller requests"
         ) from None
+    check_depth(raw, settings.max_json_depth)
+    return raw
 
 
 async def _collect(exchange: Exchange, limit: int) -> bytes:
@@ -54,6 +63,14 @@ async def _collect(exchange: Exchange, limit: int) -> bytes:
         if not message.get("more_body", False):
             exchange.body_read = True
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def _in_time(reading: Coroutine[Any, Any, bytes], timeout_s: float) -> bytes:
+    """As `asyncio.wait_for`, which before Python 3.12 makes a task for it, a fifth of what the edge costs a request."""
+    if sys.version_info < (3, 11):
+        return await asyncio.wait_for(reading, timeout_s)
+    async with asyncio.timeout(timeout_s):
+        return await reading
 
 
 def _check_media(exchange: Exchange) -> None:

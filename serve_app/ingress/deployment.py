@@ -16,9 +16,13 @@ from serve_app.cache.prewarm import cache_status
 from serve_app.cache.status import ModelOnNode
 from serve_app.config import AppConfig, IngressSettings, parse
 from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppError, UnavailableError
+from serve_app.ingress.access import Guard
+from serve_app.ingress.access_log import start_log
 from serve_app.ingress.asgi import create_app
+from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.generation import GenerationPath
+from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.prometheus import scrape_cluster
 from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
@@ -63,6 +67,7 @@ class Ingress:
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
         self._handles = dict(handles)
         self._cache = config.cache
+        self._guard = None if config.api_keys is None else Guard(KeyRing(config.api_keys))
         self._settings = SettingsRef(IngressSettings())
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
@@ -73,18 +78,23 @@ class Ingress:
         self._generating = {
             name: GenerationPath(name, h.tokenizer, h.model, self._metrics) for name, h in self._handles.items()
         }
+        self._backlogs = {name: Backlog(self._settings.current.max_queued_tokens) for name in self._handles}
         self._cards: dict[str, ModelCard] = {}
         self._states: dict[str, ModelState] = {}
         self._vocabularies: dict[str, Vocabulary] = {}
         self._answered_at: dict[str, float] = {}
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self, self._settings, writes_request_id=False)
+        return create_app(self, self._settings, writes_request_id=False, guard=self._guard)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         self._settings.current = parse(IngressSettings, user_config, "user_config")
+        if self._settings.current.log_requests:
+            start_log()
         for coalescer in self._coalescers.values():
             coalescer.reconfigure(self._settings.current)
+        for backlog in self._backlogs.values():
+            backlog.max_tokens = self._settings.current.max_queued_tokens
 
     async def check_health(self) -> None:
         """An ingress that gets here is healthy: its event loop turns."""
@@ -132,17 +142,20 @@ class Ingress:
         if len(request.inputs) != 1:
             raise InvalidInputError(f"inputs: one answer is streamed at a time, and there are {len(request.inputs)}")
         echoes = await self._echoes(request)
-        timeout_s = self._settings.current.request_timeout_s
+        timeout_s = self._timeout_s(request)
         path = self._generating[request.model]
-        async with aclosing(path.stream(request, card, timeout_s, echoes[0] if echoes else "")) as pieces:
-            async for piece in pieces:
-                yield piece
+        answer = path.stream(request, card, timeout_s, echoes[0] if echoes else "")
+        with self._backlogs[request.model].admitted(_tokens_to_generate(request, card)):
+            async with aclosing(answer) as pieces:
+                async for piece in pieces:
+                    yield piece
         self._answered_at[request.model] = time.monotonic()
 
     async def _generate(self, request: Request, card: ModelCard) -> Answer:
         echoes = await self._echoes(request)
-        path, timeout_s = self._generating[request.model], self._settings.current.request_timeout_s
-        answer = await path.answer(request, card, timeout_s, echoes)
+        path, timeout_s = self._generating[request.model], self._timeout_s(request)
+        with self._backlogs[request.model].admitted(_tokens_to_generate(request, card)):
+            answer = await path.answer(request, card, timeout_s, echoes)
         self._answered_at[request.model] = time.monotonic()
         return answer
 
@@ -169,7 +182,8 @@ class Ingress:
         vocabulary = await self._vocabulary(request.model) if task.needs_vocabulary else None
         tokenize = replace(task.prepare(request, card), max_windows=self._settings.current.max_windows)
         work = Work(tokenize, task.head, request.priority, task.arguments(request, vocabulary))
-        computed = await self._coalescers[request.model].compute(work, self._settings.current.request_timeout_s)
+        with self._backlogs[request.model].admitted(tokens_in(tokenize, card)):
+            computed = await self._coalescers[request.model].compute(work, self._timeout_s(request))
         self._answered_at[request.model] = time.monotonic()
         output = task.postprocess(request, card, computed.features, vocabulary)
         timings = replace(computed.timings, total_s=time.perf_counter() - started)
@@ -255,6 +269,10 @@ class Ingress:
         except (RayError, RayServeException) as error:
             raise UnavailableError(f"a replica of model {name} was lost", retry_after_s=1.0) from error
 
+    def _timeout_s(self, request: Request) -> float:
+        most = self._settings.current.request_timeout_s
+        return most if request.timeout_s is None else min(most, request.timeout_s)
+
     def _check_name(self, name: str) -> None:
         if name not in self._handles:
             raise ModelNotFoundError(f"no model {name!r} is served; there is: {', '.join(self.models)}")
@@ -275,6 +293,13 @@ class Ingress:
             ("total", times.total_s),
         ):
             self._metrics.stage_seconds.observe(seconds, {**model, "stage": stage})
+
+
+def _tokens_to_generate(request: Request, card: ModelCard) -> int:
+    """An estimate: those of the prompts, and for each the new ones that it asks for."""
+    assert isinstance(request.options, GenerationOptions)
+    prompts = tokens_in(GENERATING[request.task].prepare(request, card), card)
+    return prompts + len(request.inputs) * (request.options.max_new_tokens or 0)
 
 
 def _prompt_text(value: TextInput, vocabulary: Vocabulary) -> str:

@@ -12,7 +12,9 @@ from starlette.types import Message, Receive, Scope
 
 from serve_app.config import IngressSettings
 from serve_app.errors import DeadlineExceededError
+from serve_app.ingress.access import Account
 from serve_app.ingress.service import Service
+from serve_app.types import Answer, Request
 
 T = TypeVar("T")
 Header = tuple[bytes, bytes]
@@ -37,7 +39,27 @@ class Exchange:
     path_model: str | None = None
     """The model that the path names, as in `/models/{name}/embed`."""
     body_read: bool = False
+    timeout_s: float = 0.0
+    """Seconds that the request may take from its arrival on: the client's own, never more than the server's."""
+    account: Account | None = None
+    """Of the API key, where keys are on."""
+    tokens: int = 0
+    """Tokens that it has cost so far."""
+    counted: bool = False
+    """Whether it is among the requests under way, of which there may be only so many."""
+    route: tuple[str, str] | None = None
+    """Method and path of the route that was found, as the table has them."""
+    request: Request | None = None
+    answer: Answer | None = None
+    status: int = 0
+    """What was answered; 0 while nothing was."""
+    code: str = "ok"
+    """Of the error that was answered."""
     started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def time_left_s(self) -> float:
+        return max(0.0, self.timeout_s - (time.perf_counter() - self.started))
 
     @property
     def body_is_unread(self) -> bool:
@@ -70,7 +92,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], timeou
             return working.result()
         if leaving.done():
             raise ClientDisconnectedError from leaving.exception()
-        raise _too_late(timeout_s)
+        raise too_late()
     finally:
         leaving.cancel()
         if not working.done():
@@ -96,7 +118,7 @@ async def stream_while_connected(
             if leaving.done():
                 raise ClientDisconnectedError from leaving.exception()
             if not working.done():
-                raise _too_late(timeout_s)
+                raise too_late()
             try:
                 piece = working.result()
             except StopAsyncIteration:
@@ -121,8 +143,8 @@ async def _close(pieces: AsyncIterator[T], working: asyncio.Future[T] | None) ->
         await pieces.aclose()
 
 
-def _too_late(timeout_s: float) -> DeadlineExceededError:
-    return DeadlineExceededError(f"no answer within {timeout_s:g} s; send less at once or try again later")
+def too_late() -> DeadlineExceededError:
+    return DeadlineExceededError("the request's time ran out before its answer; send less at once or allow more time")
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:

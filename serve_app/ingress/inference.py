@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from serve_app.errors import MalformedRequestError, ModelNotFoundError
 from serve_app.ingress.body import parse_body, read_body
+from serve_app.ingress.deadlines import TIMEOUT
 from serve_app.ingress.exchange import Exchange, Header, Reply, while_connected
 from serve_app.ingress.limits import check_limits, check_stream
 from serve_app.ingress.protocols.fields import InferenceBody
 from serve_app.ingress.routes import Dialect
 from serve_app.ingress.streaming import Events, stream_reply
-from serve_app.outputs import GeneratedPiece
+from serve_app.outputs import Generated, GeneratedPiece
 from serve_app.types import Answer, Request
 
 BodyT = TypeVar("BodyT", bound=InferenceBody)
@@ -55,8 +56,11 @@ async def answer(
 ) -> Reply:
     """Compute the request and write its whole answer. Raises ServeAppError or ClientDisconnectedError."""
     characters = check_limits(request, exchange.settings)
-    timeout_s = exchange.settings.request_timeout_s
-    computed = await while_connected(exchange.receive, exchange.service.answer(request), timeout_s)
+    exchange.request = request
+    timeout_s = exchange.time_left_s
+    work = exchange.service.answer(in_time(exchange, request))
+    computed = await while_connected(exchange.receive, work, timeout_s)
+    exchange.answer, exchange.tokens = computed, tokens_of(computed)
     compute_type = exchange.service.compute_type(request.model)
     total_s = time.perf_counter() - exchange.started
     return Reply(write(body, request, computed), headers=cost_headers(compute_type, characters, computed, total_s))
@@ -73,7 +77,22 @@ async def stream(
     characters = check_stream(request, exchange.settings)
     compute_type = exchange.service.compute_type(request.model)
     headers = ((b"x-compute-type", compute_type.encode()), (b"x-compute-characters", b"%d" % characters))
-    return await stream_reply(exchange, request, dialect, lambda pieces: write(body, request, pieces), headers)
+    exchange.request = request
+    timed = in_time(exchange, request)
+    return await stream_reply(exchange, timed, dialect, lambda pieces: write(body, request, pieces), headers)
+
+
+def tokens_of(answer: Answer) -> int:
+    """All that were computed, the generated ones too."""
+    new = (
+        [len(one.tokens) for one in answer.output if isinstance(one, Generated)] if type(answer.output) is tuple else []
+    )
+    return answer.tokens + sum(new)
+
+
+def in_time(exchange: Exchange, request: Request) -> Request:
+    """`request`, told how much time the client has left for it; unchanged where the client asked for none."""
+    return replace(request, timeout_s=exchange.time_left_s) if TIMEOUT in exchange.headers else request
 
 
 def choose_model(exchange: Exchange, asked: str | None) -> str:

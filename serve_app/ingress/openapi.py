@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import TypeAdapter
 
 from serve_app import __version__
+from serve_app.ingress.deadlines import TIMEOUT
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.routes import Route
 
@@ -33,6 +34,13 @@ _COST_HEADERS = {
     "x-truncated-inputs": "How many inputs were cut because they are too long.",
     "x-windows": "How many windows were computed for inputs that are read in several.",
     "server-timing": "The same times, with decimals.",
+}
+_TIMEOUT_PARAMETER: Json = {
+    "name": TIMEOUT.decode(),
+    "in": "header",
+    "required": False,
+    "description": "Milliseconds from the request's arrival to its answer; then 504. At most what the server allows.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 999_999_999_999},
 }
 _EVENTS = "Where the body says `stream: true`: server-sent events, each with the next piece of the answer as JSON."
 
@@ -94,8 +102,11 @@ def _operation(route: Route, models: Sequence[str], schemas: Mapping[tuple[Any, 
     }
     if route.description:
         operation["description"] = route.description
-    if "{name}" in route.path:
-        operation["parameters"] = [_model_parameter(models)]
+    parameters = [_model_parameter(models)] if "{name}" in route.path else []
+    if route.body is not None:
+        parameters.append(_TIMEOUT_PARAMETER)
+    if parameters:
+        operation["parameters"] = parameters
     if route.body is not None:
         operation["requestBody"] = {
             "required": True,
@@ -132,6 +143,6 @@ def _responses(route: Route, schemas: Mapping[tuple[Any, Direction], Json]) -> J
     error = {"application/json": {"schema": schemas[route.dialect.error_model, "serialization"]}}
     failures = {
         str(status): {"description": HTTPStatus(status).phrase, "content": error}
-        for status in sorted({*route.failures, 500})
+        for status in sorted({*route.failures, *((401, 403) if route.role is not None else ()), 500})
     }
     return {"200": good, **failures}

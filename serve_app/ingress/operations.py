@@ -133,7 +133,7 @@ async def cache(exchange: Exchange) -> Reply:
 
 
 async def _asked(exchange: Exchange, question: Coroutine[Any, Any, T]) -> T:
-    return await while_connected(exchange.receive, question, exchange.settings.request_timeout_s)
+    return await while_connected(exchange.receive, question, exchange.time_left_s)
 
 
 async def _info(exchange: Exchange) -> Mapping[str, Any]:
@@ -176,10 +176,19 @@ def routes() -> tuple[Route, ...]:
     asks = (503, 504)
     asks_one = (404, *asks)
     return (
-        Route("GET", "/health", health, DIALECT, "Whether the server lives", answer=Health),
-        Route("GET", "/ready", ready, DIALECT, "Whether every model answers", answer=Health, failures=asks),
+        Route("GET", "/health", health, DIALECT, "Whether the server lives", answer=Health, role=None),
+        Route("GET", "/ready", ready, DIALECT, "Whether every model answers", answer=Health, failures=asks, role=None),
         Route("GET", "/info", info, DIALECT, "The models", answer=OneModelInfo | Info, failures=asks),
-        Route("GET", "/metrics", metrics, DIALECT, "Prometheus metrics", media=PROMETHEUS, failures=asks),
+        Route(
+            "GET",
+            "/metrics",
+            metrics,
+            DIALECT,
+            "Prometheus metrics",
+            media=PROMETHEUS,
+            failures=asks,
+            role="metrics",
+        ),
         Route(
             "GET",
             "/models/{name}/health",
@@ -188,6 +197,7 @@ def routes() -> tuple[Route, ...]:
             "Whether the model answers",
             answer=Health,
             failures=asks_one,
+            role=None,
         ),
         Route("GET", "/models/{name}/info", info, DIALECT, "One model", answer=OneModelInfo, failures=asks_one),
         Route(
@@ -198,6 +208,7 @@ def routes() -> tuple[Route, ...]:
             "What a replica's allocator says of its memory",
             media=TEXT,
             failures=asks_one,
+            role="admin",
         ),
         Route(
             "GET",
@@ -207,5 +218,6 @@ def routes() -> tuple[Route, ...]:
             "Where every model's files are: pending, downloading, verifying, ready, error",
             answer=CacheStatus,
             failures=asks,
+            role="admin",
         ),
     )

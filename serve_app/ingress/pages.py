@@ -25,10 +25,12 @@ _FILES = (
 
 def routes(documented: Sequence[Route], models: Sequence[str]) -> tuple[Route, ...]:
     """Routes of the documentation of `documented`, which are not in the document themselves."""
-    pages = (Route("GET", path, _page(name, media), DIALECT, name, media=media) for path, name, media in _FILES)
+    pages = (
+        Route("GET", path, _page(name, media), DIALECT, name, media=media, role=None) for path, name, media in _FILES
+    )
     return (
-        Route("GET", "/openapi.json", _document(documented, models), DIALECT, "This document"),
-        Route("GET", "/", _to_docs, DIALECT, "To the documentation"),
+        Route("GET", "/openapi.json", _document(documented, models), DIALECT, "This document", role=None),
+        Route("GET", "/", _to_docs, DIALECT, "To the documentation", role=None),
         *pages,
     )
 

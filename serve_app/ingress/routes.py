@@ -12,6 +12,7 @@ from starlette.types import Scope
 
 from serve_app.errors import MethodNotAllowedError, RouteNotFoundError, ServeAppError
 from serve_app.ingress.exchange import Exchange, Reply
+from serve_app.ingress.keys import Role
 from serve_app.ingress.statuses import ErrorKind
 
 Endpoint: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
@@ -60,6 +61,8 @@ class Route:
     failures: tuple[int, ...] = ()
     """Statuses of the errors that the endpoint may answer, beside 500."""
     description: str = ""
+    role: Role | None = "inference"
+    """What an API key must be for, where keys are on; None: no key is asked."""
 
     @property
     def methods(self) -> frozenset[str]:

@@ -44,11 +44,21 @@ async def stream_reply(
     So an error before the first piece is raised here, and answered as any other. The client's leaving and the
     deadline, which counts for the whole answer, end the work.
     """
-    timeout_s = exchange.settings.request_timeout_s
-    pieces = stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s)
+    timeout_s = exchange.time_left_s
+    pieces = _counted(exchange, stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s))
     events = _closing(pieces, write(pieces))
     first = await anext(events, b"")
-    return Reply(_framed(first, events, dialect, exchange.id), content_type=EVENT_STREAM, headers=_HEADERS + headers)
+    return Reply(_framed(first, events, dialect, exchange), content_type=EVENT_STREAM, headers=_HEADERS + headers)
+
+
+async def _counted(
+    exchange: Exchange, pieces: AsyncGenerator[GeneratedPiece, None]
+) -> AsyncGenerator[GeneratedPiece, None]:
+    """`pieces`, each counted with the request's tokens, the prompt's with the first."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            exchange.tokens += (piece.token is not None) + (0 if exchange.tokens else piece.prompt_tokens)
+            yield piece
 
 
 async def _closing(pieces: AsyncGenerator[GeneratedPiece, None], events: Events) -> Events:
@@ -58,7 +68,7 @@ async def _closing(pieces: AsyncGenerator[GeneratedPiece, None], events: Events)
             yield data
 
 
-async def _framed(first: bytes, events: Events, dialect: Dialect, request_id: str) -> AsyncGenerator[bytes, None]:
+async def _framed(first: bytes, events: Events, dialect: Dialect, exchange: Exchange) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
         try:
             if first:
@@ -66,13 +76,15 @@ async def _framed(first: bytes, events: Events, dialect: Dialect, request_id: st
             async for data in events:
                 yield _event(data)
         except ServeAppError as error:
-            yield _event(_error(error, dialect, request_id))
+            exchange.code = error.code
+            yield _event(_error(error, dialect, exchange.id))
         except ClientDisconnectedError:
-            return
+            exchange.status = 0
         except Exception:
-            logger.exception("unexpected error in request %s", request_id)
+            logger.exception("unexpected error in request %s", exchange.id)
             unexpected = ServerError("an unexpected error; the server's log has it under this request id")
-            yield _event(_error(unexpected, dialect, request_id))
+            exchange.code = unexpected.code
+            yield _event(_error(unexpected, dialect, exchange.id))
 
 
 def _event(data: bytes) -> bytes:

@@ -262,3 +262,29 @@ def test_the_command_is_content_with_a_good_file(tmp_path: Path, capsys: pytest.
 
 def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
     assert [str(finding) for finding in check_file(tmp_path / "none.yaml")] == ["file: No such file or directory"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
+def test_a_server_that_listens_beyond_this_machine_without_keys_is_warned_about(check: Check, host: str) -> None:
+    (line,) = check(changed("http_options", "host", to=host))
+    assert line.startswith("http_options.host: warning: THE SERVER IS OPEN")
+    assert host in line
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_a_server_that_only_this_machine_reaches_is_not(check: Check, host: str) -> None:
+    assert check(changed("http_options", "host", to=host)) == []
+
+
+def test_a_list_of_keys_is_checked_where_it_lies_here(check: Check, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    config = changed("http_options", "host", to="0.0.0.0")
+    config["applications"][0]["args"]["api_keys"] = {"file": str(file)}
+    (line,) = check(config)
+    assert line.startswith("applications[0].args.api_keys.file: warning: it is not on this machine")
+    file.write_text("alice a-secret")
+    (line,) = check(config)
+    assert "line 1: after the name" in line
+    assert "a-secret" not in line
+    file.write_text(f"alice sha256:{'0' * 64}")
+    assert check(config) == []

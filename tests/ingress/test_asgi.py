@@ -253,3 +253,19 @@ async def test_routes_can_be_told_by_name_as_ray_serve_does(service: FakeService
     assert all(
         route.matches({"type": "http", "method": "GET", "path": "/x/y"})[0] is Match.NONE for route in app.routes
     )
+
+
+async def test_requests_beyond_the_limit_of_those_under_way_are_refused_before_their_body_is_read(
+    service: FakeService,
+) -> None:
+    service.go.clear()
+    async with client_of(service, max_concurrent_requests=2) as client:
+        held = [asyncio.ensure_future(client.post("/embed", json=GOOD)) for _ in range(2)]
+        while len(service.requests) < 2:
+            await asyncio.sleep(0)
+        refused = await client.post("/v1/embeddings", content=b"{")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert (await client.get("/health")).status_code == 200
+        service.go.set()
+        assert [response.status_code for response in await asyncio.gather(*held)] == [200, 200]
+        assert (await client.post("/embed", json=GOOD)).status_code == 200

@@ -131,7 +131,7 @@ async def test_a_server_that_is_not_ready_says_so_as_documented(service: FakeSer
 async def test_several_models_are_offered_by_name_and_told_as_documented() -> None:
     async with client_of(FakeService("small", "large")) as client:
         document = (await client.get("/openapi.json")).json()
-        (parameter,) = document["paths"]["/models/{name}/embed"]["post"]["parameters"]
+        parameter, _ = document["paths"]["/models/{name}/embed"]["post"]["parameters"]
         assert parameter["schema"]["enum"] == ["small", "large"]
         answer = (await client.get("/info")).json()
     jsonschema.validate(answer, schema_of("/info", "get", 200), jsonschema.Draft202012Validator)

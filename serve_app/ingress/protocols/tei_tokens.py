@@ -89,7 +89,7 @@ async def tokenize(exchange: Exchange) -> Reply:
     model = choose_model(exchange, body.model)
     _check([len(each) for each in body.inputs], exchange.settings)
     work = exchange.service.tokenize(model, body.inputs, body.add_special_tokens)
-    found = await while_connected(exchange.receive, work, exchange.settings.request_timeout_s)
+    found = await while_connected(exchange.receive, work, exchange.time_left_s)
     return Reply(encode([[asdict(token) for token in tokens] for tokens in found]))
 
 
@@ -99,7 +99,7 @@ async def decode(exchange: Exchange) -> Reply:
     model = choose_model(exchange, body.model)
     _check([len(each) for each in body.ids], exchange.settings)
     work = exchange.service.decode(model, body.ids, body.skip_special_tokens)
-    return Reply(encode(await while_connected(exchange.receive, work, exchange.settings.request_timeout_s)))
+    return Reply(encode(await while_connected(exchange.receive, work, exchange.time_left_s)))
 
 
 def _check(lengths: Sequence[int], settings: IngressSettings) -> None:

@@ -99,7 +99,7 @@ async def ask(exchange: Exchange) -> Reply:
     models = exchange.service.models
     named = exchange.path_model is not None or len(models) == 1
     model = choose_model(exchange, None if named else parse_body(NamedBody, raw).model)
-    card = await while_connected(exchange.receive, exchange.service.card(model), exchange.settings.request_timeout_s)
+    card = await while_connected(exchange.receive, exchange.service.card(model), exchange.time_left_s)
     kind = BODIES.get(card.task)
     if kind is None:
         raise InvalidInputError(f"models of task {card.task} are not asked here; /docs lists other paths")

@@ -1,0 +1,44 @@
+"""Who can reach the server, and whether an API key is asked of them."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from serve_app.cli.serve_file import Finding
+from serve_app.config import AppConfig
+from serve_app.errors import ConfigError
+from serve_app.ingress.keys import keys_of_file
+
+OPEN = (
+    "THE SERVER IS OPEN: it listens beyond this machine ({host}) and asks nobody for an API key. Set api_keys under "
+    "args (docs/edge.md), or listen on 127.0.0.1; where something in front asks for keys, let nothing else reach it"
+)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def exposure_findings(config: AppConfig, host: str, where: str) -> Iterator[Finding]:
+    """`where` is the key of the application's args."""
+    if config.api_keys is None:
+        if not is_loopback(host):
+            yield Finding("http_options.host", OPEN.format(host=host), is_error=False)
+        return
+    if config.api_keys.file is None:
+        return
+    path = Path(os.path.expandvars(config.api_keys.file)).expanduser()
+    at = f"{where}.api_keys.file"
+    if not path.is_file():
+        yield Finding(at, "it is not on this machine; each node that runs an ingress replica needs it", is_error=False)
+        return
+    try:
+        keys_of_file(path)
+    except ConfigError as error:
+        yield Finding(at, error.message)

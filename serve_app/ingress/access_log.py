@@ -1,0 +1,58 @@
+"""One line of JSON a request, for log collectors: what it was, what it cost, how it ended. Never what was in it.
+
+Every value is ours (a route's path, a served model's name, a status), a number, or a request id and key name of
+harmless characters; and JSON escapes what would end a line. So nothing that a client sends can make or forge one.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from serve_app.ingress.encoding import encode
+from serve_app.ingress.exchange import Exchange
+
+logger = logging.getLogger("serve_app.access")
+
+CLIENT_LEFT = 499
+"""The status of a request whose client did not wait for it, as in nginx."""
+
+
+def start_log() -> None:
+    """Write lines to standard output, which Ray keeps in a file a replica. May be called again."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO)
+
+
+def log_request(exchange: Exchange) -> None:
+    logger.info("%s", encode(entry(exchange)).decode())
+
+
+def entry(exchange: Exchange) -> dict[str, Any]:
+    """Times in seconds; null is what is not known, as the model of a request that named none."""
+    request, answer = exchange.request, exchange.answer
+    times = None if answer is None else answer.timings
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "request_id": exchange.id,
+        "method": None if exchange.route is None else exchange.route[0],
+        "route": None if exchange.route is None else exchange.route[1],
+        "status": exchange.status or CLIENT_LEFT,
+        "code": exchange.code,
+        "model": request and request.model,
+        "task": request and request.task,
+        "inputs": request and len(request.inputs),
+        "tokens": exchange.tokens,
+        "total_s": round(time.perf_counter() - exchange.started, 6),
+        "tokenize_s": times and round(times.tokenize_s, 6),
+        "queue_s": times and round(times.queue_s, 6),
+        "forward_s": times and round(times.forward_s, 6),
+        "key": exchange.account and exchange.account.key.name,
+    }

@@ -1,0 +1,177 @@
+"""Who may ask what, and how much, through the whole edge."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve_app.config import ApiKeysConfig, IngressSettings
+from serve_app.ingress.access import Bucket, Guard
+from serve_app.ingress.asgi import App, create_app
+from serve_app.ingress.keys import KeyRing
+from serve_app.ingress.service import SettingsRef
+from tests.ingress.edge import TOKENS, WORDS, FakeService
+from tests.ingress.test_keys import Clock, line
+from tests.ingress.test_openapi import example_of
+
+SECRET = "sa_the-secret-of-alice"
+GOOD = {"inputs": "a"}
+ALICE = {"authorization": f"Bearer {SECRET}"}
+
+
+class Guarded:
+    """An edge that asks for keys, and its clock."""
+
+    def __init__(self, service: FakeService, file: Path, *lines: str) -> None:
+        file.write_text("\n".join(lines or [line("alice", SECRET)]))
+        self.clock = Clock()
+        guard = Guard(KeyRing(ApiKeysConfig(file=str(file)), self.clock), self.clock)
+        self.app: App = create_app(service, SettingsRef(IngressSettings()), guard=guard)
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://edge")
+
+    async def status(self, path: str = "/embed", headers: dict[str, str] | None = None) -> int:
+        return (await self.client.post(path, json=GOOD, headers=ALICE if headers is None else headers)).status_code
+
+
+@pytest.fixture
+def guarded(service: FakeService, tmp_path: Path) -> Guarded:
+    return Guarded(service, tmp_path / "keys")
+
+
+@pytest.mark.parametrize("headers", [ALICE, {"x-api-key": SECRET}, {"Authorization": f"bearer {SECRET}"}])
+async def test_a_known_key_opens_the_door(guarded: Guarded, headers: dict[str, str]) -> None:
+    assert await guarded.status(headers=headers) == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"x-api-key": ""},
+        {"x-api-key": SECRET + "x"},
+        {"x-api-key": SECRET[:-1]},
+        {"authorization": f"Basic {SECRET}"},
+        {"authorization": SECRET},
+    ],
+)
+@pytest.mark.parametrize(("path", "inner"), [("/embed", None), ("/v1/embeddings", "error")])
+async def test_no_key_and_a_wrong_key_are_a_401_in_the_shape_of_the_protocol(
+    guarded: Guarded,
+    service: FakeService,
+    caplog: pytest.LogCaptureFixture,
+    headers: dict[str, str],
+    path: str,
+    inner: str,
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        response = await guarded.client.post(path, json={"inputs": "a", "input": "a"}, headers=headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    told = response.json()[inner] if inner else response.json()
+    assert told["code"] == "unauthorized"
+    assert SECRET[:-1] not in response.text + caplog.text
+    assert service.requests == []
+
+
+def routes_of(app: App) -> Iterator[tuple[str, str, str | None]]:
+    for route in app.routes:
+        yield route.method, route.path.replace("{name}", "tiny"), route.role
+
+
+async def test_every_route_but_documentation_and_health_asks_for_a_key(guarded: Guarded) -> None:
+    opened = set()
+    for method, path, _ in routes_of(guarded.app):
+        response = await guarded.client.request(method, path, json=GOOD if method == "POST" else None)
+        if response.status_code != 401:
+            opened.add(path)
+    pages = {"/", "/docs", "/docs/docs.css", "/docs/docs.js", "/openapi.json"}
+    assert opened == pages | {"/health", "/ready", "/models/tiny/health"}
+
+
+async def test_metrics_and_admin_routes_have_keys_of_their_own(service: FakeService, tmp_path: Path) -> None:
+    lines = [line("alice", SECRET), line("prometheus", "p", "roles=metrics"), line("root", "r", "roles=admin")]
+    guarded = Guarded(service, tmp_path / "keys", *lines)
+    secrets = {"inference": SECRET, "metrics": "p", "admin": "r"}
+    for method, path, wanted in routes_of(guarded.app):
+        for role, secret in secrets.items():
+            content = json.dumps(example_of(path.replace("tiny", "{name}"))) if method == "POST" else None
+            response = await guarded.client.request(method, path, content=content, headers={"x-api-key": secret})
+            if wanted in (None, role):
+                assert response.status_code in (200, 307), path
+            else:
+                assert response.status_code == 403
+                assert response.json().get("error")
+                assert secret not in response.json()
+
+
+async def test_a_key_is_taken_away_without_a_restart(guarded: Guarded, tmp_path: Path) -> None:
+    assert await guarded.status() == 200
+    (tmp_path / "keys").write_text(line("somebody-else", "s"))
+    guarded.clock.now += 5
+    assert await guarded.status() == 401
+
+
+async def test_requests_beyond_the_quota_are_429_until_time_has_passed(service: FakeService, tmp_path: Path) -> None:
+    lines = [line("alice", SECRET, "requests_per_minute=3"), line("bob", "b")]
+    guarded = Guarded(service, tmp_path / "keys", *lines)
+    assert [await guarded.status() for _ in range(4)] == [200, 200, 200, 429]
+    assert await guarded.status(headers={"x-api-key": "b"}) == 200
+    response = await guarded.client.post("/embed", json=GOOD, headers=ALICE)
+    assert response.json()["code"] == "quota_exceeded"
+    assert response.headers["retry-after"] == "20"
+    guarded.clock.now += 20
+    assert [await guarded.status() for _ in range(2)] == [200, 429]
+
+
+async def test_tokens_are_counted_when_they_are_known_and_debts_are_paid_first(
+    service: FakeService, tmp_path: Path
+) -> None:
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=60"))
+    response = await guarded.client.post("/embed", json={"inputs": "x" * 98}, headers=ALICE)
+    assert response.headers["x-compute-tokens"] == "100"
+    assert await guarded.status() == 429
+    guarded.clock.now += 39
+    assert await guarded.status() == 429
+    guarded.clock.now += 2
+    assert await guarded.status() == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_generated_tokens_count_too(tmp_path: Path, stream: bool) -> None:
+    service = FakeService(task="text-generation")
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=60"))
+    body = {"prompt": "x" * 4, "stream": stream}
+    assert (await guarded.client.post("/v1/completions", json=body, headers=ALICE)).status_code == 200
+    account = guarded.app._guard._accounts["alice"]  # type: ignore[union-attr]
+    assert account.tokens is not None
+    assert account.tokens._level == 60 - 6 - len(WORDS if not stream else (*TOKENS, "end"))
+
+
+async def test_what_is_refused_costs_no_tokens(service: FakeService, tmp_path: Path) -> None:
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=1"))
+    for _ in range(3):
+        assert (await guarded.client.post("/embed", json={"inputs": []}, headers=ALICE)).status_code == 400
+    assert await guarded.status() == 200
+
+
+def test_a_bucket_fills_no_higher_than_a_minutes_worth() -> None:
+    clock = Clock()
+    bucket = Bucket(60, clock)
+    clock.now += 3600
+    bucket.spend(60)
+    assert bucket.wait_s(1) == pytest.approx(1.0)
+
+
+async def test_a_changed_line_keeps_what_is_left_of_a_quota_that_did_not_change(
+    service: FakeService, tmp_path: Path
+) -> None:
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "requests_per_minute=2"))
+    assert [await guarded.status() for _ in range(2)] == [200, 200]
+    (tmp_path / "keys").write_text(line("alice", SECRET, "roles=inference,metrics", "requests_per_minute=2"))
+    guarded.clock.now += 2
+    assert await guarded.status() == 429

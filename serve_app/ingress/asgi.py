@@ -16,7 +16,7 @@ from serve_app.errors import MethodNotAllowedError, ServeAppError, ServerError
 from serve_app.ingress import operations, pages
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
-from serve_app.ingress.protocols import huggingface, openai, tei
+from serve_app.ingress.protocols import huggingface, open_inference, openai, tei
 from serve_app.ingress.routes import Dialect, Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
 from serve_app.ingress.statuses import kind_of
@@ -48,7 +48,7 @@ class App:
         self._service = service
         self._settings = settings
         self._writes_request_id = writes_request_id
-        api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *operations.routes())
+        api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *open_inference.routes(), *operations.routes())
         self._table = RouteTable((*api, *pages.routes(api, service.models)))
 
     @property
@@ -134,6 +134,8 @@ def error_reply(error: ServeAppError, dialect: Dialect, request_id: str, *header
 
 def dialect_of(path: str) -> Dialect:
     """The protocol that a path without a route most likely meant."""
+    if path.startswith("/v2/"):
+        return open_inference.DIALECT
     return openai.DIALECT if "/v1/" in path else tei.DIALECT
 
 

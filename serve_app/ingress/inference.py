@@ -54,12 +54,18 @@ async def answer(
     exchange: Exchange, body: BodyT, request: Request, write: Callable[[BodyT, Request, Answer], bytes]
 ) -> Reply:
     """Compute the request and write its whole answer. Raises ServeAppError or ClientDisconnectedError."""
+    computed, headers = await compute(exchange, request)
+    return Reply(write(body, request, computed), headers=headers)
+
+
+async def compute(exchange: Exchange, request: Request) -> tuple[Answer, tuple[Header, ...]]:
+    """The request's answer, and the headers that say what it cost. Raises as `answer` does."""
     characters = check_limits(request, exchange.settings)
     timeout_s = exchange.settings.request_timeout_s
     computed = await while_connected(exchange.receive, exchange.service.answer(request), timeout_s)
     compute_type = exchange.service.compute_type(request.model)
     total_s = time.perf_counter() - exchange.started
-    return Reply(write(body, request, computed), headers=cost_headers(compute_type, characters, computed, total_s))
+    return computed, cost_headers(compute_type, characters, computed, total_s)
 
 
 async def stream(

@@ -369,7 +369,7 @@ async def stream_of(*requests: Any) -> Any:
 
 
 async def streamed(service: FakeService, *requests: Any, **settings: float) -> list[Any]:
-    return [each async for each in Servicer(service, **settings).ModelStreamInfer(stream_of(*requests))]
+    return [each async for each in Servicer(service, **settings).ModelStreamInfer(stream_of(*requests), Context())]
 
 
 async def test_generated_text_is_streamed_in_pieces(service: FakeService) -> None:
@@ -400,11 +400,11 @@ async def test_a_stream_that_takes_too_long_is_cancelled(service: FakeService) -
 
 async def test_what_the_grpc_service_tells(service: FakeService) -> None:
     servicer = Servicer(service)
-    assert (await servicer.ServerLive(messages.ServerLiveRequest())).live
-    assert (await servicer.ServerReady(messages.ServerReadyRequest())).ready
-    assert (await servicer.ModelReady(messages.ModelReadyRequest(name="tiny"))).ready
-    assert not (await servicer.ModelReady(messages.ModelReadyRequest(name="absent"))).ready
-    assert (await servicer.ServerMetadata(messages.ServerMetadataRequest())).name == "serve-app"
+    assert (await servicer.ServerLive(messages.ServerLiveRequest(), Context())).live
+    assert (await servicer.ServerReady(messages.ServerReadyRequest(), Context())).ready
+    assert (await servicer.ModelReady(messages.ModelReadyRequest(name="tiny"), Context())).ready
+    assert not (await servicer.ModelReady(messages.ModelReadyRequest(name="absent"), Context())).ready
+    assert (await servicer.ServerMetadata(messages.ServerMetadataRequest(), Context())).name == "serve-app"
     told = await servicer.ModelMetadata(messages.ModelMetadataRequest(name="tiny"), Context())
     assert [(each.name, each.datatype, list(each.shape)) for each in told.inputs] == [("text", "BYTES", [-1])]
     context = Context()

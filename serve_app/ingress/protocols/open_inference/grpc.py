@@ -163,20 +163,20 @@ class OpenInference:
 
 
 class OpenInferenceMethods:
-    """The methods as Serve calls them. A class that mixes this in has `open_inference`."""
+    """The methods as Serve, or a gRPC server, calls them. A class that mixes this in has `open_inference`."""
 
     open_inference: OpenInference
 
-    async def ServerLive(self, request: Any) -> Any:  # noqa: N802, the protocol's names
+    async def ServerLive(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802, the protocol's names
         return messages.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, request: Any) -> Any:  # noqa: N802
+    async def ServerReady(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return await self.open_inference.server_ready()
 
-    async def ModelReady(self, request: Any) -> Any:  # noqa: N802
+    async def ModelReady(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return await self.open_inference.model_ready(request)
 
-    async def ServerMetadata(self, request: Any) -> Any:  # noqa: N802
+    async def ServerMetadata(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return await self.open_inference.server_metadata()
 
     async def ModelMetadata(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
@@ -185,7 +185,9 @@ class OpenInferenceMethods:
     async def ModelInfer(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return await _told(self.open_inference.infer(request), grpc_context, messages.ModelInferResponse)
 
-    async def ModelStreamInfer(self, request_stream: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:  # noqa: N802
+    async def ModelStreamInfer(  # noqa: N802
+        self, request_stream: AsyncIterator[Any], grpc_context: Any
+    ) -> AsyncGenerator[Any, None]:
         """Each request's responses before the next one's; an error is a response, and the stream goes on."""
         async for request in request_stream:
             try:

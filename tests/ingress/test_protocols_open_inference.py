@@ -282,9 +282,13 @@ async def test_what_is_not_there_is_not_found_in_the_protocols_shape(path: str, 
 class Context:
     """What Serve hands to a method of the gRPC service."""
 
-    def __init__(self) -> None:
+    def __init__(self, **metadata: str) -> None:
+        self.metadata = tuple(metadata.items())
         self.code = grpc.StatusCode.OK
         self.details = ""
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return self.metadata
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
@@ -296,8 +300,8 @@ class Context:
 class Servicer(OpenInferenceMethods):
     """As the ingress has them."""
 
-    def __init__(self, service: FakeService, **settings: float) -> None:
-        self.open_inference = OpenInference(service, SettingsRef(IngressSettings.model_validate(settings)))
+    def __init__(self, service: FakeService, guard: Any = None, **settings: float) -> None:
+        self.open_inference = OpenInference(service, SettingsRef(IngressSettings.model_validate(settings)), guard)
 
 
 def request_of(*texts: str, name: str = "text", typed: bool = False, **parameters: Any) -> Any:
@@ -410,6 +414,52 @@ async def test_what_the_grpc_service_tells(service: FakeService) -> None:
     context = Context()
     await servicer.ModelMetadata(messages.ModelMetadataRequest(name="absent"), context)
     assert context.code is grpc.StatusCode.NOT_FOUND
+
+
+class OneKey:
+    """A guard, and the account of the one key that it knows."""
+
+    def __init__(self) -> None:
+        self.requests = self.tokens = 0
+
+    def admit(self, headers: Mapping[bytes, bytes], role: str) -> OneKey:
+        if headers.get(b"authorization") != b"Bearer k":
+            raise errors.RequestError("send a key")
+        return self
+
+    def enter(self) -> None:
+        self.requests += 1
+
+    def charge(self, tokens: int) -> None:
+        self.tokens += tokens
+
+
+async def test_a_guard_is_asked_for_every_call_that_costs_or_tells(service: FakeService) -> None:
+    guard = OneKey()
+    servicer = Servicer(service, guard)
+    for call in (
+        lambda context: servicer.ModelInfer(request_of("a"), context),
+        lambda context: servicer.ModelMetadata(messages.ModelMetadataRequest(name="tiny"), context),
+        lambda context: servicer.ServerMetadata(messages.ServerMetadataRequest(), context),
+    ):
+        context = Context()
+        await call(context)
+        assert context.details == "send a key"
+    (refused,) = [each async for each in servicer.ModelStreamInfer(stream_of(request_of("a")), Context())]
+    assert refused.error_message == "send a key"
+    assert not service.requests
+    assert (await servicer.ServerLive(messages.ServerLiveRequest(), Context())).live
+
+
+async def test_what_a_call_costs_is_charged(service: FakeService) -> None:
+    guard = OneKey()
+    context = Context(authorization="Bearer k")
+    await Servicer(service, guard).ModelInfer(request_of("abc"), context)
+    assert (context.code, guard.requests, guard.tokens) == (grpc.StatusCode.OK, 1, 5)
+    service.task = "text-generation"
+    async for _ in Servicer(service, guard).ModelStreamInfer(stream_of(request_of("abc")), context):
+        pass
+    assert (guard.requests, guard.tokens) == (2, 5 + 6 + 5)
 
 
 def test_messages_cross_process_borders() -> None:

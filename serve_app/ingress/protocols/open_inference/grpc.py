@@ -12,7 +12,7 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import grpc
 from google.protobuf import descriptor_pool
@@ -47,13 +47,16 @@ from serve_app.ingress.protocols.open_inference.tensors import (
 )
 from serve_app.ingress.service import Service, SettingsRef
 from serve_app.ingress.statuses import kind_of
+from serve_app.outputs import Generated
 from serve_app.tasks.generation import GENERATING
-from serve_app.types import Request
+from serve_app.types import Answer, Request
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CODES: Mapping[int, grpc.StatusCode] = {
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -74,14 +77,37 @@ _CONTENTS = {
 }
 
 
-class OpenInference:
-    """The service's methods over any Service. Errors are told as a status, as every failure of gRPC is."""
+Headers = Mapping[bytes, bytes]
+"""A call's metadata, as HTTP headers are."""
 
-    def __init__(self, service: Service, settings: SettingsRef) -> None:
+
+class Account(Protocol):
+    """Who asks, and what is left to it."""
+
+    def enter(self) -> None:
+        """Count one request. Raises OverloadedError."""
+
+    def charge(self, tokens: int) -> None:
+        """Count what a request has cost."""
+
+
+class Guard(Protocol):
+    """Lets those in who may ask."""
+
+    def admit(self, headers: Headers, role: Literal["inference"]) -> Account:
+        """Raises RequestError."""
+
+
+class OpenInference:
+    """The service's methods over any Service, open to all unless there is a guard. They raise ServeAppError."""
+
+    def __init__(self, service: Service, settings: SettingsRef, guard: Guard | None = None) -> None:
         self._service = service
         self._settings = settings
+        self._guard = guard
 
-    async def server_metadata(self) -> Any:
+    async def server_metadata(self, headers: Headers) -> Any:
+        self._admit(headers)
         return messages.ServerMetadataResponse(name="serve-app", version=__version__, extensions=EXTENSIONS)
 
     async def server_ready(self) -> Any:
@@ -98,42 +124,60 @@ class OpenInference:
             return False
         return True
 
-    async def model_metadata(self, asked: Any) -> Any:
+    async def model_metadata(self, asked: Any, headers: Headers) -> Any:
+        self._admit(headers)
         check_version(asked.version)
         card = await self._in_time(self._service.card(self._model(asked.name)))
         return messages.ModelMetadataResponse(**metadata(card))
 
-    async def infer(self, asked: Any) -> Any:
+    async def infer(self, asked: Any, headers: Headers) -> Any:
+        account = self._admit(headers, enters=True)
         call, request = await self._read(asked)
-        check_limits(request, self._settings.current)
-        answer = await self._in_time(self._service.answer(request))
-        return _response(asked, request, call.wanted(request, answer))
+        return await self._whole(asked, call, request, account)
 
-    async def stream(self, asked: Any) -> AsyncGenerator[Any, None]:
+    async def stream(self, asked: Any, headers: Headers) -> AsyncGenerator[Any, None]:
         """A response for each piece of a generated text, and one for the answer to any other task."""
+        account = self._admit(headers, enters=True)
         call, request = await self._read(asked)
         if request.task not in GENERATING:
-            check_limits(request, self._settings.current)
-            answer = await self._in_time(self._service.answer(request))
-            yield _response(asked, request, call.wanted(request, answer))
+            yield await self._whole(asked, call, request, account)
             return
         check_stream(request, self._settings.current)
-        async with aclosing(self._pieces(request)) as pieces:
+        async with aclosing(self._pieces(request, account)) as pieces:
             async for tensors in pieces:
                 wanted = [each for each in tensors if not call.outputs or each.name in call.outputs]
                 yield _response(asked, request, wanted)
 
-    async def _pieces(self, request: Request) -> AsyncGenerator[Sequence[OutputTensor], None]:
+    async def _whole(self, asked: Any, call: Call, request: Request, account: Account | None) -> Any:
+        check_limits(request, self._settings.current)
+        answer = await self._in_time(self._service.answer(request))
+        if account is not None:
+            account.charge(_cost(answer))
+        return _response(asked, request, call.wanted(request, answer))
+
+    async def _pieces(self, request: Request, account: Account | None) -> AsyncGenerator[Sequence[OutputTensor], None]:
         """`finish_reason` is empty but in the last piece."""
         pieces: Any = self._service.stream(request)
         end = asyncio.get_running_loop().time() + self._settings.current.request_timeout_s
-        async with aclosing(pieces):
-            while True:
-                left_s = end - asyncio.get_running_loop().time()
-                piece = await self._in_time(anext(pieces, None), left_s)
-                if piece is None:
-                    return
-                yield generated([piece.text], [piece.finish_reason or ""])
+        prompt_tokens = new_tokens = 0
+        try:
+            async with aclosing(pieces):
+                while (piece := await self._in_time(anext(pieces, None), end)) is not None:
+                    prompt_tokens = max(prompt_tokens, piece.prompt_tokens)
+                    new_tokens += piece.token is not None
+                    yield generated([piece.text], [piece.finish_reason or ""])
+        finally:
+            if account is not None:
+                account.charge(prompt_tokens + new_tokens)
+
+    def _admit(self, headers: Headers, enters: bool = False) -> Account | None:
+        """Raises RequestError, or OverloadedError where a quota is used up."""
+        if self._guard is None:
+            return None
+        account = self._guard.admit(headers, "inference")
+        if enters:
+            account.enter()
+        return account
 
     async def _read(self, asked: Any) -> tuple[Call, Request]:
         most = self._settings.current.max_body_bytes
@@ -153,11 +197,12 @@ class OpenInference:
             raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
         return name
 
-    async def _in_time(self, work: Awaitable[T], timeout_s: float | None = None) -> T:
-        """Raises DeadlineExceededError, and what `work` raises."""
+    async def _in_time(self, work: Awaitable[T], end: float | None = None) -> T:
+        """`end` is a time of the event loop. Raises DeadlineExceededError, and what `work` raises."""
         whole_s = self._settings.current.request_timeout_s
+        left_s = whole_s if end is None else max(0.0, end - asyncio.get_running_loop().time())
         try:
-            return await asyncio.wait_for(work, whole_s if timeout_s is None else max(0.0, timeout_s))
+            return await asyncio.wait_for(work, left_s)
         except asyncio.TimeoutError:
             raise DeadlineExceededError(f"no answer within {whole_s:g} s; send less or try again later") from None
 
@@ -177,13 +222,16 @@ class OpenInferenceMethods:
         return await self.open_inference.model_ready(request)
 
     async def ServerMetadata(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        return await self.open_inference.server_metadata()
+        work = self.open_inference.server_metadata(_headers(grpc_context))
+        return await _told(work, grpc_context, messages.ServerMetadataResponse)
 
     async def ModelMetadata(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        return await _told(self.open_inference.model_metadata(request), grpc_context, messages.ModelMetadataResponse)
+        work = self.open_inference.model_metadata(request, _headers(grpc_context))
+        return await _told(work, grpc_context, messages.ModelMetadataResponse)
 
     async def ModelInfer(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        return await _told(self.open_inference.infer(request), grpc_context, messages.ModelInferResponse)
+        work = self.open_inference.infer(request, _headers(grpc_context))
+        return await _told(work, grpc_context, messages.ModelInferResponse)
 
     async def ModelStreamInfer(  # noqa: N802
         self, request_stream: AsyncIterator[Any], grpc_context: Any
@@ -191,7 +239,7 @@ class OpenInferenceMethods:
         """Each request's responses before the next one's; an error is a response, and the stream goes on."""
         async for request in request_stream:
             try:
-                async with aclosing(self.open_inference.stream(request)) as responses:
+                async with aclosing(self.open_inference.stream(request, _headers(grpc_context))) as responses:
                     async for response in responses:
                         yield messages.ModelStreamInferResponse(infer_response=response)
             except Exception as error:
@@ -216,6 +264,16 @@ def _expected(error: Exception) -> ServeAppError:
         return error
     logger.error("unexpected error in a gRPC call", exc_info=error)
     return ServerError("an unexpected error; the server's log has it")
+
+
+def _headers(context: Any) -> Headers:
+    return {key.encode(): value.encode() for key, value in context.invocation_metadata() if isinstance(value, str)}
+
+
+def _cost(answer: Answer) -> int:
+    """Tokens that were computed, the generated ones too."""
+    new = (len(each.tokens) for each in answer.output if isinstance(each, Generated))
+    return answer.tokens + (sum(new) if isinstance(answer.output, tuple) else 0)
 
 
 def code_of(error: ServeAppError) -> grpc.StatusCode:

@@ -44,6 +44,7 @@ class Live:
     base_url: str
     process: subprocess.Popen[bytes]
     folder: Path
+    grpc_address: str = ""
 
     @property
     def log(self) -> str:
@@ -72,6 +73,7 @@ def local_config(folder: Path, change: Callable[[dict[str, Any]], None] = lambda
     config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config = copy.deepcopy(config)
     config["http_options"]["port"] = free_port()
+    config["grpc_options"]["port"] = free_port()
     first_port = next(_ingress_ports)
     config["controller_options"]["runtime_env"]["env_vars"] |= {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy" / "haproxy.cfg"),
@@ -103,7 +105,8 @@ def served(
     folder = Path(tempfile.mkdtemp(prefix="sa-"))  # short, because Ray puts Unix sockets into it
     config = local_config(folder, change)
     (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
-    live = Live(f"http://127.0.0.1:{config['http_options']['port']}", _start(folder, environment or {}), folder)
+    base_url, grpc_address = (f"127.0.0.1:{config[name]['port']}" for name in ("http_options", "grpc_options"))
+    live = Live(f"http://{base_url}", _start(folder, environment or {}), folder, grpc_address)
     try:
         if wait:
             wait_until_ready(live)

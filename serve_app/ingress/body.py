@@ -25,14 +25,14 @@ _JSON_HINTS = (
 """What the parser's words mean for a client, where they do not say it themselves."""
 
 
-async def read_body(exchange: Exchange) -> bytes:
-    """The whole body.
+async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
+    """The whole body; `media` is a content type that it may have beside JSON's.
 
     Raises UnsupportedMediaError, BodyTooLargeError (before reading where Content-Length tells, else as soon as the
     limit is passed), BodyTimeoutError, DeadlineExceededError, MalformedRequestError (nested too deeply) or
     ClientDisconnectedError.
     """
-    _check_media(exchange)
+    _check_media(exchange, media)
     settings = exchange.settings
     _check_declared_length(exchange.headers.get(b"content-length"), settings.max_body_bytes)
     try:
@@ -73,9 +73,9 @@ async def _in_time(reading: Coroutine[Any, Any, bytes], timeout_s: float) -> byt
         return await reading
 
 
-def _check_media(exchange: Exchange) -> None:
+def _check_media(exchange: Exchange, allowed: bytes | None) -> None:
     media = exchange.headers.get(b"content-type")
-    if media is not None and media != b"application/json" and not _is_json(media):
+    if media not in (None, b"application/json", allowed) and not _is_json(media):
         raise UnsupportedMediaError("send JSON, with the header content-type: application/json")
     if exchange.headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise UnsupportedMediaError("send the body uncompressed, without the header content-encoding")
@@ -102,8 +102,20 @@ def parse_body(model: type[BodyT], raw: bytes) -> BodyT:
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        raise MalformedRequestError(_explain(problem)) from None
+        raise MalformedRequestError(_explain(_first(error))) from None
+
+
+def validated(model: type[BodyT], value: dict[str, Any], where: str) -> BodyT:
+    """As `parse_body`, of a part that has been read already; `where` is its name in the request."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problem = _first(error)
+        raise MalformedRequestError(_explain({**problem, "loc": (where, *problem["loc"])})) from None
+
+
+def _first(error: ValidationError) -> ErrorDetails:
+    return error.errors(include_url=False, include_input=False)[0]
 
 
 def _explain(problem: ErrorDetails) -> str:

@@ -24,6 +24,7 @@ from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.prometheus import scrape_cluster
+from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods
 from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
@@ -61,14 +62,15 @@ class ModelHandles:
     model: Any
 
 
-class Ingress:
-    """Implements `serve_app.ingress.service.Service` on deployment handles."""
+class Ingress(OpenInferenceMethods):
+    """Implements `serve_app.ingress.service.Service` on deployment handles, for HTTP and gRPC."""
 
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
         self._handles = dict(handles)
         self._cache = config.cache
         self._guard = None if config.api_keys is None else Guard(KeyRing(config.api_keys))
         self._settings = SettingsRef(IngressSettings())
+        self.open_inference = OpenInference(self, self._settings)
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
         self._coalescers = {

@@ -55,6 +55,12 @@ async def answer(
     exchange: Exchange, body: BodyT, request: Request, write: Callable[[BodyT, Request, Answer], bytes]
 ) -> Reply:
     """Compute the request and write its whole answer. Raises ServeAppError or ClientDisconnectedError."""
+    computed, headers = await compute(exchange, request)
+    return Reply(write(body, request, computed), headers=headers)
+
+
+async def compute(exchange: Exchange, request: Request) -> tuple[Answer, tuple[Header, ...]]:
+    """The request's answer, and the headers that say what it cost. Raises as `answer` does."""
     characters = check_limits(request, exchange.settings)
     exchange.request = request
     timeout_s = exchange.time_left_s
@@ -63,7 +69,7 @@ async def answer(
     exchange.answer, exchange.tokens = computed, tokens_of(computed)
     compute_type = exchange.service.compute_type(request.model)
     total_s = time.perf_counter() - exchange.started
-    return Reply(write(body, request, computed), headers=cost_headers(compute_type, characters, computed, total_s))
+    return computed, cost_headers(compute_type, characters, computed, total_s)
 
 
 async def stream(

@@ -110,7 +110,7 @@ def _operation(route: Route, models: Sequence[str], schemas: Mapping[tuple[Any, 
     if route.body is not None:
         operation["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": schemas[route.body, "validation"]}},
+            "content": {"application/json": {"schema": schemas[route.body, "validation"]}, **_octets(route)},
         }
     return operation
 
@@ -130,12 +130,17 @@ def _model_parameter(models: Sequence[str]) -> Json:
     }
 
 
+def _octets(route: Route) -> Json:
+    return {"application/octet-stream": {"schema": {"description": route.binary}}} if route.binary else {}
+
+
 def _responses(route: Route, schemas: Mapping[tuple[Any, Direction], Json]) -> Json:
     media = route.media.partition(";")[0]
     answer = {"type": "string"} if route.answer is None else schemas[route.answer, "serialization"]
     good: Json = {"description": "OK", "content": {media: {"schema": answer}}}
     if route.streams:
         good["content"]["text/event-stream"] = {"schema": {"type": "string", "description": _EVENTS}}
+    good["content"] |= _octets(route)
     if route.body is not None and route.costs:
         good["headers"] = {
             name: {"description": text, "schema": {"type": "string"}} for name, text in _COST_HEADERS.items()

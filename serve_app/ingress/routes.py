@@ -55,6 +55,8 @@ class Route:
     """What the JSON body is read with, or a union where the model's task decides; None where there is no body."""
     streams: bool = False
     """Whether the answer comes as server-sent events where the body asks for it."""
+    binary: str = ""
+    """What a body, or an answer, of `application/octet-stream` is; empty where there is none."""
     costs: bool = True
     """Whether the answer to a body says in its headers what it cost."""
     media: str = "application/json"

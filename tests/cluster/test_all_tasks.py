@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import queue
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
 import yaml
 
-from deploy.examples.make_tiny_models import make
+from deploy.examples.make_tiny_models import MODELS, make
 from tests.live import ROOT, Live, served, wait_until_ready
 from tests.test_readme import answers_of, blocks, run
 
@@ -107,3 +111,42 @@ def test_a_client_that_leaves_frees_its_place(all_tasks: Live) -> None:
     answer = httpx.post(url, json={"inputs": "Once", "parameters": {"max_new_tokens": 2}}, timeout=60)
     assert answer.status_code == 200
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tritonclient_asks_any_model_what_its_metadata_tells(name: str, all_tasks: Live) -> None:
+    """Over HTTP and gRPC, with the same answer."""
+    answers = []
+    packages = {triton_http: all_tasks.base_url.removeprefix("http://"), triton_grpc: all_tasks.grpc_address}
+    for package, address in packages.items():
+        with package.InferenceServerClient(address) as client:
+            as_json = {} if package is triton_http else {"as_json": True}
+            told = client.get_model_metadata(name, **as_json)
+            inputs = [_tensor(package, each["name"], "Paris is the [MASK] of France.") for each in told["inputs"]]
+            answer = client.infer(name, inputs, parameters={"max_new_tokens": 4})
+            answers.append([answer.as_numpy(each["name"]).tolist() for each in told["outputs"]])
+    assert answers[0]
+    assert answers[0] == answers[1]
+
+
+def _tensor(package: Any, name: str, text: str) -> Any:
+    tensor = package.InferInput(name, [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([text.encode()], object))
+    return tensor
+
+
+def test_a_text_is_streamed_over_grpc(all_tasks: Live) -> None:
+    responses: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    told = []
+    with triton_grpc.InferenceServerClient(all_tasks.grpc_address) as client:
+        inputs = [_tensor(triton_grpc, "text", "Once upon a time")]
+        (whole,) = client.infer("text-generation", inputs, parameters={"max_new_tokens": 8}).as_numpy("generated_text")
+        client.start_stream(lambda result, error: responses.put((result, error)))
+        client.async_stream_infer("text-generation", inputs, parameters={"max_new_tokens": 8})
+        while not told or not told[-1].as_numpy("finish_reason")[0]:
+            result, error = responses.get(timeout=60)
+            assert error is None
+            told.append(result)
+        client.stop_stream()
+    assert len(told) > 1
+    assert b"".join(each.as_numpy("generated_text")[0] for each in told) == whole

@@ -1,0 +1,80 @@
+"""A call of the protocol, by HTTP or gRPC, as a Request and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.errors import InvalidInputError, MalformedRequestError, ModelNotFoundError
+from serve_app.ingress.body import validated
+from serve_app.ingress.protocols.open_inference.parameters import Parameters
+from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS, Inputs, TaskTensors
+from serve_app.ingress.protocols.open_inference.tensors import InputTensor, OutputTensor, TensorHeader
+from serve_app.types import Answer, ModelCard, Request
+
+VERSION = "1"
+"""The only version of every model. Which files are served is `revision` in `/info`."""
+
+EXTENSIONS = ("binary_tensor_data", "parameters")
+_MOST_TENSORS = 16
+_MOST_DIMENSIONS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the client asks of a model."""
+
+    parameters: Mapping[str, Any]
+    inputs: tuple[InputTensor, ...]
+    outputs: tuple[str, ...]
+    """Those wanted; all where it is empty."""
+
+    def request(self, id: str, card: ModelCard) -> Request:
+        """Of the task that the parameter `task` names, else of the model's own. Raises RequestError."""
+        task = self.parameters.get("task", card.task)
+        tensors = TASK_TENSORS.get(task) if isinstance(task, str) else None
+        if tensors is None:
+            raise InvalidInputError(f"`parameters.task` names no task; there are: {', '.join(TASK_TENSORS)}")
+        self._check_outputs(tensors)
+        inputs = Inputs(self.inputs)
+        tensors.check_inputs(inputs)
+        chosen: Parameters = validated(tensors.parameters, dict(self.parameters), "parameters")
+        texts, options = tensors.read(inputs, chosen)
+        return chosen.request(id, card.name, task, texts, options)
+
+    def _check_outputs(self, tensors: TaskTensors[Any]) -> None:
+        names = [output.name for output in tensors.outputs]
+        if not set(self.outputs) <= set(names):
+            raise InvalidInputError(f"`outputs` has one that this task does not give; it gives: {', '.join(names)}")
+
+    def wanted(self, request: Request, answer: Answer) -> tuple[OutputTensor, ...]:
+        """The answer's tensors, in the order in which they were asked for."""
+        made = {tensor.name: tensor for tensor in TASK_TENSORS[request.task].write(answer)}
+        return tuple(made[name] for name in self.outputs or made)
+
+
+def check_version(version: str) -> None:
+    """Raises ModelNotFoundError."""
+    if version not in ("", VERSION):
+        raise ModelNotFoundError(f"every model has one version here, {VERSION}; leave the version out")
+
+
+def headers_of(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[TensorHeader, ...]:
+    """Of names, datatypes and shapes. Raises MalformedRequestError."""
+    if len(tensors) > _MOST_TENSORS:
+        raise MalformedRequestError(f"`inputs` has {len(tensors)} tensors; no task takes more than {_MOST_TENSORS}")
+    if any(len(shape) > _MOST_DIMENSIONS for _, _, shape in tensors):
+        raise MalformedRequestError(f"`inputs` has a tensor of more than {_MOST_DIMENSIONS} dimensions")
+    return tuple(TensorHeader(i, name, kind, tuple(shape)) for i, (name, kind, shape) in enumerate(tensors))
+
+
+def metadata(card: ModelCard) -> dict[str, Any]:
+    """What a model takes and gives for its own task."""
+    tensors = TASK_TENSORS[card.task]
+    inputs, outputs = (
+        [{"name": each.name, "datatype": each.datatype, "shape": list(each.shape)} for each in types]
+        for types in (tensors.inputs, tensors.outputs)
+    )
+    platform = f"transformers_{card.model_type}"
+    return {"name": card.name, "versions": [VERSION], "platform": platform, "inputs": inputs, "outputs": outputs}

@@ -1,0 +1,176 @@
+"""Tensors of the Open Inference Protocol, on the wire and off it.
+
+Raw bytes are little-endian and row-major; of BYTES each element is its length, as 4 bytes, and then itself. Source:
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from serve_app.errors import EmptyInputError, InvalidInputError, MalformedRequestError
+from serve_app.types import TokenIds
+
+_LENGTH_BYTES = 4
+_MAX_TOKEN_ID = 2**31 - 1
+INTEGERS = {
+    "INT8": "<i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "UINT8": "<u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+}
+"""Datatypes that token ids may have, as numpy's."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """What metadata says of a tensor; -1 is any size."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """What stands beside an input's data; `index` is its place among the inputs, by which errors name it."""
+
+    index: int
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    @property
+    def where(self) -> str:
+        return f"`inputs[{self.index}]`"
+
+
+@dataclass(frozen=True, slots=True)
+class InputTensor:
+    """A tensor as it was sent: texts where it is BYTES, else whole numbers, in row-major order."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: Sequence[str] | Sequence[int]
+
+
+OutputValues: TypeAlias = npt.NDArray[Any] | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor to send: texts in row-major order with their shape, or an array."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    values: OutputValues
+
+    def raw(self) -> bytes:
+        if isinstance(self.values, np.ndarray):
+            return self.values.tobytes()
+        return b"".join(_with_length(value.encode()) for value in self.values)
+
+    def plain(self) -> OutputValues:
+        """The elements in one row, as JSON takes them."""
+        return self.values.ravel() if isinstance(self.values, np.ndarray) else self.values
+
+
+def _with_length(value: bytes) -> bytes:
+    return len(value).to_bytes(_LENGTH_BYTES, "little") + value
+
+
+def array(name: str, values: npt.NDArray[Any]) -> OutputTensor:
+    """Of float32 or int32."""
+    datatype = "FP32" if values.dtype == np.float32 else "INT32"
+    return OutputTensor(name, datatype, values.shape, np.ascontiguousarray(values))
+
+
+def texts(name: str, values: Sequence[str], shape: tuple[int, ...] | None = None) -> OutputTensor:
+    return OutputTensor(name, "BYTES", (len(values),) if shape is None else shape, values)
+
+
+def from_raw(header: TensorHeader, raw: bytes) -> InputTensor:
+    """Raises MalformedRequestError or InvalidInputError."""
+    if header.datatype == "BYTES":
+        return from_bytes(header, _elements(header, raw))
+    dtype = np.dtype(_integers(header))
+    if len(raw) % dtype.itemsize:
+        raise MalformedRequestError(f"{header.where}: {len(raw)} bytes are no whole number of its datatype's elements")
+    return _checked(header, np.frombuffer(raw, dtype).tolist())
+
+
+def from_bytes(header: TensorHeader, elements: Iterable[bytes]) -> InputTensor:
+    """Raises MalformedRequestError."""
+    try:
+        return _checked(header, [element.decode() for element in elements])
+    except UnicodeDecodeError:
+        raise MalformedRequestError(f"{header.where}: a text is not valid UTF-8") from None
+
+
+def from_list(header: TensorHeader, data: Sequence[Any]) -> InputTensor:
+    """Of elements that may stand in lists of lists. Raises MalformedRequestError or InvalidInputError."""
+    values = _flat(data)
+    if header.datatype == "BYTES":
+        if not all(type(value) is str for value in values):
+            raise MalformedRequestError(f"{header.where}: its datatype is BYTES, and its data are not all texts")
+    elif _integers(header) and not all(type(value) is int for value in values):
+        raise MalformedRequestError(f"{header.where}: its data are not all whole numbers")
+    return _checked(header, values)
+
+
+def token_ids(tensor: InputTensor) -> tuple[TokenIds, ...]:
+    """The rows of a tensor of whole numbers [n, k], or [k] for one row. Raises RequestError."""
+    values: Any = tensor.values
+    if len(tensor.shape) not in (1, 2):
+        raise InvalidInputError(f"input {tensor.name}: token ids have the shape [n, k]")
+    width = tensor.shape[-1]
+    if not values:
+        raise EmptyInputError(f"input {tensor.name} is empty; send at least one token id")
+    if any(type(value) is not int for value in values):
+        raise MalformedRequestError(f"input {tensor.name}: token ids are INT32 or INT64")
+    if min(values) < 0 or max(values) > _MAX_TOKEN_ID:
+        raise MalformedRequestError(f"input {tensor.name} has a token id outside 0 to {_MAX_TOKEN_ID}")
+    return tuple(tuple(values[start : start + width]) for start in range(0, len(values), width))
+
+
+def _integers(header: TensorHeader) -> str:
+    dtype = INTEGERS.get(header.datatype)
+    if dtype is None:
+        raise InvalidInputError(
+            f"{header.where}: texts are BYTES, token ids INT32 or INT64; no other datatype is taken"
+        )
+    return dtype
+
+
+def _elements(header: TensorHeader, raw: bytes) -> Iterable[bytes]:
+    at = 0
+    while at < len(raw):
+        start = at + _LENGTH_BYTES
+        at = start + int.from_bytes(raw[at:start], "little")
+        if start > len(raw) or at > len(raw):
+            raise MalformedRequestError(f"{header.where}: its binary data end within an element")
+        yield raw[start:at]
+
+
+def _flat(data: Sequence[Any]) -> list[Any]:
+    found = list(data)
+    while any(type(value) is list for value in found):
+        found = [each for value in found for each in (value if type(value) is list else (value,))]
+    return found
+
+
+def _checked(header: TensorHeader, values: Sequence[str] | Sequence[int]) -> InputTensor:
+    if any(size < 0 for size in header.shape) or math.prod(header.shape) != len(values):
+        raise MalformedRequestError(f"{header.where} has {len(values)} elements, and its shape says another number")
+    return InputTensor(header.name, header.shape, values)

@@ -26,7 +26,7 @@ _JSON_HINTS = (
 
 
 async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
-    """The whole body; `media` is a content type that it may have beside JSON's.
+    """The whole body; `media` is a content type that it may have beside JSON's, and then it is not looked into.
 
     Raises UnsupportedMediaError, BodyTooLargeError (before reading where Content-Length tells, else as soon as the
     limit is passed), BodyTimeoutError, DeadlineExceededError, MalformedRequestError (nested too deeply) or
@@ -44,7 +44,8 @@ async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
         raise BodyTimeoutError(
             f"the body did not arrive within {settings.body_timeout_s:g} s; send it faster or in smaller requests"
         ) from None
-    check_depth(raw, settings.max_json_depth)
+    if media is None:
+        check_depth(raw, settings.max_json_depth)
     return raw
 
 

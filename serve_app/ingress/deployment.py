@@ -70,7 +70,7 @@ class Ingress(OpenInferenceMethods):
         self._cache = config.cache
         self._guard = None if config.api_keys is None else Guard(KeyRing(config.api_keys))
         self._settings = SettingsRef(IngressSettings())
-        self.open_inference = OpenInference(self, self._settings)
+        self.open_inference = OpenInference(self, self._settings, self._guard)
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
         self._coalescers = {

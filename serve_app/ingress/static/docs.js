@@ -53,7 +53,8 @@ function exampleOf(operation) {
 }
 
 function urlOf(path, operation) {
-  const name = operation.parameters && operation.parameters[0].schema.enum[0];
+  const inPath = (operation.parameters || []).find((parameter) => parameter.in === "path");
+  const name = inPath && inPath.schema.enum[0];
   const relative = path.replace("{name}", name).replace(/^\//, "");
   return new URL(relative, new URL("./", document.baseURI)).href;
 }

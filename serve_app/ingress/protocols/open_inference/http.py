@@ -262,8 +262,17 @@ def routes() -> tuple[Route, ...]:
     asks = (503, 504)
     return (
         Route("GET", "/v2", server, DIALECT, "The server", answer=ServerMetadata),
-        Route("GET", "/v2/health/live", live, DIALECT, "Whether the server lives", answer=Live),
-        Route("GET", "/v2/health/ready", ready, DIALECT, "Whether every model answers", answer=Ready, failures=asks),
+        Route("GET", "/v2/health/live", live, DIALECT, "Whether the server lives", answer=Live, role=None),
+        Route(
+            "GET",
+            "/v2/health/ready",
+            ready,
+            DIALECT,
+            "Whether every model answers",
+            answer=Ready,
+            failures=asks,
+            role=None,
+        ),
         *(
             route
             for version in ("", f"/versions/{VERSION}")
@@ -276,7 +285,9 @@ def _model_routes(path: str) -> tuple[Route, ...]:
     asks = (404, 503, 504)
     return (
         Route("GET", path, model_metadata, DIALECT, "A model's tensors", answer=ModelMetadata, failures=asks),
-        Route("GET", f"{path}/ready", ready, DIALECT, "Whether the model answers", answer=Ready, failures=asks),
+        Route(
+            "GET", f"{path}/ready", ready, DIALECT, "Whether the model answers", answer=Ready, failures=asks, role=None
+        ),
         Route(
             "POST",
             f"{path}/infer",

@@ -90,7 +90,9 @@ async def test_every_route_but_documentation_and_health_asks_for_a_key(guarded: 
         if response.status_code != 401:
             opened.add(path)
     pages = {"/", "/docs", "/docs/docs.css", "/docs/docs.js", "/openapi.json"}
-    assert opened == pages | {"/health", "/ready", "/models/tiny/health"}
+    health = {"/health", "/ready", "/models/tiny/health", "/v2/health/live", "/v2/health/ready"}
+    inference = {"/v2/models/tiny/ready", "/v2/models/tiny/versions/1/ready"}
+    assert opened == pages | health | inference
 
 
 async def test_metrics_and_admin_routes_have_keys_of_their_own(service: FakeService, tmp_path: Path) -> None:

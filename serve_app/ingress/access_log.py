@@ -22,9 +22,12 @@ CLIENT_LEFT = 499
 
 
 def start_log() -> None:
-    """Write lines to standard output, which Ray keeps in a file a replica. May be called again."""
+    """Write lines to standard output, which Ray keeps in a file a worker. May be called again.
+
+    To the process's own: Serve puts a stream in its place that goes to Serve's log, a thousand lines at a time.
+    """
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = logging.StreamHandler(sys.__stdout__)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False

@@ -154,13 +154,13 @@ def test_any_text_and_header_leave_one_line(lines: Lines, text: str, header: byt
     assert set(entry) == KEYS
 
 
-def test_the_log_goes_to_standard_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_goes_to_standard_output_alone(capfd: pytest.CaptureFixture[str]) -> None:
     before = logger.level, logger.propagate
     try:
         start_log()
         start_log()
         logger.info("%s", "{}")
-        assert capsys.readouterr() == ("{}\n", "")
+        assert capfd.readouterr() == ("{}\n", "")
     finally:
         logger.handlers.clear()
         logger.level, logger.propagate = before

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from serve_app.errors import InvalidInputError
+
+DEFAULT_TEMPLATE = "This example is {}."
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
@@ -56,7 +60,12 @@ class ZeroShotOptions:
 
     labels: tuple[str, ...]
     multi_label: bool = False
-    template: str = "This example is {}."
+    template: str = DEFAULT_TEMPLATE
+
+    def __post_init__(self) -> None:
+        """Raises InvalidInputError for a template without one place for the label, or with other braces."""
+        if self.template.count("{}") != 1 or set(self.template.replace("{}", "")) & set("{}"):
+            raise InvalidInputError("`hypothesis_template` must have one {}, where the label goes, and no other braces")
 
 
 @dataclass(frozen=True, slots=True)

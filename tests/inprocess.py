@@ -93,7 +93,7 @@ def served(models: Sequence[ModelConfig], root: Path, **settings: Any) -> Iterat
     listener = socket.create_server(("127.0.0.1", 0))
     work = _run(config, IngressSettings.model_validate(settings), listener, started)
     thread = threading.Thread(target=asyncio.run, args=(work,), name="application")
-    with mock.patch.dict(os.environ), _in_a_replica(), contextlib.closing(listener):
+    with mock.patch.dict(os.environ), in_a_replica(), contextlib.closing(listener):
         thread.start()
         server = started.result(timeout=120)
         try:
@@ -105,7 +105,7 @@ def served(models: Sequence[ModelConfig], root: Path, **settings: Any) -> Iterat
 
 
 @contextlib.contextmanager
-def _in_a_replica() -> Iterator[None]:
+def in_a_replica() -> Iterator[None]:
     """`@serve.batch` asks the replica that it runs in how many requests may be under way."""
     with mock.patch.object(ray.serve.context, "_INTERNAL_REPLICA_CONTEXT"):
         ray.serve.context._set_internal_replica_context(

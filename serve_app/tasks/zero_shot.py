@@ -76,8 +76,6 @@ def _pairs(texts: tuple[str, ...], options: ZeroShotOptions) -> list[TextPair]:
     """Texts and hypotheses, a text's together. Only a `{}` is filled in: `format` would run what it is sent."""
     if not options.labels:
         raise EmptyInputError("candidate_labels: send at least one label")
-    if options.template.count("{}") != 1 or set(options.template.replace("{}", "")) & set("{}"):
-        raise InvalidInputError("hypothesis_template: must have one {} where the label goes, and no other braces")
     for index, text in enumerate(texts):
         if not text:
             raise EmptyInputError(f"inputs[{index}]: is empty; send a text")

@@ -18,10 +18,8 @@ import pytest
 from tests.cluster.hosts import DISK, GATEWAY, Host, hosts, reason_why_not
 from tests.hub.server import Fault, LocalHub, local_hub
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(reason_why_not() is not None, reason=reason_why_not() or ""),
-]
+_REASON = reason_why_not()
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(_REASON is not None, reason=_REASON or "")]
 
 ROOM_MIB, TOO_SMALL_MIB = 400, 60
 RAY = ["start", "--object-store-memory", "80000000", "--disable-usage-stats", "--block"]

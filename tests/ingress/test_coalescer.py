@@ -9,14 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray.serve.context
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
-from ray.serve._private.common import DeploymentID, ReplicaID
-from ray.serve._private.config import DeploymentConfig
 from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
-from ray.serve.schema import ReplicaRank
 
 from serve_app.config import IngressSettings
 from serve_app.errors import (
@@ -31,20 +27,14 @@ from serve_app.ingress.statuses import kind_of
 from serve_app.metrics import IngressMetrics
 from serve_app.types import TokenizeRequest
 from tests.ingress.tiers import Recorder, Tiers, expected_rows, forward
+from tests.inprocess import in_a_replica
 
 
 @pytest.fixture(autouse=True, scope="module")
 def replica() -> Iterator[None]:
     """`@serve.batch` asks the replica that it runs in how many requests may be under way."""
-    ray.serve.context._set_internal_replica_context(
-        replica_id=ReplicaID("test", DeploymentID("ingress", "serve_app")),
-        servable_object=None,
-        _deployment_config=DeploymentConfig(max_ongoing_requests=10**10),
-        rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
-        world_size=1,
-    )
-    yield
-    ray.serve.context._INTERNAL_REPLICA_CONTEXT = None
+    with in_a_replica():
+        yield
 
 
 class Bench:

@@ -53,8 +53,8 @@ def test_configured_dtype_is_that_of_the_weights(tmp_path: Path) -> None:
     assert load_tiny("bert", tmp_path, dtype="float16").module.dtype is torch.float16
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
-def test_cuda_that_is_not_there_is_a_bad_configuration() -> None:
+def test_cuda_that_is_not_there_is_a_bad_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device(config(device="auto")).type == "cpu"
     with pytest.raises(ConfigError, match=r"models\.m\.device"):
         pick_device(config(device="cuda"))

@@ -1,13 +1,16 @@
-"""Folders of tokenizers: the real one of all-MiniLM-L6-v2, and small ones of other kinds."""
+"""Folders of tokenizers: the real one of all-MiniLM-L6-v2, and small ones of other kinds; each with its encoders."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from serve_app.tokenizer.encoder import Encoder
 from tests.reference import MINILM, minilm_folder
-from tests.tokenizer.kinds import KINDS, save
+from tests.tokenizer.kinds import KINDS, LIMIT, save
 
 
 @pytest.fixture(scope="session", params=[MINILM, *KINDS])
@@ -15,3 +18,15 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == MINILM:
         return minilm_folder()
     return save(KINDS[request.param](), tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> Encoder:
+    return Encoder(folder, LIMIT)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer

@@ -12,6 +12,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from serve_app.types import TokenBatch
+
 CORPUS = (
     "The model reads a long line of small words, and gives back one vector for each text it was sent.",
     "It's a test; they've said: don't stop (yet) — 42 times, 3.14 or 2,718!",
@@ -22,6 +24,8 @@ CORPUS = (
     "fi ffi one two three ``quoted'' 'single' \"double\" ☕ 👩‍👩‍👧 e\u0301",
 )
 VOCABULARY_SIZE = 420
+LIMIT = 24
+"""Tokens of the encoders under test."""
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -181,3 +185,7 @@ def _framed(tokenizer: Tokenizer, start: str, end: str) -> Tokenizer:
         single=f"{start} $A {end}", pair=f"{start} $A {end} $B:1 {end}:1", special_tokens=ids
     )
     return tokenizer
+
+
+def sequences(batch: TokenBatch) -> list[list[int]]:
+    return [batch.select(i, i + 1).input_ids.tolist() for i in range(batch.num_sequences)]

@@ -20,9 +20,7 @@ from serve_app.errors import ConfigError, IncompleteModelError, InputTooLongErro
 from serve_app.tokenizer.encoder import Encoder
 from serve_app.types import LongTexts, Side, TextInput, TokenBatch, TokenizeRequest
 from tests.reference import minilm_folder
-from tests.tokenizer.kinds import byte_level, save, wordpiece
-
-LIMIT = 24
+from tests.tokenizer.kinds import LIMIT, byte_level, save, sequences, wordpiece
 
 TEXTS = {
     "one word": "hello",
@@ -42,24 +40,8 @@ TEXTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> Encoder:
-    return Encoder(folder, LIMIT)
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
-
-
 def encode_one(encoder: Encoder, value: TextInput, truncate: bool = True, side: Side = "right") -> TokenBatch:
     return encoder.encode([TokenizeRequest((value,), "truncate" if truncate else "error", side)])
-
-
-def sequences(batch: TokenBatch) -> list[list[int]]:
-    return [batch.select(i, i + 1).input_ids.tolist() for i in range(batch.num_sequences)]
 
 
 def expected(reference: Any, texts: Sequence[str], side: Side = "right", limit: int = LIMIT) -> list[list[int]]:

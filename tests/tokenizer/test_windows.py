@@ -8,15 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from serve_app.errors import InputTooLongError, InvalidInputError
 from serve_app.tokenizer.encoder import Encoder
 from serve_app.tokenizer.framed import FramedTokenizer
 from serve_app.types import Side, TextInput, TokenBatch, TokenizeRequest
-from tests.tokenizer.kinds import byte_level, save, wordpiece
-
-LIMIT = 24
+from tests.tokenizer.kinds import LIMIT, byte_level, save, sequences, wordpiece
 
 TEXTS = {
     "empty": "",
@@ -29,27 +26,11 @@ TEXTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> Encoder:
-    return Encoder(folder, LIMIT)
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
-
-
 def one(encoder: Encoder, *inputs: TextInput, **keys: Any) -> TokenBatch:
     batch = encoder.encode([TokenizeRequest(inputs, **{"long_texts": "windows", **keys})])
     for failure in batch.failures.values():
         raise failure
     return batch
-
-
-def sequences(batch: TokenBatch) -> list[list[int]]:
-    return [batch.select(i, i + 1).input_ids.tolist() for i in range(batch.num_sequences)]
 
 
 @pytest.mark.parametrize("stride", [0, 1, 21])

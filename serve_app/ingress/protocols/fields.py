@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.options import DEFAULT_TEMPLATE, TaskOptions
 from serve_app.types import LongTexts, Request, Side, TextInput, TokenIds
 
 _MAX_TOKEN_ID = 2**31 - 1
@@ -211,6 +212,24 @@ def long_texts(truncate: bool | None) -> LongTexts | None:
 TruncationDirection = Annotated[
     Direction | None, Field(description="The side that is cut off; right where it is left out.")
 ]
+
+
+class LongTextFields(Body):
+    """What becomes of texts that are longer than the model takes."""
+
+    truncate: Truncate = None
+    truncation_direction: TruncationDirection = None
+    long_texts: LongTextsChoice = None
+    stride: Stride = None
+
+    def choice(self) -> LongTexts | None:
+        return self.long_texts or long_texts(self.truncate)
+
+    def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
+        side = self.truncation_direction or "right"
+        return Request(id, model, task, inputs, options, self.choice(), side, self.stride)
+
+
 PromptName = Annotated[
     str | None,
     Field(description="Which of the model's prompts to put before each text; the model's default where left out."),
@@ -221,6 +240,17 @@ Dimensions = Annotated[
         description="Keep only the first so many numbers of each vector, then normalize: 1 to the model's hidden size.",
         json_schema_extra={"minimum": 1},
     ),
+]
+
+
+def _template(value: object) -> object:
+    return DEFAULT_TEMPLATE if value is None else value
+
+
+HypothesisTemplate = Annotated[
+    str,
+    BeforeValidator(_template),
+    Field(max_length=10_000, description="The sentence that a label is put into, at its one `{}`."),
 ]
 EncodingFormat = Literal["float", "base64"]
 

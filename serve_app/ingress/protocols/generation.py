@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, PlainValidator, ValidationInfo, WithJsonSchema
 
@@ -11,6 +11,7 @@ from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.ingress.protocols.fields import TEXT_SCHEMA, Body, kind
 
 MOST_LOGPROBS = 20
+UNSUPPORTED = "Not supported but for its neutral value."
 _MOST_STOPS = 16
 _MOST_STOP_CHARACTERS = 1000
 _MAX_TOKENS = 2**31 - 1
@@ -28,6 +29,10 @@ RepetitionPenalty = Annotated[
 ]
 Seed = Annotated[
     int | None, Field(ge=0, lt=2**63, description="Makes sampling repeatable: the same seed, the same answer.")
+]
+DoSample = Annotated[
+    bool | None,
+    Field(description="Sample; where it is left out, `temperature`, `top_k` and `top_p` ask for it too."),
 ]
 Beams = Annotated[int | None, Field(ge=1, le=64, description="Beams of a beam search.")]
 
@@ -64,6 +69,46 @@ Stop = Annotated[
         }
     ),
 ]
+
+
+class GenerateFields(Body):
+    """How an answer is generated, by the names that transformers' `generate` has for it."""
+
+    max_new_tokens: NewTokens = None
+    min_new_tokens: Annotated[int | None, Field(ge=0, description="Fewest tokens of the answer.")] = None
+    do_sample: DoSample = None
+    temperature: Temperature = None
+    top_k: TopK = None
+    top_p: TopP = None
+    repetition_penalty: RepetitionPenalty = None
+    num_beams: Beams = None
+    seed: Seed = None
+    stop: Stop = ()
+
+    def generate_options(self, *, infers_sampling: bool = True) -> dict[str, Any]:
+        """These fields as GenerationOptions takes them.
+
+        `infers_sampling`: whether a temperature, top_k or top_p asks for sampling where `do_sample` is left out.
+        """
+        chosen = {name: getattr(self, name) for name in GenerateFields.model_fields}
+        found = sampling(self.do_sample, self.temperature, self.top_k, self.top_p)
+        do_sample = found.do_sample if infers_sampling or self.temperature == 0 else self.do_sample
+        return chosen | {"do_sample": do_sample, "temperature": found.temperature}
+
+
+class Sampling(NamedTuple):
+    """Whether to sample, None as the model's generation config says, and how daringly."""
+
+    do_sample: bool | None
+    temperature: float | None
+
+
+def sampling(do_sample: bool | None, temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling:
+    """Where `do_sample` is left out the other three ask for sampling; a temperature of 0 is greedy."""
+    if temperature == 0:
+        return Sampling(False, None)
+    warped = any(value is not None for value in (temperature, top_k, top_p))
+    return Sampling(True if do_sample is None and warped else do_sample, temperature)
 
 
 def refuse_unsupported(body: Body, neutral: Mapping[str, tuple[Any, ...]]) -> None:

@@ -20,21 +20,16 @@ from serve_app.ingress.protocols import tei_tokens
 from serve_app.ingress.protocols.envelope import ErrorBody, write_error
 from serve_app.ingress.protocols.fields import (
     TEXT_SCHEMA,
-    Body,
     Dimensions,
     InferenceBody,
     Inputs,
-    LongTextsChoice,
+    LongTextFields,
     Normalize,
     PromptName,
     Similarity,
-    Stride,
     Text,
     Texts,
-    Truncate,
-    TruncationDirection,
     documented,
-    long_texts,
     text,
 )
 from serve_app.ingress.protocols.sparse import SparseEntry, sparse_entries
@@ -45,7 +40,6 @@ from serve_app.options import (
     RerankOptions,
     SimilarityOptions,
     SparseEmbeddingOptions,
-    TaskOptions,
     TokenEmbeddingOptions,
 )
 from serve_app.outputs import FloatArray, LabelScore
@@ -54,21 +48,7 @@ from serve_app.types import Answer, Request, TextInput
 DIALECT = Dialect("Text Embeddings Inference", write_error, ErrorBody)
 
 
-class TruncationFields(Body):
-    """What becomes of inputs that are too long."""
-
-    truncate: Truncate = None
-    truncation_direction: TruncationDirection = None
-    long_texts: LongTextsChoice = None
-    stride: Stride = None
-
-    def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
-        side = self.truncation_direction or "right"
-        choice = self.long_texts or long_texts(self.truncate)
-        return Request(id, model, task, inputs, options, choice, side, self.stride)
-
-
-class EmbedBody(TruncationFields, InferenceBody):
+class EmbedBody(LongTextFields, InferenceBody):
     """Texts to embed."""
 
     model_config = documented(inputs=["What is Deep Learning?", "What is a replica?"])
@@ -83,7 +63,7 @@ class EmbedBody(TruncationFields, InferenceBody):
         return self.request(request_id, model, "embedding", self.inputs, options)
 
 
-class EmbedAllBody(TruncationFields, InferenceBody):
+class EmbedAllBody(LongTextFields, InferenceBody):
     """Texts whose every token is to be embedded."""
 
     model_config = documented(inputs=["What is Deep Learning?"])
@@ -96,7 +76,7 @@ class EmbedAllBody(TruncationFields, InferenceBody):
         return self.request(request_id, model, "token-embedding", self.inputs, options)
 
 
-class EmbedSparseBody(TruncationFields, InferenceBody):
+class EmbedSparseBody(LongTextFields, InferenceBody):
     """Texts to embed in as many dimensions as the vocabulary has."""
 
     model_config = documented(inputs=["What is Deep Learning?"])
@@ -107,7 +87,7 @@ class EmbedSparseBody(TruncationFields, InferenceBody):
         return self.request(request_id, model, "sparse-embedding", self.inputs, SparseEmbeddingOptions())
 
 
-class SimilarityParameters(TruncationFields):
+class SimilarityParameters(LongTextFields):
     """How the sentences are encoded."""
 
     prompt_name: PromptName = None
@@ -170,7 +150,7 @@ ClassifiedInputs = Annotated[
 ]
 
 
-class PredictBody(TruncationFields, InferenceBody):
+class PredictBody(LongTextFields, InferenceBody):
     """Texts and pairs of texts to classify."""
 
     model_config = documented(inputs="I like you.")
@@ -183,7 +163,7 @@ class PredictBody(TruncationFields, InferenceBody):
         return self.request(request_id, model, "text-classification", tuple(self.inputs), options)
 
 
-class RerankBody(TruncationFields, InferenceBody):
+class RerankBody(LongTextFields, InferenceBody):
     """A query, and texts to put in order by their relevance to it."""
 
     model_config = documented(query="What is Deep Learning?", texts=["Deep Learning is…", "A cheese."])

@@ -13,33 +13,10 @@ from serve_app.errors import EmptyInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.protocols.fields import (
     TEXT_SCHEMA,
-    Body,
     InferenceBody,
-    LongTextsChoice,
-    Stride,
-    Truncate,
-    TruncationDirection,
     kind,
-    long_texts,
 )
-from serve_app.options import TaskOptions
-from serve_app.types import Answer, LongTexts, Request, TextInput
-
-
-class TextParameters(Body):
-    """What becomes of texts that are longer than the model takes."""
-
-    long_texts: LongTextsChoice = None
-    stride: Stride = None
-    truncate: Truncate = None
-    truncation_direction: TruncationDirection = None
-
-    def choice(self) -> LongTexts | None:
-        return self.long_texts or long_texts(self.truncate)
-
-    def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
-        side = self.truncation_direction or "right"
-        return Request(id, model, task, inputs, options, self.choice(), side, self.stride)
+from serve_app.types import Answer, Request, TextInput
 
 
 class TaskBody(InferenceBody):

@@ -11,24 +11,23 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
-from serve_app.errors import EmptyInputError, InvalidInputError, MalformedRequestError
+from serve_app.errors import EmptyInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.protocols.fields import (
     SIMILARITY_SCHEMA,
     TEXT_SCHEMA,
     TEXTS_SCHEMA,
+    HypothesisTemplate,
+    LongTextFields,
     SimilarityInputs,
     documented,
     read_similarity,
     texts,
 )
-from serve_app.ingress.protocols.huggingface.body import Several, SeveralReader, TaskBody, TextParameters, any_text
-from serve_app.options import ClassificationOptions, RerankOptions, ZeroShotOptions
+from serve_app.ingress.protocols.huggingface.body import Several, SeveralReader, TaskBody, any_text
+from serve_app.options import DEFAULT_TEMPLATE, ClassificationOptions, RerankOptions, ZeroShotOptions
 from serve_app.outputs import LabelScore
 from serve_app.types import Answer, Request, TextInput
-
-_TEMPLATE = "This example is {}."
-_MOST_TEMPLATE_CHARACTERS = 10_000
 
 
 class LabelScoreBody(BaseModel):
@@ -116,7 +115,7 @@ Labels = Annotated[
 ]
 
 
-class ClassificationParameters(TextParameters):
+class ClassificationParameters(LongTextFields):
     """Options of the model's own labels, or of `candidate_labels`."""
 
     top_k: int | None = Field(None, ge=1, description="Only so many labels, the best; all where it is left out.")
@@ -128,9 +127,7 @@ class ClassificationParameters(TextParameters):
     )
     candidate_labels: Labels = None
     multi_label: bool | None = Field(None, description="Whether several candidate labels may be true at once.")
-    hypothesis_template: str | None = Field(
-        None, max_length=_MOST_TEMPLATE_CHARACTERS, description="The sentence that a label is put into, at `{}`."
-    )
+    hypothesis_template: HypothesisTemplate = DEFAULT_TEMPLATE
     raw_scores: bool | None = Field(None, description="For the relevance of sentences: the model's outputs themselves.")
 
 
@@ -167,7 +164,4 @@ def _zero_shot(inputs: Several, chosen: ClassificationParameters, labels: tuple[
         raise MalformedRequestError("`inputs` of a zero-shot classification are texts, not pairs")
     if "" in inputs.values:
         raise EmptyInputError("`inputs` has an empty text; leave it out")
-    template = _TEMPLATE if chosen.hypothesis_template is None else chosen.hypothesis_template
-    if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
-        raise InvalidInputError("`hypothesis_template` must have one {}, where the label goes")
-    return ZeroShotOptions(labels, bool(chosen.multi_label), template)
+    return ZeroShotOptions(labels, bool(chosen.multi_label), chosen.hypothesis_template)

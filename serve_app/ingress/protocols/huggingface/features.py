@@ -15,12 +15,13 @@ from serve_app.ingress.protocols.fields import (
     EncodingFormat,
     Inputs,
     InputsOrSimilarity,
+    LongTextFields,
     Normalize,
     PromptName,
     SimilarityInputs,
     documented,
 )
-from serve_app.ingress.protocols.huggingface.body import TaskBody, TextParameters
+from serve_app.ingress.protocols.huggingface.body import TaskBody
 from serve_app.ingress.protocols.sparse import sparse_entries
 from serve_app.options import EmbeddingOptions, SimilarityOptions, SparseEmbeddingOptions
 from serve_app.types import Answer, Request
@@ -28,7 +29,7 @@ from serve_app.types import Answer, Request
 T = TypeVar("T")
 
 
-class FeatureParameters(TextParameters):
+class FeatureParameters(LongTextFields):
     """Options of a feature extraction; a comparison takes those that are about the texts."""
 
     normalize: Normalize = None
@@ -52,7 +53,7 @@ class FeatureBody(FeatureParameters, TaskBody):
     def to_request(self, request_id: str, model: str) -> Request:
         nested = self.parameters or FeatureParameters()
         prompt_name = _first(self.prompt_name, nested.prompt_name)
-        texts = TextParameters(
+        texts = LongTextFields(
             long_texts=self.choice() or nested.choice(),
             stride=_first(self.stride, nested.stride),
             truncation_direction=_first(self.truncation_direction, nested.truncation_direction),
@@ -69,13 +70,13 @@ class FeatureBody(FeatureParameters, TaskBody):
         return encode(answer.output)
 
 
-class SparseBody(TextParameters, TaskBody):
+class SparseBody(LongTextFields, TaskBody):
     """Texts to embed in as many dimensions as the vocabulary has."""
 
     model_config = documented(inputs="What is Deep Learning?")
 
     inputs: Inputs
-    parameters: TextParameters | None = None
+    parameters: LongTextFields | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
         texts = self.parameters or self

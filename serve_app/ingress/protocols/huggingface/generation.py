@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, Field
 
 from serve_app.ingress.encoding import encode
-from serve_app.ingress.protocols.fields import Body, documented
+from serve_app.ingress.protocols.fields import LongTextFields, documented
 from serve_app.ingress.protocols.generation import (
     MOST_LOGPROBS,
-    Beams,
-    NewTokens,
-    RepetitionPenalty,
-    Seed,
+    UNSUPPORTED,
+    GenerateFields,
     Stop,
-    Temperature,
-    TopK,
-    TopP,
     refuse_unsupported,
 )
-from serve_app.ingress.protocols.huggingface.body import AnyTexts, SomeTexts, TaskBody, TextParameters
+from serve_app.ingress.protocols.huggingface.body import AnyTexts, SomeTexts, TaskBody
 from serve_app.ingress.streaming import Events
 from serve_app.options import GenerationOptions
 from serve_app.outputs import Generated, GeneratedPiece, TokenLogprob
@@ -36,55 +31,28 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "adapter_id": (),
     "grammar": (),
 }
-_UNSUPPORTED = "Not supported but for its neutral value."
 
 
-class GenerationParameters(TextParameters):
+class GenerationParameters(LongTextFields, GenerateFields):
     """As of Text Generation Inference and `InferenceClient.text_generation`."""
 
-    max_new_tokens: NewTokens = None
-    min_new_tokens: Annotated[int | None, Field(ge=0)] = None
-    do_sample: bool | None = Field(
-        None, description="Sample; where it is left out, `temperature`, `top_k` and `top_p` ask for it too."
-    )
-    temperature: Temperature = None
-    top_k: TopK = None
-    top_p: TopP = None
-    repetition_penalty: RepetitionPenalty = None
-    num_beams: Beams = None
-    seed: Seed = None
-    stop: Stop = ()
     stop_sequences: Stop = ()
     return_full_text: bool | None = Field(None, description="Put the prompt before the answer.")
     details: bool | None = Field(None, description="Answer with the tokens and why the answer ended.")
     top_n_tokens: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="Tokens to tell at each step.")
-    best_of: int | None = Field(None, description=_UNSUPPORTED)
-    decoder_input_details: bool | None = Field(None, description=_UNSUPPORTED)
-    frequency_penalty: float | None = Field(None, description=_UNSUPPORTED)
-    typical_p: float | None = Field(None, description=_UNSUPPORTED)
-    watermark: bool | None = Field(None, description=_UNSUPPORTED)
-    adapter_id: str | None = Field(None, description=_UNSUPPORTED)
-    grammar: dict[str, Any] | None = Field(None, description=_UNSUPPORTED)
+    best_of: int | None = Field(None, description=UNSUPPORTED)
+    decoder_input_details: bool | None = Field(None, description=UNSUPPORTED)
+    frequency_penalty: float | None = Field(None, description=UNSUPPORTED)
+    typical_p: float | None = Field(None, description=UNSUPPORTED)
+    watermark: bool | None = Field(None, description=UNSUPPORTED)
+    adapter_id: str | None = Field(None, description=UNSUPPORTED)
+    grammar: dict[str, Any] | None = Field(None, description=UNSUPPORTED)
 
     def options(self, logprobs: int | None) -> GenerationOptions:
         refuse_unsupported(self, _NEUTRAL)
-        warped = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
-        asked = True if self.do_sample is None and warped else self.do_sample
-        greedy = self.temperature == 0
-        return GenerationOptions(
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=self.min_new_tokens,
-            do_sample=False if greedy else asked,
-            temperature=None if greedy else self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-            num_beams=self.num_beams,
-            seed=self.seed,
-            stop=self.stop + self.stop_sequences,
-            logprobs=logprobs,
-            echo=bool(self.return_full_text),
-        )
+        chosen = self.generate_options()
+        chosen["stop"] += self.stop_sequences
+        return GenerationOptions(**chosen, logprobs=logprobs, echo=bool(self.return_full_text))
 
 
 class TextGenerationBody(TaskBody):
@@ -193,25 +161,10 @@ class TextGenerationOutput(BaseModel):
     details: dict[str, Any] | None = None
 
 
-class GenerateParameters(Body):
-    """As of transformers' `generate`."""
-
-    max_new_tokens: NewTokens = None
-    min_new_tokens: Annotated[int | None, Field(ge=0)] = None
-    do_sample: bool | None = None
-    temperature: Temperature = None
-    top_k: TopK = None
-    top_p: TopP = None
-    repetition_penalty: RepetitionPenalty = None
-    num_beams: Beams = None
-    seed: Seed = None
-    stop: Stop = ()
-
-
-class Seq2SeqParameters(TextParameters, GenerateParameters):
+class Seq2SeqParameters(LongTextFields, GenerateFields):
     """As of transformers' pipelines; what `generate_parameters` say wins."""
 
-    generate_parameters: GenerateParameters | None = None
+    generate_parameters: GenerateFields | None = None
     clean_up_tokenization_spaces: bool | None = Field(None, description="Only false is supported.")
     truncation: Literal["do_not_truncate", "longest_first", "only_first", "only_second"] | None = Field(
         None, description="do_not_truncate refuses texts that are too long; any other cuts them."
@@ -227,14 +180,12 @@ class Seq2SeqParameters(TextParameters, GenerateParameters):
 
     def options(self) -> GenerationOptions:
         refuse_unsupported(self, {"clean_up_tokenization_spaces": (False,)})
-        names = GenerateParameters.model_fields
-        chosen = {name: getattr(self, name) for name in names}
         nested = self.generate_parameters
         if nested is not None:
-            chosen |= {name: getattr(nested, name) for name in nested.model_fields_set if name in names}
-        if chosen["temperature"] == 0:
-            chosen |= {"temperature": None, "do_sample": False}
-        return GenerationOptions(**chosen, source_language=self.src_lang, target_language=self.tgt_lang)
+            chosen = {name: getattr(nested, name) for name in nested.model_fields_set}
+            return self.model_copy(update={**chosen, "generate_parameters": None}).options()
+        options = self.generate_options(infers_sampling=False)
+        return GenerationOptions(**options, source_language=self.src_lang, target_language=self.tgt_lang)
 
 
 class Seq2SeqBody(TaskBody):

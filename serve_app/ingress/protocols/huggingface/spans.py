@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
 from serve_app.errors import MalformedRequestError
-from serve_app.ingress.protocols.fields import TEXT_SCHEMA, Stride, Texts, documented, kind
+from serve_app.ingress.protocols.fields import TEXT_SCHEMA, LongTextFields, Stride, Texts, documented, kind
 from serve_app.ingress.protocols.generation import refuse_unsupported
 from serve_app.ingress.protocols.huggingface.body import (
     AnyTexts,
     Several,
     SeveralReader,
     TaskBody,
-    TextParameters,
     several_schema,
     some_text,
 )
@@ -39,7 +38,7 @@ class EntityBody(BaseModel):
     end: int
 
 
-class EntityParameters(TextParameters):
+class EntityParameters(LongTextFields):
     """As of transformers' pipeline."""
 
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = Field(
@@ -93,7 +92,7 @@ class FillBody(BaseModel):
     sequence: str
 
 
-class FillMaskParameters(TextParameters):
+class FillMaskParameters(LongTextFields):
     """As of transformers' pipeline."""
 
     top_k: int | None = Field(None, ge=1, description="So many tokens for each mask; 5 where it is left out.")
@@ -161,7 +160,7 @@ Questions = Annotated[
 ]
 
 
-class QuestionParameters(TextParameters):
+class QuestionParameters(LongTextFields):
     """As of transformers' pipeline, lengths in tokens."""
 
     top_k: int | None = Field(None, ge=1, le=_MOST, description="So many answers; above 1 the answer is a list.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from serve_app.errors import InvalidInputError, MalformedRequestError, ModelNotFoundError
 from serve_app.ingress.body import validated
-from serve_app.ingress.protocols.open_inference.parameters import Parameters
+from serve_app.ingress.protocols.fields import LongTextFields
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS, Inputs, TaskTensors
 from serve_app.ingress.protocols.open_inference.tensors import InputTensor, OutputTensor, TensorHeader
 from serve_app.types import Answer, ModelCard, Request
@@ -39,7 +39,7 @@ class Call:
         self._check_outputs(tensors)
         inputs = Inputs(self.inputs)
         tensors.check_inputs(inputs)
-        chosen: Parameters = validated(tensors.parameters, dict(self.parameters), "parameters")
+        chosen: LongTextFields = validated(tensors.parameters, dict(self.parameters), "parameters")
         texts, options = tensors.read(inputs, chosen)
         return chosen.request(id, card.name, task, texts, options)
 

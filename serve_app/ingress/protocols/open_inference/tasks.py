@@ -14,13 +14,13 @@ import numpy as np
 
 from serve_app.errors import EmptyInputError, InvalidInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
+from serve_app.ingress.protocols.fields import LongTextFields
 from serve_app.ingress.protocols.open_inference.parameters import (
     ClassificationParameters,
     EmbeddingParameters,
     EntityParameters,
     FillMaskParameters,
     GenerationParameters,
-    Parameters,
     PromptParameters,
     QuestionParameters,
     RerankParameters,
@@ -50,7 +50,7 @@ from serve_app.options import (
 from serve_app.outputs import FloatArray, Generated, LabelScore, SparseVector
 from serve_app.types import Answer, TextInput
 
-ParametersT = TypeVar("ParametersT", bound=Parameters)
+ParametersT = TypeVar("ParametersT", bound=LongTextFields)
 
 
 class Inputs:
@@ -144,7 +144,7 @@ def _token_embedding(inputs: Inputs, chosen: PromptParameters) -> tuple[tuple[Te
     return inputs.texts_or_ids(), TokenEmbeddingOptions(chosen.prompt_name)
 
 
-def _sparse(inputs: Inputs, chosen: Parameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
+def _sparse(inputs: Inputs, chosen: LongTextFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
     return inputs.texts_or_ids(), SparseEmbeddingOptions()
 
 
@@ -161,7 +161,7 @@ def _zero_shot(inputs: Inputs, chosen: ZeroShotParameters) -> tuple[tuple[TextIn
     labels = inputs.texts("candidate_labels")
     if len(set(labels)) != len(labels):
         raise MalformedRequestError("input candidate_labels has a label twice")
-    return inputs.texts("text"), ZeroShotOptions(labels, bool(chosen.multi_label), chosen.template)
+    return inputs.texts("text"), ZeroShotOptions(labels, bool(chosen.multi_label), chosen.hypothesis_template)
 
 
 def _entities(inputs: Inputs, chosen: EntityParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
@@ -272,7 +272,7 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
     "sparse-embedding": TaskTensors(
         _bytes("text"),
         (TensorType("indices", "INT32", (-1,)), TensorType("values", "FP32", (-1,)), _OFFSETS),
-        Parameters,
+        LongTextFields,
         _sparse,
         _write_sparse,
         ("input_ids",),

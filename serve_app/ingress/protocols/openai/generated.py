@@ -11,6 +11,7 @@ from serve_app import __version__
 from serve_app.errors import InvalidInputError
 from serve_app.ingress.protocols.fields import Body, InferenceBody
 from serve_app.ingress.protocols.generation import (
+    UNSUPPORTED,
     NewTokens,
     RepetitionPenalty,
     Seed,
@@ -19,11 +20,10 @@ from serve_app.ingress.protocols.generation import (
     TopK,
     TopP,
     refuse_unsupported,
+    sampling,
 )
 from serve_app.options import GenerationOptions
 from serve_app.types import Request
-
-_UNSUPPORTED = "Not supported but for its neutral value."
 
 
 class StreamOptions(Body):
@@ -44,10 +44,10 @@ class SamplingBody(InferenceBody):
     stop: Stop = ()
     stream: bool | None = Field(None, description="Send the answer in pieces, as server-sent events.")
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, description=_UNSUPPORTED)
-    presence_penalty: float | None = Field(None, description=_UNSUPPORTED)
-    frequency_penalty: float | None = Field(None, description=_UNSUPPORTED)
-    logit_bias: dict[str, Any] | None = Field(None, description=_UNSUPPORTED)
+    n: int | None = Field(None, description=UNSUPPORTED)
+    presence_penalty: float | None = Field(None, description=UNSUPPORTED)
+    frequency_penalty: float | None = Field(None, description=UNSUPPORTED)
+    logit_bias: dict[str, Any] | None = Field(None, description=UNSUPPORTED)
     user: str | None = Field(None, description="Taken for compatibility, and not used.")
 
     @property
@@ -62,12 +62,11 @@ class SamplingBody(InferenceBody):
         """Raises InvalidInputError where something is asked for that is not supported."""
         neutral: dict[str, tuple[Any, ...]] = {"n": (1,), "presence_penalty": (0,), "frequency_penalty": (0,)}
         refuse_unsupported(self, {**neutral, "logit_bias": ({},)})
-        sampled = any(value is not None for value in (self.temperature, self.top_p, self.top_k))
-        greedy = self.temperature == 0
+        chosen = sampling(None, self.temperature, self.top_k, self.top_p)
         return GenerationOptions(
             max_new_tokens=max_new_tokens,
-            do_sample=False if greedy else True if sampled else None,
-            temperature=None if greedy else self.temperature,
+            do_sample=chosen.do_sample,
+            temperature=chosen.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             repetition_penalty=self.repetition_penalty,

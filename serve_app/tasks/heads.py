@@ -7,7 +7,6 @@ All are pure functions of tensors on one device; how a model's own head makes lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -49,6 +48,9 @@ NO_ARGUMENTS = MaskArguments(top_k=5)
 
 _CHUNK_ELEMENTS = 1 << 25
 """Logits over the vocabulary are made so many at a time: 128 MiB in float32."""
+
+_CPU_CHUNK_ELEMENTS = 1 << 23
+"""As many as are soon read again; larger ones cost more in page faults than they save in calls."""
 
 
 def pooled(pooling: Literal["mean", "cls", "lasttoken"]) -> Pool:
@@ -139,14 +141,24 @@ def splade(hidden: Tensor, lengths: Sequence[int], project: Project, vocab_size:
 
 def _largest_logits(hidden: Tensor, lengths: Sequence[int], project: Project, vocab_size: int) -> Iterator[Tensor]:
     """The largest logits (n, v) float32 over each sequence's tokens, some sequences at a time."""
-    start, step = 0, max(1, _CHUNK_ELEMENTS // vocab_size)
-    for length, group in groupby(lengths):
-        left = sum(1 for _ in group)
-        while left:
-            count = max(1, min(left, step // length))
-            pieces = hidden[start : start + count * length].split(step)
-            if len(pieces) == 1:
-                yield project(pieces[0]).float().unflatten(0, (count, length)).amax(1)
-            else:  # one sequence that is longer than a step
-                yield torch.stack([project(piece).float().amax(0) for piece in pieces]).amax(0, keepdim=True)
-            start, left = start + count * length, left - count
+    start, step = 0, max(1, (_CHUNK_ELEMENTS if hidden.is_cuda else _CPU_CHUNK_ELEMENTS) // vocab_size)
+    for together in _runs(lengths, step):
+        tokens = sum(together)
+        pieces = [project(piece).float() for piece in hidden[start : start + tokens].split(step)]
+        if len(pieces) == 1:
+            yield torch.stack([logits.amax(0) for logits in pieces[0].split(together)])
+        else:  # one sequence that is longer than a step
+            yield torch.stack([logits.amax(0) for logits in pieces]).amax(0, keepdim=True)
+        start += tokens
+
+
+def _runs(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Neighbouring sequences with at most so many tokens together; a longer one stands alone."""
+    run: list[int] = []
+    for length in lengths:
+        if run and sum(run) + length > most:
+            yield run
+            run = []
+        run.append(length)
+    if run:
+        yield run

@@ -17,7 +17,7 @@ from serve_app.options import QuestionAnsweringOptions
 from serve_app.outputs import Span
 from serve_app.tasks.inputs import options_of, pairs_of
 from serve_app.tasks.vocabulary import Vocabulary
-from serve_app.types import Alignment, Features, FloatArray, LongTexts, ModelCard, Request, TokenizeRequest
+from serve_app.types import Features, FloatArray, Int32Array, LongTexts, ModelCard, Request, TokenizeRequest
 
 MAX_SEQ_LEN = 384
 MAX_STRIDE = 128
@@ -64,7 +64,9 @@ class _Window:
     start: FloatArray
     end: FloatArray
     no_answer: float
-    alignment: Alignment
+    words: list[int]
+    """The word of each token; -1 outside the context, and where a token is of no word."""
+    offsets: Int32Array
 
 
 def _check(request: Request, options: QuestionAnsweringOptions) -> None:
@@ -98,7 +100,8 @@ def _window(features: Features, card: ModelCard, sequence: int) -> _Window:
     start, end = (_softmax(np.where(allowed, logits[:, column], _MASKED)) for column in (0, 1))
     no_answer = float(start[0] * end[0])
     start[0] = end[0] = 0.0
-    return _Window(start, end, no_answer, tokens.alignment)
+    words = np.where(tokens.alignment.text_ids == 1, tokens.alignment.word_ids, -1).tolist()
+    return _Window(start, end, no_answer, words, tokens.alignment.offsets)
 
 
 def _softmax(logits: FloatArray) -> FloatArray:
@@ -111,7 +114,7 @@ def _answers(context: str, windows: list[_Window], options: QuestionAnsweringOpt
     found: dict[str, Span] = {}
     for window in windows:
         for start, end, score in _best_spans(window, options):
-            first, last = _characters(window.alignment, start, end)
+            first, last = _characters(window, start, end)
             answer = context[first:last]
             same = found.get(answer.lower(), Span(answer, 0.0, first, last))
             found[answer.lower()] = Span(same.answer, same.score + score, same.start, same.end)
@@ -138,11 +141,10 @@ def _best_spans(window: _Window, options: QuestionAnsweringOptions) -> Iterator[
             yield start, end, float(scores[place])
 
 
-def _characters(alignment: Alignment, start: int, end: int) -> tuple[int, int]:
+def _characters(window: _Window, start: int, end: int) -> tuple[int, int]:
     """First and last-plus-one character of the words that a span of tokens touches, as far as this window has them."""
-    words = np.where(alignment.text_ids == 1, alignment.word_ids, -1)
-    first, last = start, end
+    words, first, last = window.words, start, end
     if words[start] >= 0 and words[end] >= 0:
-        first = int(np.flatnonzero(words == words[start])[0])
-        last = int(np.flatnonzero(words == words[end])[-1])
-    return int(alignment.offsets[first, 0]), int(alignment.offsets[last, 1])
+        first = words.index(words[start])
+        last = len(words) - 1 - words[::-1].index(words[end])
+    return int(window.offsets[first, 0]), int(window.offsets[last, 1])

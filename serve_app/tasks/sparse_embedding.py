@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from serve_app.options import SparseEmbeddingOptions
@@ -29,13 +31,15 @@ class SparseEmbedding:
         self, request: Request, card: ModelCard, features: Features, vocabulary: Vocabulary | None
     ) -> tuple[SparseVector, ...]:
         return tuple(
-            _vector(np.concatenate([features.of_sequence(sequence) for sequence in sequences]))
-            for sequences in features.windows()
+            _vector([features.of_sequence(sequence) for sequence in sequences]) for sequences in features.windows()
         )
 
 
-def _vector(rows: FloatArray) -> SparseVector:
-    """From rows (k, 2) of index and weight, of one window after the other."""
+def _vector(windows: Sequence[FloatArray]) -> SparseVector:
+    """From the rows (k, 2) of index and weight of each window, by index."""
+    if len(windows) == 1:
+        return SparseVector(windows[0][:, 0].astype(np.int32), windows[0][:, 1])
+    rows = np.concatenate(windows)
     indices, place = np.unique(rows[:, 0].astype(np.int32), return_inverse=True)
     values = np.zeros(len(indices), np.float32)
     np.maximum.at(values, place.ravel(), rows[:, 1])

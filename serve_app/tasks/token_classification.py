@@ -29,6 +29,8 @@ class _Token:
 
     word: str
     scores: FloatArray
+    best: int
+    """The label that has the highest of the scores."""
     start: int
     end: int
     index: int
@@ -75,10 +77,7 @@ class TokenClassification:
             else:
                 places = [token_places(features.tokens, [sequence], 0) for sequence in sequences]
             found = [
-                entity
-                for each in places
-                for entity in _entities(reader.tokens(each), options, card.labels, vocabulary)
-                if entity.label not in options.ignore_labels
+                entity for each in places for entity in _entities(reader.tokens(each), options, card.labels, vocabulary)
             ]
             answers.append(tuple(found if len(places) == 1 else _without_overlaps(found)))
         return tuple(answers)
@@ -100,40 +99,47 @@ class _Reader:
         own = np.flatnonzero(alignment.text_ids[places] >= 0)
         offsets = alignment.offsets[places[own]].tolist()
         ids = self.batch.input_ids[places[own]].tolist()
-        return [
-            self._token(token_id, self.scores[place], start, end, index)
-            for token_id, place, (start, end), index in zip(ids, places[own], offsets, own.tolist(), strict=True)
-        ]
+        scores = self.scores[places[own]]
+        found = zip(ids, scores, scores.argmax(axis=1).tolist(), offsets, own.tolist(), strict=True)
+        return [self._token(*each) for each in found]
 
-    def _token(self, token_id: int, scores: FloatArray, start: int, end: int, index: int) -> _Token:
+    def _token(self, token_id: int, scores: FloatArray, best: int, offsets: list[int], index: int) -> _Token:
+        start, end = offsets
         word, written = self.vocabulary.token(token_id), self.text[start:end]
         if token_id == self.vocabulary.unknown_id:
-            return _Token(written, scores, start, end, index, is_subword=False)
+            return _Token(written, scores, best, start, end, index, is_subword=False)
         if self.vocabulary.marks_subwords:
             is_subword = len(word) != len(written)
         else:
             is_subword = start > 0 and " " not in self.text[start - 1 : start + 1]
-        return _Token(word, scores, start, end, index, is_subword)
+        return _Token(word, scores, best, start, end, index, is_subword)
 
 
 def _entities(
     tokens: Sequence[_Token], options: TokenClassificationOptions, labels: Sequence[str], vocabulary: Vocabulary
 ) -> list[Entity]:
+    """But for those whose labels are to be ignored."""
     if options.aggregation in ("none", "simple"):
-        tagged = [_tagged(token.scores, labels, [token]) for token in tokens]
+        tagged = [_tagged(token.scores, token.best, labels, [token]) for token in tokens]
     else:
         words = [(word, _word_scores(word, options.aggregation)) for word in _words(tokens)]
         tagged = [
-            replace(_tagged(scores, labels, word), word=vocabulary.join([token.word for token in word]))
+            replace(
+                _tagged(scores, int(scores.argmax()), labels, word),
+                word=vocabulary.join([token.word for token in word]),
+            )
             for word, scores in words
         ]
+    ignored = options.ignore_labels
     if options.aggregation == "none":
-        return [Entity(t.label, t.score, t.word, t.start, t.end, t.index) for t in tagged]
-    return [_group(members, vocabulary) for members in _groups(tagged)]
+        found = [each for each in tagged if each.label not in ignored]
+        return [Entity(t.label, t.score, t.word, t.start, t.end, t.index) for t in found]
+    groups = [(_name(members), members) for members in _groups(tagged)]
+    return [_group(name, members, vocabulary) for name, members in groups if name not in ignored]
 
 
-def _tagged(scores: FloatArray, labels: Sequence[str], tokens: Sequence[_Token]) -> _Tagged:
-    best, first = int(scores.argmax()), tokens[0]
+def _tagged(scores: FloatArray, best: int, labels: Sequence[str], tokens: Sequence[_Token]) -> _Tagged:
+    first = tokens[0]
     return _Tagged(labels[best], float(scores[best]), first.word, first.start, tokens[-1].end, first.index)
 
 
@@ -175,10 +181,14 @@ def _tag(label: str) -> tuple[bool, str]:
     return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
 
 
-def _group(members: Sequence[_Tagged], vocabulary: Vocabulary) -> Entity:
+def _name(members: Sequence[_Tagged]) -> str:
+    return members[0].label.split("-", 1)[-1]
+
+
+def _group(name: str, members: Sequence[_Tagged], vocabulary: Vocabulary) -> Entity:
     return Entity(
-        label=members[0].label.split("-", 1)[-1],
-        score=float(np.mean([member.score for member in members])),
+        label=name,
+        score=sum(member.score for member in members) / len(members),
         word=vocabulary.join([member.word for member in members]),
         start=members[0].start,
         end=members[-1].end,

@@ -204,8 +204,8 @@ def _exchange_projections(loaded: LoadedModel, forward: Forward, probes: TokenBa
         return rounded, True
     if not linear.pays(loaded.module):
         return exact, False
-    # A vocabulary is as dear as an encoder where each token is projected on it.
-    exchanged = loaded.model if loaded.task == "sparse-embedding" else loaded.module
+    # A vocabulary is as dear as an encoder where each token is projected on it, and for a mask dear to read.
+    exchanged = loaded.model if loaded.task in ("sparse-embedding", "fill-mask") else loaded.module
     swaps = _apply(linear.plan_swaps(exchanged, lambda: hidden_states(forward, probes)))
     error = _difference(hidden_states(forward, probes), exact)
     if error <= loaded.precision.tolerance:

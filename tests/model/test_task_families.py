@@ -223,12 +223,13 @@ def test_classifier_in_low_precision_is_packed_and_near(dtype: str, tmp_path: Pa
     np.testing.assert_array_equal(runner.run(batch_of(sequences[::-1])).values[::-1], rows)
 
 
+@pytest.mark.parametrize("task", ["sparse-embedding", "fill-mask"])
 @pytest.mark.parametrize("exchanged", [True, False])
-def test_projection_on_the_vocabulary_is_exchanged_for_splade(
-    exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_projection_on_the_vocabulary_is_exchanged_with_the_others(
+    exchanged: bool, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "pays", lambda module: exchanged)
-    loaded = load_tiny_for("sparse-embedding", "bert", tmp_path)
+    loaded = load_tiny_for(task, "bert", tmp_path)
     Runner(loaded)
     assert isinstance(loaded.model.get_output_embeddings(), linear.OneDnnLinear) is exchanged
 

@@ -99,7 +99,11 @@ class InProcess:
         path = Path(plan.model_path)
         task = plan.task if plan.task in get_args(TaskName) else None
         config = ModelConfig(
-            name="ceiling", source=str(path), num_threads=plan.threads, task=cast("TaskName | None", task)
+            name="ceiling",
+            source=str(path),
+            num_threads=plan.threads,
+            task=cast("TaskName | None", task),
+            max_input_tokens=plan.max_input_tokens,
         )
         self._card = read_card(path, config, "")
         self._task = plan.task
@@ -140,7 +144,8 @@ class InProcess:
         load, task, mask = LOADS[self._task], TASKS[self._task], self._mask
         assert load.options is not None
         inputs = tuple(load.inputs(self.texts, mask))
-        request = Request("ceiling", "ceiling", self._task, inputs, load.options, long_texts="truncate")
+        # Long texts are cut, or read in windows where that is the task's own way, as the server does unasked.
+        request = Request("ceiling", "ceiling", self._task, inputs, load.options)
         vocabulary = Vocabulary.read(self._encoder.definition) if task.needs_vocabulary else None
         argument = task.arguments(request, vocabulary)
         batch = self._encoder.encode([task.prepare(request, self._card)])

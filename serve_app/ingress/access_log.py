@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from serve_app.ingress.encoding import encode
-from serve_app.ingress.exchange import Exchange
+from serve_app.ingress.visit import Visit
 
 logger = logging.getLogger("serve_app.access")
 
@@ -34,28 +34,28 @@ def start_log() -> None:
     logger.setLevel(logging.INFO)
 
 
-def log_request(exchange: Exchange) -> None:
-    logger.info("%s", encode(entry(exchange)).decode())
+def log_request(visit: Visit) -> None:
+    logger.info("%s", encode(entry(visit)).decode())
 
 
-def entry(exchange: Exchange) -> dict[str, Any]:
+def entry(visit: Visit) -> dict[str, Any]:
     """Times in seconds; null is what is not known, as the model of a request that named none."""
-    request, answer = exchange.request, exchange.answer
+    request, answer = visit.request, visit.answer
     times = None if answer is None else answer.timings
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        "request_id": exchange.id,
-        "method": None if exchange.route is None else exchange.route[0],
-        "route": None if exchange.route is None else exchange.route[1],
-        "status": exchange.status or CLIENT_LEFT,
-        "code": exchange.code,
+        "request_id": visit.id,
+        "method": None if visit.route is None else visit.route[0],
+        "route": None if visit.route is None else visit.route[1],
+        "status": visit.status or CLIENT_LEFT,
+        "code": visit.code,
         "model": request and request.model,
         "task": request and request.task,
         "inputs": request and len(request.inputs),
-        "tokens": exchange.tokens,
-        "total_s": round(time.perf_counter() - exchange.started, 6),
+        "tokens": visit.tokens,
+        "total_s": round(time.perf_counter() - visit.started, 6),
         "tokenize_s": times and round(times.tokenize_s, 6),
         "queue_s": times and round(times.queue_s, 6),
         "forward_s": times and round(times.forward_s, 6),
-        "key": exchange.account and exchange.account.key.name,
+        "key": visit.account and visit.account.key.name,
     }

@@ -12,7 +12,8 @@ from pydantic_core import ErrorDetails
 
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
 from serve_app.ingress.depth import check_depth
-from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, too_late
+from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
+from serve_app.ingress.visit import too_late
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 

@@ -21,6 +21,7 @@ from serve_app.ingress.access_log import start_log
 from serve_app.ingress.asgi import create_app
 from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
+from serve_app.ingress.door import Door
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.prometheus import scrape_cluster
@@ -68,9 +69,9 @@ class Ingress(OpenInferenceMethods):
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
         self._handles = dict(handles)
         self._cache = config.cache
-        self._guard = None if config.api_keys is None else Guard(KeyRing(config.api_keys))
+        self._door = Door(None if config.api_keys is None else Guard(KeyRing(config.api_keys)))
         self._settings = SettingsRef(IngressSettings())
-        self.open_inference = OpenInference(self, self._settings, self._guard)
+        self.open_inference = OpenInference(self, self._settings, self._door)
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
         self._coalescers = {
@@ -87,7 +88,7 @@ class Ingress(OpenInferenceMethods):
         self._answered_at: dict[str, float] = {}
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self, self._settings, writes_request_id=False, guard=self._guard)
+        return create_app(self, self._settings, writes_request_id=False, door=self._door)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         self._settings.current = parse(IngressSettings, user_config, "user_config")

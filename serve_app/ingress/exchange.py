@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.types import Message, Receive, Scope
 
-from serve_app.config import IngressSettings
-from serve_app.errors import DeadlineExceededError
-from serve_app.ingress.access import Account
-from serve_app.ingress.service import Service
-from serve_app.types import Answer, Request
+from serve_app.ingress.visit import Visit, too_late
 
 T = TypeVar("T")
 Header = tuple[bytes, bytes]
@@ -26,40 +22,15 @@ class ClientDisconnectedError(Exception):
     """The client left before its answer was ready; nobody is there to be answered."""
 
 
-@dataclass(slots=True)
-class Exchange:
-    """A request that is under way; `settings` are those in force when it arrived."""
+@dataclass(slots=True, kw_only=True)
+class Exchange(Visit):
+    """A request that came by HTTP."""
 
-    id: str
     scope: Scope
     receive: Receive
-    headers: Mapping[bytes, bytes]
-    service: Service
-    settings: IngressSettings
     path_model: str | None = None
     """The model that the path names, as in `/models/{name}/embed`."""
     body_read: bool = False
-    timeout_s: float = 0.0
-    """Seconds that the request may take from its arrival on: the client's own, never more than the server's."""
-    account: Account | None = None
-    """Of the API key, where keys are on."""
-    tokens: int = 0
-    """Tokens that it has cost so far."""
-    counted: bool = False
-    """Whether it is among the requests under way, of which there may be only so many."""
-    route: tuple[str, str] | None = None
-    """Method and path of the route that was found, as the table has them."""
-    request: Request | None = None
-    answer: Answer | None = None
-    status: int = 0
-    """What was answered; 0 while nothing was."""
-    code: str = "ok"
-    """Of the error that was answered."""
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def time_left_s(self) -> float:
-        return max(0.0, self.timeout_s - (time.perf_counter() - self.started))
 
     @property
     def body_is_unread(self) -> bool:
@@ -141,10 +112,6 @@ async def _close(pieces: AsyncIterator[T], working: asyncio.Future[T] | None) ->
         _retrieve(working)
     if isinstance(pieces, AsyncGenerator):
         await pieces.aclose()
-
-
-def too_late() -> DeadlineExceededError:
-    return DeadlineExceededError("the request's time ran out before its answer; send less at once or allow more time")
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:

@@ -1,4 +1,7 @@
-"""What stands before Ray Serve's own request handling: the headers by which a client would steer Serve are taken out.
+"""What stands before Ray Serve's own request handling, and after it.
+
+On the way in, the headers by which a client would steer Serve are taken out; on the way out, errors that Serve answers
+itself are put in our shape (`serve_errors`).
 
 Serve reads some headers before the application is called: two that turn its timeout and its cancellation off, one that
 goes back in the response as it came, and some that it decodes, so that a byte that is not UTF-8 there is a 500. A
@@ -10,14 +13,13 @@ Python proxy where it is off. `serve_config.yaml` names `serve_app.ingress.front
 from __future__ import annotations
 
 import os
-import re
 import uuid
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-"""Request ids that may go into responses and logs; any other is replaced."""
+from serve_app.ingress.door import REQUEST_ID
+from serve_app.ingress.serve_errors import enveloped
 
 _ID_HEADER = b"x-request-id"
 
@@ -34,27 +36,33 @@ TAKEN_OUT = frozenset(
 
 
 class Front:
-    """Passes on each request with exactly one harmless request id, and without `TAKEN_OUT`."""
+    """Passes on each request with exactly one harmless request id, and without `TAKEN_OUT`; answers in our shapes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan":
-            scope["headers"] = cleaned(scope["headers"])
-        await self._app(scope, receive, send)
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        scope["headers"], request_id = cleaned(scope["headers"])
+        await enveloped(self._app, scope, receive, send, request_id)
 
 
-def cleaned(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """`headers` as Serve and the application may see them; names are in lower case, as ASGI has them."""
+def cleaned(headers: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """`headers` as Serve and the application may see them, and the request id among them.
+
+    Names are in lower case, as ASGI has them.
+    """
     kept = [header for header in headers if header[0] not in TAKEN_OUT]
     ids = [value for name, value in kept if name == _ID_HEADER]
     if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]):
-        return kept
+        return kept, ids[0]
     if ids:
         kept = [header for header in kept if header[0] != _ID_HEADER]
-    kept.append((_ID_HEADER, uuid.uuid4().hex.encode()))
-    return kept
+    new = uuid.uuid4().hex.encode()
+    kept.append((_ID_HEADER, new))
+    return kept, new
 
 
 def middlewares() -> list[Middleware]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from serve_app.errors import MalformedRequestError, ModelNotFoundError
 from serve_app.ingress.body import parse_body, read_body
@@ -15,10 +16,12 @@ from serve_app.ingress.limits import check_limits, check_stream
 from serve_app.ingress.protocols.fields import InferenceBody
 from serve_app.ingress.routes import Dialect
 from serve_app.ingress.streaming import Events, stream_reply
+from serve_app.ingress.visit import Visit
 from serve_app.outputs import Generated, GeneratedPiece
 from serve_app.types import Answer, Request
 
 BodyT = TypeVar("BodyT", bound=InferenceBody)
+Wait: TypeAlias = Callable[[Coroutine[Any, Any, Answer], float], Coroutine[Any, Any, Answer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +64,18 @@ async def answer(
 
 async def compute(exchange: Exchange, request: Request) -> tuple[Answer, tuple[Header, ...]]:
     """The request's answer, and the headers that say what it cost. Raises as `answer` does."""
-    characters = check_limits(request, exchange.settings)
-    exchange.request = request
-    timeout_s = exchange.time_left_s
-    work = exchange.service.answer(in_time(exchange, request))
-    computed = await while_connected(exchange.receive, work, timeout_s)
-    exchange.answer, exchange.tokens = computed, tokens_of(computed)
-    compute_type = exchange.service.compute_type(request.model)
-    total_s = time.perf_counter() - exchange.started
+    return await measured(exchange, request, functools.partial(while_connected, exchange.receive))
+
+
+async def measured(visit: Visit, request: Request, wait: Wait) -> tuple[Answer, tuple[Header, ...]]:
+    """As `compute`, for any protocol; `wait` takes the work and the seconds that it may take."""
+    characters = check_limits(request, visit.settings)
+    visit.request = request
+    timeout_s = visit.time_left_s
+    computed = await wait(visit.service.answer(in_time(visit, request)), timeout_s)
+    visit.answer, visit.tokens = computed, tokens_of(computed)
+    compute_type = visit.service.compute_type(request.model)
+    total_s = time.perf_counter() - visit.started
     return computed, cost_headers(compute_type, characters, computed, total_s)
 
 
@@ -96,9 +103,9 @@ def tokens_of(answer: Answer) -> int:
     return answer.tokens + sum(new)
 
 
-def in_time(exchange: Exchange, request: Request) -> Request:
+def in_time(visit: Visit, request: Request) -> Request:
     """`request`, told how much time the client has left for it; unchanged where the client asked for none."""
-    return replace(request, timeout_s=exchange.time_left_s) if TIMEOUT in exchange.headers else request
+    return replace(request, timeout_s=visit.time_left_s) if TIMEOUT in visit.headers else request
 
 
 def choose_model(exchange: Exchange, asked: str | None) -> str:

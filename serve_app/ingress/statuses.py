@@ -7,6 +7,7 @@ Statuses: 429 slow down; 503 not ready, draining or a replica was lost; 504 our 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,3 +65,12 @@ def kind_of(error: errors.ServeAppError) -> ErrorKind:
         if kind is not None:
             return kind
     raise AssertionError("ServeAppError is in the table")
+
+
+_COME_BACK = frozenset({429, 503})
+"""Statuses that tell the client when to come back."""
+
+
+def retry_after_s(error: errors.ServeAppError) -> int | None:
+    """Whole seconds after which it is worth while to try again, at least 1; None where waiting is no use."""
+    return max(1, math.ceil(error.retry_after_s or 1)) if kind_of(error).status in _COME_BACK else None

@@ -5,20 +5,17 @@ https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TypeAlias
 
-from serve_app.errors import ServeAppError, ServerError
+from serve_app.errors import ServeAppError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply, stream_while_connected
 from serve_app.ingress.routes import Dialect
 from serve_app.ingress.statuses import kind_of
 from serve_app.outputs import GeneratedPiece
 from serve_app.types import Request
-
-logger = logging.getLogger(__name__)
 
 Events: TypeAlias = AsyncGenerator[bytes, None]
 """The data of each event, without its frame."""
@@ -75,16 +72,10 @@ async def _framed(first: bytes, events: Events, dialect: Dialect, exchange: Exch
                 yield _event(first)
             async for data in events:
                 yield _event(data)
-        except ServeAppError as error:
-            exchange.code = error.code
-            yield _event(_error(error, dialect, exchange.id))
         except ClientDisconnectedError:
             exchange.status = 0
-        except Exception:
-            logger.exception("unexpected error in request %s", exchange.id)
-            unexpected = ServerError("an unexpected error; the server's log has it under this request id")
-            exchange.code = unexpected.code
-            yield _event(_error(unexpected, dialect, exchange.id))
+        except Exception as error:
+            yield _event(_error(exchange.expected(error), dialect, exchange.id))
 
 
 def _event(data: bytes) -> bytes:

@@ -21,6 +21,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from serve_app.config import IngressSettings
+from serve_app.ingress.door import Door
 from serve_app.ingress.protocols.open_inference import messages
 from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods, add_to_server
 from serve_app.ingress.service import SettingsRef
@@ -34,7 +35,7 @@ Client: TypeAlias = Any
 
 class Servicer(OpenInferenceMethods):
     def __init__(self, service: FakeService) -> None:
-        self.open_inference = OpenInference(service, SettingsRef(IngressSettings()))
+        self.open_inference = OpenInference(service, SettingsRef(IngressSettings()), Door())
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import pytest
 from serve_app.config import ApiKeysConfig, IngressSettings
 from serve_app.ingress.access import Bucket, Guard
 from serve_app.ingress.asgi import App, create_app
+from serve_app.ingress.door import Door
 from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.service import SettingsRef
 from tests.ingress.edge import TOKENS, WORDS, FakeService
@@ -30,8 +31,8 @@ class Guarded:
     def __init__(self, service: FakeService, file: Path, *lines: str) -> None:
         file.write_text("\n".join(lines or [line("alice", SECRET)]))
         self.clock = Clock()
-        guard = Guard(KeyRing(ApiKeysConfig(file=str(file)), self.clock), self.clock)
-        self.app: App = create_app(service, SettingsRef(IngressSettings()), guard=guard)
+        door = Door(Guard(KeyRing(ApiKeysConfig(file=str(file)), self.clock), self.clock))
+        self.app: App = create_app(service, SettingsRef(IngressSettings()), door=door)
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://edge")
 
     async def status(self, path: str = "/embed", headers: dict[str, str] | None = None) -> int:
@@ -149,7 +150,7 @@ async def test_generated_tokens_count_too(tmp_path: Path, stream: bool) -> None:
     guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=60"))
     body = {"prompt": "x" * 4, "stream": stream}
     assert (await guarded.client.post("/v1/completions", json=body, headers=ALICE)).status_code == 200
-    account = guarded.app._guard._accounts["alice"]  # type: ignore[union-attr]
+    account = guarded.app._door.guard._accounts["alice"]  # type: ignore[union-attr]
     assert account.tokens is not None
     assert account.tokens._level == 60 - 6 - len(WORDS if not stream else (*TOKENS, "end"))
 

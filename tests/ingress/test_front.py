@@ -16,7 +16,8 @@ from ray.serve._private.http_util import (
     validate_http_proxy_callback_return,
 )
 
-from serve_app.ingress.front import REQUEST_ID, Front, middlewares
+from serve_app.ingress.door import REQUEST_ID
+from serve_app.ingress.front import Front, middlewares
 from tests.ingress.edge import FakeService, edge_app
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"

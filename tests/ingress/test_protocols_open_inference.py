@@ -14,6 +14,7 @@ import pytest
 
 from serve_app import errors
 from serve_app.config import IngressSettings
+from serve_app.ingress.door import Door
 from serve_app.ingress.protocols.open_inference import messages
 from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods, code_of
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS
@@ -286,6 +287,7 @@ class Context:
         self.metadata = tuple(metadata.items())
         self.code = grpc.StatusCode.OK
         self.details = ""
+        self.trailing: dict[str, str] = {}
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self.metadata
@@ -296,12 +298,15 @@ class Context:
     def set_details(self, details: str) -> None:
         self.details = details
 
+    def set_trailing_metadata(self, metadata: list[tuple[str, str]]) -> None:
+        self.trailing = dict(metadata)
+
 
 class Servicer(OpenInferenceMethods):
     """As the ingress has them."""
 
     def __init__(self, service: FakeService, guard: Any = None, **settings: float) -> None:
-        self.open_inference = OpenInference(service, SettingsRef(IngressSettings.model_validate(settings)), guard)
+        self.open_inference = OpenInference(service, SettingsRef(IngressSettings.model_validate(settings)), Door(guard))
 
 
 def request_of(*texts: str, name: str = "text", typed: bool = False, **parameters: Any) -> Any:
@@ -398,7 +403,7 @@ async def test_a_stream_that_takes_too_long_is_cancelled(service: FakeService) -
     service.task = "text-generation"
     service.go.clear()
     *_, last = await streamed(service, request_of("a"), request_timeout_s=0.05)
-    assert "no answer within" in last.error_message
+    assert "time ran out" in last.error_message
     assert service.cancelled.is_set()
 
 

@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf import descriptor_pool
 
 from serve_app import __version__
-from serve_app.errors import (
-    BodyTooLargeError,
-    DeadlineExceededError,
-    MalformedRequestError,
-    ModelNotFoundError,
-    ServeAppError,
-    ServerError,
-)
-from serve_app.ingress.limits import check_limits, check_stream
+from serve_app.errors import BodyTooLargeError, MalformedRequestError, ModelNotFoundError, ServeAppError
+from serve_app.ingress.door import Door, request_id_of
+from serve_app.ingress.exchange import Header
+from serve_app.ingress.inference import in_time, measured
+from serve_app.ingress.limits import check_stream
 from serve_app.ingress.protocols.open_inference import messages
 from serve_app.ingress.protocols.open_inference.call import (
     EXTENSIONS,
@@ -46,12 +40,11 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     from_raw,
 )
 from serve_app.ingress.service import Service, SettingsRef
-from serve_app.ingress.statuses import kind_of
-from serve_app.outputs import Generated
+from serve_app.ingress.statuses import kind_of, retry_after_s
+from serve_app.ingress.visit import Visit, too_late
 from serve_app.tasks.generation import GENERATING
-from serve_app.types import Answer, Request
+from serve_app.types import Request
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CODES: Mapping[int, grpc.StatusCode] = {
@@ -77,116 +70,93 @@ _CONTENTS = {
 }
 
 
-Headers = Mapping[bytes, bytes]
-"""A call's metadata, as HTTP headers are."""
-
-
-class Account(Protocol):
-    """Who asks, and what is left to it."""
-
-    def enter(self) -> None:
-        """Count one request. Raises OverloadedError."""
-
-    def charge(self, tokens: int) -> None:
-        """Count what a request has cost."""
-
-
-class Guard(Protocol):
-    """Lets those in who may ask."""
-
-    def admit(self, headers: Headers, role: Literal["inference"]) -> Account:
-        """Raises RequestError."""
-
-
 class OpenInference:
-    """The service's methods over any Service, open to all unless there is a guard. They raise ServeAppError."""
+    """The service's methods over any Service, behind the door that HTTP has too. They raise ServeAppError."""
 
-    def __init__(self, service: Service, settings: SettingsRef, guard: Guard | None = None) -> None:
+    def __init__(self, service: Service, settings: SettingsRef, door: Door) -> None:
         self._service = service
         self._settings = settings
-        self._guard = guard
+        self._door = door
 
-    async def server_metadata(self, headers: Headers) -> Any:
-        self._admit(headers)
+    @contextlib.contextmanager
+    def visit(self, method: str, headers: Mapping[bytes, bytes]) -> Iterator[Visit]:
+        """The block is the call, or one request of a stream."""
+        settings = self._settings.current
+        visit = Visit(
+            id=request_id_of(headers),
+            headers=headers,
+            service=self._service,
+            settings=settings,
+            timeout_s=settings.request_timeout_s,
+            route=("gRPC", f"/{messages.SERVICE}/{method}"),
+        )
+        with self._door.visited(visit):
+            yield visit
+
+    async def server_live(self, visit: Visit, asked: Any) -> Any:
+        return messages.ServerLiveResponse(live=True)
+
+    async def server_metadata(self, visit: Visit, asked: Any) -> Any:
+        self._door.admit(visit, "inference", costs=False)
         return messages.ServerMetadataResponse(name="serve-app", version=__version__, extensions=EXTENSIONS)
 
-    async def server_ready(self) -> Any:
-        return messages.ServerReadyResponse(ready=await self._is_ready(None))
+    async def server_ready(self, visit: Visit, asked: Any) -> Any:
+        return messages.ServerReadyResponse(ready=await self._is_ready(visit, None))
 
-    async def model_ready(self, asked: Any) -> Any:
+    async def model_ready(self, visit: Visit, asked: Any) -> Any:
         known = asked.version in ("", VERSION)
-        return messages.ModelReadyResponse(ready=known and await self._is_ready(asked.name))
+        return messages.ModelReadyResponse(ready=known and await self._is_ready(visit, asked.name))
 
-    async def _is_ready(self, name: str | None) -> bool:
+    async def _is_ready(self, visit: Visit, name: str | None) -> bool:
         try:
-            await self._in_time(self._service.ready(name))
+            await _within(self._service.ready(name), visit.time_left_s)
         except ServeAppError:
             return False
         return True
 
-    async def model_metadata(self, asked: Any, headers: Headers) -> Any:
-        self._admit(headers)
+    async def model_metadata(self, visit: Visit, asked: Any) -> Any:
+        self._door.admit(visit, "inference", costs=False)
         check_version(asked.version)
-        card = await self._in_time(self._service.card(self._model(asked.name)))
+        card = await _within(self._service.card(self._model(asked.name)), visit.time_left_s)
         return messages.ModelMetadataResponse(**metadata(card))
 
-    async def infer(self, asked: Any, headers: Headers) -> Any:
-        account = self._admit(headers, enters=True)
-        call, request = await self._read(asked)
-        return await self._whole(asked, call, request, account)
+    async def infer(self, visit: Visit, asked: Any) -> tuple[Any, tuple[Header, ...]]:
+        """The response, and what it cost."""
+        self._door.admit(visit, "inference", costs=True)
+        call, request = await self._read(visit, asked)
+        return await _whole(visit, asked, call, request)
 
-    async def stream(self, asked: Any, headers: Headers) -> AsyncGenerator[Any, None]:
+    async def stream(self, visit: Visit, asked: Any) -> AsyncGenerator[Any, None]:
         """A response for each piece of a generated text, and one for the answer to any other task."""
-        account = self._admit(headers, enters=True)
-        call, request = await self._read(asked)
+        self._door.admit(visit, "inference", costs=True)
+        call, request = await self._read(visit, asked)
         if request.task not in GENERATING:
-            yield await self._whole(asked, call, request, account)
+            response, _ = await _whole(visit, asked, call, request)
+            yield response
             return
-        check_stream(request, self._settings.current)
-        async with aclosing(self._pieces(request, account)) as pieces:
+        check_stream(request, visit.settings)
+        async with aclosing(self._pieces(visit, request)) as pieces:
             async for tensors in pieces:
                 wanted = [each for each in tensors if not call.outputs or each.name in call.outputs]
                 yield _response(asked, request, wanted)
 
-    async def _whole(self, asked: Any, call: Call, request: Request, account: Account | None) -> Any:
-        check_limits(request, self._settings.current)
-        answer = await self._in_time(self._service.answer(request))
-        if account is not None:
-            account.charge(_cost(answer))
-        return _response(asked, request, call.wanted(request, answer))
-
-    async def _pieces(self, request: Request, account: Account | None) -> AsyncGenerator[Sequence[OutputTensor], None]:
+    async def _pieces(self, visit: Visit, request: Request) -> AsyncGenerator[Sequence[OutputTensor], None]:
         """`finish_reason` is empty but in the last piece."""
-        pieces: Any = self._service.stream(request)
-        end = asyncio.get_running_loop().time() + self._settings.current.request_timeout_s
-        prompt_tokens = new_tokens = 0
-        try:
-            async with aclosing(pieces):
-                while (piece := await self._in_time(anext(pieces, None), end)) is not None:
-                    prompt_tokens = max(prompt_tokens, piece.prompt_tokens)
-                    new_tokens += piece.token is not None
-                    yield generated([piece.text], [piece.finish_reason or ""])
-        finally:
-            if account is not None:
-                account.charge(prompt_tokens + new_tokens)
+        visit.request = request
+        pieces: Any = self._service.stream(in_time(visit, request))
+        async with aclosing(pieces):
+            while (piece := await _within(anext(pieces, None), visit.time_left_s)) is not None:
+                visit.tokens += (piece.token is not None) + (0 if visit.tokens else piece.prompt_tokens)
+                yield generated([piece.text], [piece.finish_reason or ""])
 
-    def _admit(self, headers: Headers, enters: bool = False) -> Account | None:
-        """Raises RequestError, or OverloadedError where a quota is used up."""
-        if self._guard is None:
-            return None
-        account = self._guard.admit(headers, "inference")
-        if enters:
-            account.enter()
-        return account
-
-    async def _read(self, asked: Any) -> tuple[Call, Request]:
-        most = self._settings.current.max_body_bytes
+    async def _read(self, visit: Visit, asked: Any) -> tuple[Call, Request]:
+        most = visit.settings.max_body_bytes
         if asked.ByteSize() > most:
             raise BodyTooLargeError(f"the message is larger than the {most} bytes that one request may have; split it")
         check_version(asked.model_version)
         model = self._model(asked.model_name)
         call = Call(_parameters(asked.parameters), _inputs(asked), tuple(output.name for output in asked.outputs))
-        return call, call.request(uuid.uuid4().hex, await self._in_time(self._service.card(model)))
+        return call, call.request(visit.id, await _within(self._service.card(model), visit.time_left_s))
 
     def _model(self, name: str) -> str:
         """Raises ModelNotFoundError."""
@@ -197,14 +167,18 @@ class OpenInference:
             raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
         return name
 
-    async def _in_time(self, work: Awaitable[T], end: float | None = None) -> T:
-        """`end` is a time of the event loop. Raises DeadlineExceededError, and what `work` raises."""
-        whole_s = self._settings.current.request_timeout_s
-        left_s = whole_s if end is None else max(0.0, end - asyncio.get_running_loop().time())
-        try:
-            return await asyncio.wait_for(work, left_s)
-        except asyncio.TimeoutError:
-            raise DeadlineExceededError(f"no answer within {whole_s:g} s; send less or try again later") from None
+
+async def _whole(visit: Visit, asked: Any, call: Call, request: Request) -> tuple[Any, tuple[Header, ...]]:
+    answer, cost = await measured(visit, request, _within)
+    return _response(asked, request, call.wanted(request, answer)), cost
+
+
+async def _within(work: Awaitable[T], timeout_s: float) -> T:
+    """Raises DeadlineExceededError, and what `work` raises."""
+    try:
+        return await asyncio.wait_for(work, timeout_s)
+    except asyncio.TimeoutError:
+        raise too_late() from None
 
 
 class OpenInferenceMethods:
@@ -213,67 +187,89 @@ class OpenInferenceMethods:
     open_inference: OpenInference
 
     async def ServerLive(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802, the protocol's names
-        return messages.ServerLiveResponse(live=True)
+        return await self._called("ServerLive", self.open_inference.server_live, request, grpc_context)
 
     async def ServerReady(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        return await self.open_inference.server_ready()
+        return await self._called("ServerReady", self.open_inference.server_ready, request, grpc_context)
 
     async def ModelReady(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        return await self.open_inference.model_ready(request)
+        return await self._called("ModelReady", self.open_inference.model_ready, request, grpc_context)
 
     async def ServerMetadata(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        work = self.open_inference.server_metadata(_headers(grpc_context))
-        return await _told(work, grpc_context, messages.ServerMetadataResponse)
+        return await self._called("ServerMetadata", self.open_inference.server_metadata, request, grpc_context)
 
     async def ModelMetadata(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        work = self.open_inference.model_metadata(request, _headers(grpc_context))
-        return await _told(work, grpc_context, messages.ModelMetadataResponse)
+        return await self._called("ModelMetadata", self.open_inference.model_metadata, request, grpc_context)
 
     async def ModelInfer(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        work = self.open_inference.infer(request, _headers(grpc_context))
-        return await _told(work, grpc_context, messages.ModelInferResponse)
+        return await self._called("ModelInfer", self.open_inference.infer, request, grpc_context)
 
     async def ModelStreamInfer(  # noqa: N802
         self, request_stream: AsyncIterator[Any], grpc_context: Any
     ) -> AsyncGenerator[Any, None]:
         """Each request's responses before the next one's; an error is a response, and the stream goes on."""
+        headers = _headers(grpc_context)
         async for request in request_stream:
+            with self.open_inference.visit("ModelStreamInfer", headers) as visit:
+                grpc_context.set_trailing_metadata(_metadata(visit))
+                try:
+                    async with aclosing(self.open_inference.stream(visit, request)) as responses:
+                        async for response in responses:
+                            yield messages.ModelStreamInferResponse(infer_response=response)
+                    visit.status = 200
+                except Exception as raised:
+                    error = visit.expected(raised)
+                    visit.status = kind_of(error).status
+                    failed = messages.ModelInferResponse(id=request.id, model_name=request.model_name)
+                    yield messages.ModelStreamInferResponse(error_message=error.message, infer_response=failed)
+
+    async def _called(self, method: str, work: Method, request: Any, context: Any) -> Any:
+        """The method's response, or an empty one beside the error's status: Serve would log each that is raised."""
+        with self.open_inference.visit(method, _headers(context)) as visit:
             try:
-                async with aclosing(self.open_inference.stream(request, _headers(grpc_context))) as responses:
-                    async for response in responses:
-                        yield messages.ModelStreamInferResponse(infer_response=response)
-            except Exception as error:
-                failed = messages.ModelInferResponse(id=request.id, model_name=request.model_name)
-                told = _expected(error).message
-                yield messages.ModelStreamInferResponse(error_message=told, infer_response=failed)
+                answered = await work(visit, request)
+            except Exception as raised:
+                error = visit.expected(raised)
+                visit.status = kind_of(error).status
+                context.set_code(code_of(error))
+                context.set_details(error.message)
+                context.set_trailing_metadata([*_metadata(visit), *_come_back(error)])
+                return _ANSWERS[method]()
+            visit.status = 200
+            response, cost = answered if isinstance(answered, tuple) else (answered, ())
+            context.set_trailing_metadata(_metadata(visit, cost))
+            return response
 
 
-async def _told(work: Awaitable[Any], context: Any, empty: Callable[[], Any]) -> Any:
-    """The work's response, or an empty one beside the error's status: Serve would log each that is raised."""
-    try:
-        return await work
-    except Exception as raised:
-        error = _expected(raised)
-        context.set_code(code_of(error))
-        context.set_details(error.message)
-        return empty()
+Method: TypeAlias = Callable[[Visit, Any], Awaitable[Any]]
+
+_ANSWERS = {
+    "ServerLive": messages.ServerLiveResponse,
+    "ServerReady": messages.ServerReadyResponse,
+    "ModelReady": messages.ModelReadyResponse,
+    "ServerMetadata": messages.ServerMetadataResponse,
+    "ModelMetadata": messages.ModelMetadataResponse,
+    "ModelInfer": messages.ModelInferResponse,
+}
 
 
-def _expected(error: Exception) -> ServeAppError:
-    if isinstance(error, ServeAppError):
-        return error
-    logger.error("unexpected error in a gRPC call", exc_info=error)
-    return ServerError("an unexpected error; the server's log has it")
-
-
-def _headers(context: Any) -> Headers:
+def _headers(context: Any) -> Mapping[bytes, bytes]:
+    """A call's metadata, as HTTP headers are."""
     return {key.encode(): value.encode() for key, value in context.invocation_metadata() if isinstance(value, str)}
 
 
-def _cost(answer: Answer) -> int:
-    """Tokens that were computed, the generated ones too."""
-    new = (len(each.tokens) for each in answer.output if isinstance(each, Generated))
-    return answer.tokens + (sum(new) if isinstance(answer.output, tuple) else 0)
+def _metadata(visit: Visit, headers: Sequence[Header] = ()) -> list[tuple[str, str]]:
+    """Trailing metadata: what HTTP says in headers."""
+    return [("x-request-id", visit.id), *((name.decode(), value.decode()) for name, value in headers)]
+
+
+def _come_back(error: ServeAppError) -> list[tuple[str, str]]:
+    """`retry-after` as over HTTP, and in the name and unit that gRPC's own retries obey.
+
+    https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback
+    """
+    wait_s = retry_after_s(error)
+    return [] if wait_s is None else [("retry-after", f"{wait_s}"), ("grpc-retry-pushback-ms", f"{wait_s * 1000}")]
 
 
 def code_of(error: ServeAppError) -> grpc.StatusCode:

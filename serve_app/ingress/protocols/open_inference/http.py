@@ -255,7 +255,7 @@ async def model_metadata(exchange: Exchange) -> Reply:
 
 
 async def _asked(exchange: Exchange, question: Coroutine[Any, Any, T]) -> T:
-    return await while_connected(exchange.receive, question, exchange.settings.request_timeout_s)
+    return await while_connected(exchange.receive, question, exchange.time_left_s)
 
 
 def routes() -> tuple[Route, ...]:

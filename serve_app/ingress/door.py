@@ -1,0 +1,63 @@
+"""The way in and out that every request takes, by HTTP or gRPC: its key, its quotas, its place, its line in the log."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from serve_app.errors import OverloadedError
+from serve_app.ingress.access import Guard
+from serve_app.ingress.access_log import log_request
+from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
+from serve_app.ingress.keys import Role
+from serve_app.ingress.visit import Visit
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+"""Request ids that may go into responses and logs; any other is replaced."""
+
+
+def request_id_of(headers: Mapping[bytes, bytes]) -> str:
+    """The client's own, if it is a harmless one, else a new one."""
+    asked = headers.get(b"x-request-id", b"")
+    return asked.decode() if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+
+
+class Door:
+    """Of one ingress replica; open to all unless there is a guard. Belongs to one event loop."""
+
+    def __init__(self, guard: Guard | None = None) -> None:
+        self.guard = guard
+        self._under_way = 0
+
+    @contextmanager
+    def visited(self, visit: Visit) -> Iterator[None]:
+        """The block is all of the request, its answer included; afterwards it is paid for and told."""
+        try:
+            yield
+        finally:
+            self._under_way -= visit.counted
+            if visit.account is not None:
+                visit.account.charge(visit.tokens)
+            if visit.settings.log_requests:
+                log_request(visit)
+
+    def admit(self, visit: Visit, role: Role | None, costs: bool) -> None:
+        """Let it in: with a key for `role` where there are keys; counted, and with its own deadline, if it `costs`.
+
+        Raises UnauthorizedError, ForbiddenError, QuotaExceededError, MalformedRequestError or OverloadedError.
+        """
+        if self.guard is not None and role is not None:
+            visit.account = self.guard.admit(visit.headers, role)
+            if costs:
+                visit.account.enter()
+        if not costs:
+            return
+        if TIMEOUT in visit.headers:
+            visit.timeout_s = asked_timeout_s(visit.headers[TIMEOUT], visit.timeout_s)
+        most = visit.settings.max_concurrent_requests
+        if self._under_way >= most:
+            raise OverloadedError(f"{most} requests are under way here; come back later", retry_after_s=1.0)
+        self._under_way += 1
+        visit.counted = True

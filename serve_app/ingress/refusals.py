@@ -1,0 +1,24 @@
+"""An error as the reply of the protocol that was spoken."""
+
+from __future__ import annotations
+
+from serve_app.errors import ServeAppError
+from serve_app.ingress.encoding import encode
+from serve_app.ingress.exchange import Header, Reply
+from serve_app.ingress.protocols import open_inference, openai, tei
+from serve_app.ingress.routes import Dialect
+from serve_app.ingress.statuses import kind_of, retry_after_s
+
+
+def error_reply(error: ServeAppError, dialect: Dialect, request_id: str, *headers: Header) -> Reply:
+    kind, wait_s = kind_of(error), retry_after_s(error)
+    if wait_s is not None:
+        headers = (*headers, (b"retry-after", b"%d" % wait_s))
+    return Reply(encode(dialect.write_error(error, kind, request_id)), kind.status, headers=headers)
+
+
+def dialect_of(path: str) -> Dialect:
+    """The protocol that a path without a route, and below any prefix, most likely meant."""
+    if "/v2/" in f"{path}/":
+        return open_inference.DIALECT
+    return openai.DIALECT if "/v1/" in f"{path}/" else tei.DIALECT

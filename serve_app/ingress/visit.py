@@ -1,0 +1,60 @@
+"""A request from its arrival to the end of its answer, whatever protocol it came by."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from serve_app.config import IngressSettings
+from serve_app.errors import DeadlineExceededError, ServeAppError, ServerError
+from serve_app.ingress.access import Account
+from serve_app.ingress.service import Service
+from serve_app.types import Answer, Request
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Visit:
+    """What the edge knows of a request; `settings` are those in force when it arrived."""
+
+    id: str
+    headers: Mapping[bytes, bytes]
+    """Of a gRPC call its metadata; names in lower case."""
+    service: Service
+    settings: IngressSettings
+    timeout_s: float = 0.0
+    """Seconds that the request may take from its arrival on: the client's own, never more than the server's."""
+    account: Account | None = None
+    """Of the API key, where keys are on."""
+    tokens: int = 0
+    """Tokens that it has cost so far."""
+    counted: bool = False
+    """Whether it is among the requests under way, of which there may be only so many."""
+    route: tuple[str, str] | None = None
+    """Method and path of the route that was found, as the table has them; of a gRPC call "gRPC" and its method."""
+    request: Request | None = None
+    answer: Answer | None = None
+    status: int = 0
+    """What was answered, as HTTP tells it; 0 while nothing was."""
+    code: str = "ok"
+    """Of the error that was answered."""
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def time_left_s(self) -> float:
+        return max(0.0, self.timeout_s - (time.perf_counter() - self.started))
+
+    def expected(self, error: Exception) -> ServeAppError:
+        """`error` as the client may know it, and the log line too: what is a bug of ours tells nothing of itself."""
+        if not isinstance(error, ServeAppError):
+            logger.error("unexpected error in request %s", self.id, exc_info=error)
+            error = ServerError("an unexpected error; the server's log has it under this request id")
+        self.code = error.code
+        return error
+
+
+def too_late() -> DeadlineExceededError:
+    return DeadlineExceededError("the request's time ran out before its answer; send less at once or allow more time")

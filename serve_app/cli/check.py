@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from serve_app.cli.exposure import exposure_findings
-from serve_app.cli.serve_file import Application, Finding, parse_file
+from serve_app.cli.serve_file import Application, Finding, ServeFile, parse_file
 from serve_app.cli.tuning import Deployed, tuning_findings
 from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse
 from serve_app.errors import ConfigError
@@ -44,18 +44,18 @@ def check_file(path: Path, cores: int | None = None) -> list[Finding]:
         return findings
     for application in file.applications:
         if application.import_path == BUILDER:
-            findings += _check_application(application, file.host, cores or os.cpu_count() or 1)
+            findings += _check_application(application, file, cores or os.cpu_count() or 1)
     return findings
 
 
-def _check_application(application: Application, host: str, cores: int) -> list[Finding]:
+def _check_application(application: Application, file: ServeFile, cores: int) -> list[Finding]:
     where = f"{application.where}.args"
     try:
         config = parse(AppConfig, application.args, where)
     except ConfigError as error:
         return [_from_line(line) for line in error.message.splitlines()]
     deployed, findings = _read_deployments(application, config)
-    found = (*tuning_findings(config, deployed, where, cores), *exposure_findings(config, host, where))
+    found = (*tuning_findings(config, deployed, where, cores), *exposure_findings(config, file, where))
     return [*findings, *found]
 
 

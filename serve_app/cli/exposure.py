@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from serve_app.cli.serve_file import Finding
+from serve_app.cli.serve_file import Finding, ServeFile
 from serve_app.config import AppConfig
 from serve_app.errors import ConfigError
 from serve_app.ingress.keys import keys_of_file
+from serve_app.ingress.reach import is_loopback
 
 OPEN = (
-    "THE SERVER IS OPEN: it listens beyond this machine ({host}) and asks nobody for an API key. Set api_keys under "
+    "THE SERVER IS OPEN: it listens beyond this machine ({where}) and asks nobody for an API key. Set api_keys under "
     "args (docs/edge.md), or listen on 127.0.0.1; where something in front asks for keys, let nothing else reach it"
 )
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def exposure_findings(config: AppConfig, host: str, where: str) -> Iterator[Finding]:
+def exposure_findings(config: AppConfig, file: ServeFile, where: str) -> Iterator[Finding]:
     """`where` is the key of the application's args."""
     if config.api_keys is None:
-        if not is_loopback(host):
-            yield Finding("http_options.host", OPEN.format(host=host), is_error=False)
+        if not is_loopback(file.host):
+            yield Finding("http_options.host", OPEN.format(where=_listening(file)), is_error=False)
         return
     if config.api_keys.file is None:
         return
@@ -42,3 +35,11 @@ def exposure_findings(config: AppConfig, host: str, where: str) -> Iterator[Find
         keys_of_file(path)
     except ConfigError as error:
         yield Finding(at, error.message)
+
+
+def _listening(file: ServeFile) -> str:
+    """HTTP, and gRPC where there is any: Serve binds that one to every address, and has no setting for it."""
+    http = f"HTTP on {file.host}"
+    if file.grpc_port is None:
+        return http
+    return f"{http}; gRPC on port {file.grpc_port} and on the ports of its own that each ingress replica has"

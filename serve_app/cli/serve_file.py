@@ -64,6 +64,8 @@ class ServeFile:
     applications: tuple[Application, ...]
     host: str
     """Where HTTP listens; Serve's default is every address."""
+    grpc_port: int | None = None
+    """None where there is no gRPC."""
 
 
 def parse_file(path: Path) -> tuple[ServeFile | None, list[Finding]]:
@@ -80,7 +82,9 @@ def parse_file(path: Path) -> tuple[ServeFile | None, list[Finding]]:
     if any(finding.is_error for finding in findings):
         return None, findings
     host = str((raw.get("http_options") or {}).get("host", "0.0.0.0"))
-    return ServeFile(tuple(_applications(raw)), host), findings
+    grpc = raw.get("grpc_options") or {}
+    grpc_port = int(grpc.get("port", 9000)) if grpc.get("grpc_servicer_functions") else None
+    return ServeFile(tuple(_applications(raw)), host, grpc_port), findings
 
 
 def schema_findings(raw: dict[str, Any]) -> list[Finding]:

@@ -82,7 +82,7 @@ class App:
         try:
             route, exchange.path_model = self._table.find(exchange.scope["method"], path)
             dialect, exchange.route = route.dialect, (route.method, route.path)
-            self._door.admit(exchange, route.role, costs=route.body is not None)
+            self._door.admit(exchange, route.role, counts=route.body is not None)
             return await route.endpoint(exchange)
         except ClientDisconnectedError:
             raise

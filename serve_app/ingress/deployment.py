@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
@@ -23,9 +24,11 @@ from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.door import Door
 from serve_app.ingress.generation import GenerationPath
+from serve_app.ingress.haproxy_page import page_of, put_error_page
 from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.prometheus import scrape_cluster
 from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods
+from serve_app.ingress.reach import serves_this_machine_alone
 from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
@@ -88,6 +91,8 @@ class Ingress(OpenInferenceMethods):
         self._answered_at: dict[str, float] = {}
 
     def __serve_build_asgi_app__(self) -> Any:
+        self._put_error_page()
+        self.open_inference.local_only = serves_this_machine_alone()
         return create_app(self, self._settings, writes_request_id=False, door=self._door)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -102,6 +107,11 @@ class Ingress(OpenInferenceMethods):
     async def check_health(self) -> None:
         """An ingress that gets here is healthy: its event loop turns."""
         self._replica_metrics.look()
+        self._put_error_page()
+
+    def _put_error_page(self) -> None:
+        if ray.is_initialized():
+            put_error_page(page_of(ray.get_runtime_context().get_node_id()))
 
     @property
     def models(self) -> Sequence[str]:

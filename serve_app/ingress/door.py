@@ -43,16 +43,16 @@ class Door:
             if visit.settings.log_requests:
                 log_request(visit)
 
-    def admit(self, visit: Visit, role: Role | None, costs: bool) -> None:
-        """Let it in: with a key for `role` where there are keys; counted, and with its own deadline, if it `costs`.
+    def admit(self, visit: Visit, role: Role | None, counts: bool) -> None:
+        """Let it in: with a key for `role` where there are keys; counted, and with its own deadline, if it `counts`.
 
         Raises UnauthorizedError, ForbiddenError, QuotaExceededError, MalformedRequestError or OverloadedError.
         """
         if self.guard is not None and role is not None:
             visit.account = self.guard.admit(visit.headers, role)
-            if costs:
+            if counts:
                 visit.account.enter()
-        if not costs:
+        if not counts:
             return
         if TIMEOUT in visit.headers:
             visit.timeout_s = asked_timeout_s(visit.headers[TIMEOUT], visit.timeout_s)

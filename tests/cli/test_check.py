@@ -288,3 +288,13 @@ def test_a_list_of_keys_is_checked_where_it_lies_here(check: Check, tmp_path: Pa
     assert "a-secret" not in line
     file.write_text(f"alice sha256:{'0' * 64}")
     assert check(config) == []
+
+
+def test_the_warning_counts_the_ports_of_grpc(check: Check) -> None:
+    (without,) = check(changed("http_options", "host", to="0.0.0.0"))
+    assert "gRPC" not in without
+    config = changed("http_options", "host", to="0.0.0.0")
+    servicer = "serve_app.ingress.protocols.open_inference.grpc:add_to_server"
+    config["grpc_options"] = {"port": 9009, "grpc_servicer_functions": [servicer]}
+    (line,) = check(config)
+    assert "gRPC on port 9009 and on the ports of its own that each ingress replica has" in line

@@ -39,6 +39,7 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     from_list,
     from_raw,
 )
+from serve_app.ingress.reach import check_peer
 from serve_app.ingress.service import Service, SettingsRef
 from serve_app.ingress.statuses import kind_of, retry_after_s
 from serve_app.ingress.visit import Visit, too_late
@@ -74,9 +75,16 @@ class OpenInference:
     """The service's methods over any Service, behind the door that HTTP has too. They raise ServeAppError."""
 
     def __init__(self, service: Service, settings: SettingsRef, door: Door) -> None:
+        self.local_only = False
+        """Whether calls from other machines are refused."""
         self._service = service
         self._settings = settings
         self._door = door
+
+    def check(self, context: Any) -> None:
+        """Raises ForbiddenError."""
+        if self.local_only:
+            check_peer(context.peer())
 
     @contextlib.contextmanager
     def visit(self, method: str, headers: Mapping[bytes, bytes]) -> Iterator[Visit]:
@@ -97,7 +105,7 @@ class OpenInference:
         return messages.ServerLiveResponse(live=True)
 
     async def server_metadata(self, visit: Visit, asked: Any) -> Any:
-        self._door.admit(visit, "inference", costs=False)
+        self._door.admit(visit, "inference", counts=False)
         return messages.ServerMetadataResponse(name="serve-app", version=__version__, extensions=EXTENSIONS)
 
     async def server_ready(self, visit: Visit, asked: Any) -> Any:
@@ -115,20 +123,20 @@ class OpenInference:
         return True
 
     async def model_metadata(self, visit: Visit, asked: Any) -> Any:
-        self._door.admit(visit, "inference", costs=False)
+        self._door.admit(visit, "inference", counts=False)
         check_version(asked.version)
         card = await _within(self._service.card(self._model(asked.name)), visit.time_left_s)
         return messages.ModelMetadataResponse(**metadata(card))
 
     async def infer(self, visit: Visit, asked: Any) -> tuple[Any, tuple[Header, ...]]:
         """The response, and what it cost."""
-        self._door.admit(visit, "inference", costs=True)
+        self._door.admit(visit, "inference", counts=True)
         call, request = await self._read(visit, asked)
         return await _whole(visit, asked, call, request)
 
     async def stream(self, visit: Visit, asked: Any) -> AsyncGenerator[Any, None]:
         """A response for each piece of a generated text, and one for the answer to any other task."""
-        self._door.admit(visit, "inference", costs=True)
+        self._door.admit(visit, "inference", counts=True)
         call, request = await self._read(visit, asked)
         if request.task not in GENERATING:
             response, _ = await _whole(visit, asked, call, request)
@@ -213,6 +221,7 @@ class OpenInferenceMethods:
             with self.open_inference.visit("ModelStreamInfer", headers) as visit:
                 grpc_context.set_trailing_metadata(_metadata(visit))
                 try:
+                    self.open_inference.check(grpc_context)
                     async with aclosing(self.open_inference.stream(visit, request)) as responses:
                         async for response in responses:
                             yield messages.ModelStreamInferResponse(infer_response=response)
@@ -227,6 +236,7 @@ class OpenInferenceMethods:
         """The method's response, or an empty one beside the error's status: Serve would log each that is raised."""
         with self.open_inference.visit(method, _headers(context)) as visit:
             try:
+                self.open_inference.check(context)
                 answered = await work(visit, request)
             except Exception as raised:
                 error = visit.expected(raised)

@@ -1,0 +1,147 @@
+"""A gRPC call passes the same edge as an HTTP request: keys, quotas, places, deadlines, the log, what it cost."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from serve_app import errors
+from serve_app.config import ApiKeysConfig, IngressSettings
+from serve_app.ingress.access import Guard
+from serve_app.ingress.asgi import create_app
+from serve_app.ingress.door import REQUEST_ID, Door
+from serve_app.ingress.keys import KeyRing
+from serve_app.ingress.protocols.open_inference import messages
+from serve_app.ingress.service import SettingsRef
+from tests.ingress.edge import FakeService
+from tests.ingress.test_access_log import KEYS, Lines
+from tests.ingress.test_access_log import lines as lines
+from tests.ingress.test_keys import line
+from tests.ingress.test_protocols_open_inference import Context, Servicer, request_of, stream_of
+
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+async def infer(service: FakeService, context: Context, guard: Guard | None = None, **settings: float) -> Any:
+    return await Servicer(service, guard, **settings).ModelInfer(request_of("abc"), context)
+
+
+async def test_the_request_id_is_the_clients_if_it_is_harmless(service: FakeService) -> None:
+    for asked, kept in (("job-7", True), ("a b", False), ("x" * 200, False)):
+        context = Context(**{"x-request-id": asked})
+        await infer(service, context)
+        told = context.trailing["x-request-id"]
+        assert (told == asked) == kept
+        assert REQUEST_ID.fullmatch(told.encode())
+        assert service.requests[-1].id == told
+
+
+async def test_an_error_has_its_request_id_too(service: FakeService) -> None:
+    service.failure = errors.InvalidInputError("no")
+    context = Context(**{"x-request-id": "job-7"})
+    await infer(service, context)
+    assert context.trailing == {"x-request-id": "job-7"}
+
+
+async def test_a_call_tells_what_it_cost_in_the_words_of_http(service: FakeService, client: httpx.AsyncClient) -> None:
+    context = Context()
+    await infer(service, context)
+    body = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["abc"]}]}
+    headers = (await client.post("/v2/models/tiny/infer", json=body)).headers
+    told = {name for name in headers if name.startswith("x-") or name == "server-timing"}
+    assert set(context.trailing) == told
+    for name in ("x-compute-tokens", "x-compute-characters", "x-inference-time", "x-queue-time"):
+        assert context.trailing[name] == headers[name]
+
+
+@pytest.mark.parametrize("failure", [errors.OverloadedError, errors.QuotaExceededError])
+async def test_an_overloaded_call_says_when_to_come_back(service: FakeService, failure: type[Exception]) -> None:
+    service.failure = failure("full", retry_after_s=6.2)  # type: ignore[call-arg]
+    context = Context()
+    await infer(service, context)
+    assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert context.trailing["retry-after"] == "7"
+    assert context.trailing["grpc-retry-pushback-ms"] == "7000"
+
+
+async def test_http_and_grpc_share_the_places(service: FakeService) -> None:
+    settings = SettingsRef(IngressSettings(max_concurrent_requests=1))
+    door = Door()
+    servicer = Servicer(service)
+    servicer.open_inference = type(servicer.open_inference)(service, settings, door)
+    transport = httpx.ASGITransport(create_app(service, settings, door=door))
+    service.go.clear()
+    async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+        first = asyncio.ensure_future(servicer.ModelInfer(request_of("a"), Context()))
+        await asyncio.wait_for(service.started.wait(), 20)
+        assert (await client.post("/embed", json={"inputs": "a"})).status_code == 429
+        refused = Context()
+        await servicer.ModelInfer(request_of("a"), refused)
+        assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        (streamed,) = [each async for each in servicer.ModelStreamInfer(stream_of(request_of("a")), Context())]
+        assert "under way" in streamed.error_message
+        service.go.set()
+        await first
+        assert (await client.post("/embed", json={"inputs": "a"})).status_code == 200
+
+
+async def test_a_clients_own_deadline_holds(service: FakeService) -> None:
+    service.go.clear()
+    context = Context(**{"x-request-timeout-ms": "50"})
+    await infer(service, context)
+    assert context.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert 0 < (service.requests[-1].timeout_s or 0) <= 0.05
+    context = Context(**{"x-request-timeout-ms": "soon"})
+    await infer(service, context)
+    assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.fixture
+def guard(tmp_path: Path) -> Guard:
+    (tmp_path / "keys").write_text(
+        "\n".join((line("alice", "a", "requests_per_minute=1"), line("m", "m", "roles=metrics")))
+    )
+    yield Guard(KeyRing(ApiKeysConfig(file=str(tmp_path / "keys"))))
+
+
+async def test_keys_roles_and_quotas_hold(service: FakeService, guard: Guard) -> None:
+    codes = []
+    for key in ("a", "a", "m", "unknown"):
+        context = Context(**{"x-api-key": key})
+        await infer(service, context, guard)
+        codes.append(context.code)
+    status = grpc.StatusCode
+    assert codes == [status.OK, status.RESOURCE_EXHAUSTED, status.PERMISSION_DENIED, status.UNAUTHENTICATED]
+    assert len(service.requests) == 1
+
+
+async def test_a_call_has_the_same_line_in_the_log(service: FakeService, lines: Lines, guard: Guard) -> None:
+    await infer(service, Context(**{"x-request-id": "job-7", "x-api-key": "a"}), guard, log_requests=True)
+    (entry,) = lines.entries()
+    assert set(entry) == KEYS
+    told = {"request_id": "job-7", "method": "gRPC", "route": INFER, "status": 200, "code": "ok", "key": "alice"}
+    made = {"model": "tiny", "task": "embedding", "inputs": 1, "tokens": 5, "forward_s": 0.0405}
+    assert {**entry, **told, **made} == entry
+    assert "abc" not in lines.written[0]
+
+
+async def test_failed_and_streamed_and_abandoned_calls_are_told_too(lines: Lines) -> None:
+    service = FakeService(task="text-generation")
+    servicer = Servicer(service, log_requests=True)
+    requests = (request_of("a"), request_of("a", name="nonsense"))
+    assert len([each async for each in servicer.ModelStreamInfer(stream_of(*requests), Context())]) == 6
+    service.go.clear()
+    left = asyncio.ensure_future(servicer.ModelInfer(request_of("a"), Context()))
+    service.started.clear()
+    await asyncio.wait_for(service.started.wait(), 20)
+    left.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await left
+    await servicer.ServerLive(messages.ServerLiveRequest(), Context())
+    told = [(entry["status"], entry["code"], entry["tokens"]) for entry in lines.entries()]
+    assert told == [(200, "ok", 11), (400, "malformed_request", 0), (499, "ok", 0), (200, "ok", 0)]

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
+import grpc
 import pytest
 
 from serve_app.config import AppConfig, parse
@@ -17,6 +18,7 @@ from serve_app.types import Chat, Request, TokenizeRequest
 from tests.ingress.edge import CARD
 from tests.ingress.test_coalescer import replica, settle
 from tests.ingress.test_keys import Clock
+from tests.ingress.test_protocols_open_inference import Context, request_of
 from tests.ingress.tiers import Tiers
 
 __all__ = ["replica"]
@@ -188,3 +190,17 @@ async def test_a_probe_of_readiness_is_not_refused_by_a_full_queue(ingress: Ingr
     assert not probe.done()
     tiers.forward.go.set()
     await asyncio.gather(full, probe)
+
+
+async def test_calls_by_grpc_stand_in_the_same_queue(ingress: Ingress, tiers: SlowTiers) -> None:
+    first = ask(ingress, *["x" * 40] * 9)
+    await settle()
+    contexts = [Context() for _ in range(3)]
+    calls = [asyncio.create_task(ingress.ModelInfer(request_of("x" * 40), context)) for context in contexts]
+    await settle()
+    assert [call.done() for call in calls] == [False, True, True]
+    tiers.forward.go.set()
+    await asyncio.wait((first, *calls))
+    refused = grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert [context.code for context in contexts] == [grpc.StatusCode.OK, refused, refused]
+    assert int(contexts[1].trailing["grpc-retry-pushback-ms"]) >= 1000

@@ -106,7 +106,7 @@ def guard(tmp_path: Path) -> Guard:
     (tmp_path / "keys").write_text(
         "\n".join((line("alice", "a", "requests_per_minute=1"), line("m", "m", "roles=metrics")))
     )
-    yield Guard(KeyRing(ApiKeysConfig(file=str(tmp_path / "keys"))))
+    return Guard(KeyRing(ApiKeysConfig(file=str(tmp_path / "keys"))))
 
 
 async def test_keys_roles_and_quotas_hold(service: FakeService, guard: Guard) -> None:

@@ -1,0 +1,39 @@
+"""No page of another origin may read an answer: no response says so, and no preflight is granted."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from serve_app.ingress.routes import Route
+from tests.ingress.edge import FakeService, edge_app
+from tests.ingress.test_openapi import example_of
+
+ROUTES = edge_app(FakeService()).routes
+PREFLIGHT = {
+    "origin": "https://elsewhere.example",
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization, content-type",
+}
+
+
+def grants(response: httpx.Response) -> set[str]:
+    return {name for name in response.headers if name.startswith(("access-control", "cross-origin", "timing-allow"))}
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_no_route_grants_anything_to_another_origin(client: httpx.AsyncClient, route: Route) -> None:
+    path = route.path.replace("{name}", "tiny")
+    body = example_of(route.path) if route.body is not None else None
+    answered = await client.request(route.method, path, json=body, headers={"origin": PREFLIGHT["origin"]})
+    failed = await client.request(route.method, path, content=b"{", headers={"origin": "null"})
+    asked = await client.options(path, headers=PREFLIGHT)
+    assert answered.status_code < 400
+    assert asked.status_code == 405
+    assert [grants(response) for response in (answered, failed, asked)] == [set()] * 3
+
+
+async def test_nor_does_a_path_that_is_not_there(client: httpx.AsyncClient) -> None:
+    response = await client.options("/nothing", headers=PREFLIGHT)
+    assert response.status_code == 404
+    assert not grants(response)

@@ -50,8 +50,6 @@ class Door:
         """
         if self.guard is not None and role is not None:
             visit.account = self.guard.admit(visit.headers, role)
-            if counts:
-                visit.account.enter()
         if not counts:
             return
         if TIMEOUT in visit.headers:
@@ -59,5 +57,7 @@ class Door:
         most = visit.settings.max_concurrent_requests
         if self._under_way >= most:
             raise OverloadedError(f"{most} requests are under way here; come back later", retry_after_s=1.0)
+        if visit.account is not None:
+            visit.account.enter()
         self._under_way += 1
         visit.counted = True

@@ -131,3 +131,15 @@ async def test_nothing_of_a_stream_is_held_back() -> None:
     with pytest.raises(RuntimeError):
         await serving
     assert sent.empty()
+
+
+async def test_nothing_of_serves_reply_follows_ours() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    stack: Any = _apply_middlewares(serve_says(503), middlewares())
+    await stack({"type": "http", "path": "/embed", "method": "POST", "headers": []}, None, send)
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert SECRET.encode() not in sent[1]["body"]

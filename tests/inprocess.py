@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -23,10 +24,12 @@ import uvicorn
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.app import generates
 from serve_app.config import AppConfig, CacheConfig, IngressSettings, ModelConfig, ModelSettings
 from serve_app.ingress.deployment import Ingress, ModelHandles
+from serve_app.ingress.front import Front
 from serve_app.model.deployment import ModelReplica
 from serve_app.model.generation_deployment import GenerationReplica
 from serve_app.tokenizer.deployment import TokenizerReplica
@@ -82,23 +85,38 @@ def crossed(value: T) -> T:
     return copy
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server in a thread of this process, and the event loop that all its tiers share."""
+
+    base_url: str
+    loop: asyncio.AbstractEventLoop
+
+
 @contextlib.contextmanager
 def served(models: Sequence[ModelConfig], root: Path, **settings: Any) -> Iterator[str]:
-    """Base URL of a server of `models`, whose cache is `root`; `settings` are the ingress's.
+    """Base URL of a server of `models`, as `running` starts it."""
+    with running(models, root, **settings) as application:
+        yield application.base_url
+
+
+@contextlib.contextmanager
+def running(models: Sequence[ModelConfig], root: Path, **settings: Any) -> Iterator[Running]:
+    """A server of `models`, whose cache is `root`; `settings` are the ingress's.
 
     The environment, in which replicas write, is put back at the end.
     """
     config = AppConfig(models=tuple(models), cache=CacheConfig(root=str(root), directory_mode="direct"))
-    started: Future[uvicorn.Server] = Future()
-    listener = socket.create_server(("127.0.0.1", 0))
+    started: Future[tuple[uvicorn.Server, asyncio.AbstractEventLoop]] = Future()
+    listener = _listening()
     work = _run(config, IngressSettings.model_validate(settings), listener, started)
     thread = threading.Thread(target=asyncio.run, args=(work,), name="application")
     with mock.patch.dict(os.environ), in_a_replica(), contextlib.closing(listener):
         thread.start()
-        server = started.result(timeout=120)
+        server, loop = started.result(timeout=120)
         try:
             host, port = listener.getsockname()
-            yield f"http://{host}:{port}"
+            yield Running(f"http://{host}:{port}", loop)
         finally:
             server.should_exit = True
             thread.join()
@@ -118,17 +136,28 @@ def in_a_replica() -> Iterator[None]:
         yield
 
 
+def _listening() -> socket.socket:
+    """Asyncio turns Nagle's algorithm off, which would cost each answer 40 ms, only on sockets that name TCP."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1024)
+    return listener
+
+
 async def _run(
-    config: AppConfig, settings: IngressSettings, listener: socket.socket, started: Future[uvicorn.Server]
+    config: AppConfig,
+    settings: IngressSettings,
+    listener: socket.socket,
+    started: Future[tuple[uvicorn.Server, asyncio.AbstractEventLoop]],
 ) -> None:
     replicas: list[Any] = []
     try:
         handles = {model.name: await _tiers(model, config.cache, replicas) for model in config.models}
         ingress = Ingress(config, handles)
         ingress.reconfigure(settings.model_dump())
-        app = ingress.__serve_build_asgi_app__()
+        app = Front(TellsRequestId(ingress.__serve_build_asgi_app__()))
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
-        started.set_result(server)
+        started.set_result((server, asyncio.get_running_loop()))
         await server.serve(sockets=[listener])
     except BaseException as error:
         if not started.done():
@@ -137,6 +166,22 @@ async def _run(
     finally:
         for replica in replicas:
             replica.__del__()  # which is what Serve calls when a replica ends
+
+
+class TellsRequestId:
+    """As Ray Serve's HTTP server does, which writes the header on every response itself."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                (request_id,) = [value for name, value in scope["headers"] if name == b"x-request-id"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id)]}
+            await send(message)
+
+        await self._app(scope, receive, told if scope["type"] == "http" else send)
 
 
 async def _tiers(model: ModelConfig, cache: CacheConfig, replicas: list[Any]) -> ModelHandles:

@@ -22,9 +22,13 @@ import httpx
 import psutil
 import yaml
 
+from deploy.examples.make_tiny_models import make
+
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 150
 STOP_TIMEOUT_S = 60
+EXAMPLES_START_TIMEOUT_S = 600
+"""25 replicas, most of which import torch, on as few as two cores."""
 
 _ingress_ports = itertools.count(20_000 + os.getpid() % 100 * 40, 40)
 """Serve listens with SO_REUSEPORT: two servers on the same ports would answer each other's requests. Its fallback
@@ -134,6 +138,24 @@ def _start(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[byt
         # A shell that starts tests in the background hands down an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
+
+
+@contextmanager
+def examples_served(models: Path, settings: Mapping[str, Any] | None = None) -> Iterator[Live]:
+    """deploy/examples/all-tasks.yaml with its models, made in `models`; `settings` are the ingress's own."""
+    make(models)
+
+    def serve_examples(config: dict[str, Any]) -> None:
+        (application,) = yaml.safe_load((ROOT / "deploy" / "examples" / "all-tasks.yaml").read_text())["applications"]
+        application["args"]["cache"] = config["applications"][0]["args"]["cache"]
+        application["deployments"][0]["user_config"] |= settings or {}
+        for model in application["args"]["models"]:
+            model["source"] = model["source"].replace("~/.cache/serve_app/examples", str(models))
+        config["applications"] = [application]
+
+    with served(serve_examples, wait=False) as live:
+        wait_until_ready(live, EXAMPLES_START_TIMEOUT_S)
+        yield live
 
 
 def wait_until_ready(live: Live, timeout_s: float = START_TIMEOUT_S) -> None:

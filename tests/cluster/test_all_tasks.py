@@ -6,7 +6,6 @@ import json
 import queue
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,33 +13,18 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-import yaml
 
-from deploy.examples.make_tiny_models import MODELS, make
-from tests.live import ROOT, Live, served, wait_until_ready
+from deploy.examples.make_tiny_models import MODELS
+from tests.live import Live, examples_served
 from tests.test_readme import answers_of, blocks, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-START_TIMEOUT_S = 600
-"""25 replicas, most of which import torch, on as few as two cores."""
 
 
 @pytest.fixture(scope="module")
 def all_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    models = tmp_path_factory.mktemp("models")
-    make(models)
-    with served(lambda config: _serve_examples(config, models), wait=False) as live:
-        wait_until_ready(live, START_TIMEOUT_S)
+    with examples_served(tmp_path_factory.mktemp("models")) as live:
         yield live
-
-
-def _serve_examples(config: dict[str, Any], models: Path) -> None:
-    """The example's application, with its models where this test made them."""
-    (application,) = yaml.safe_load((ROOT / "deploy" / "examples" / "all-tasks.yaml").read_text())["applications"]
-    application["args"]["cache"] = config["applications"][0]["args"]["cache"]
-    for model in application["args"]["models"]:
-        model["source"] = model["source"].replace("~/.cache/serve_app/examples", str(models))
-    config["applications"] = [application]
 
 
 def _has(*keys: str) -> Callable[[Any], bool]:

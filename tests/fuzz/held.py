@@ -1,0 +1,50 @@
+"""What a server holds, which must not grow with what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import psutil
+
+Held = Callable[[], Mapping[str, float]]
+
+_MOST_MORE = {"tasks": 3, "descriptors": 10, "threads": 8, "rss_mb": 64.0}
+"""How much more of each a server may hold after the second round than after the first."""
+
+
+def held_here(loop: asyncio.AbstractEventLoop) -> Mapping[str, float]:
+    """By this process, with the event loop that the server runs on."""
+    gc.collect()
+    return {"tasks": _tasks(loop), **held_by_processes([psutil.Process()])}
+
+
+def _tasks(loop: asyncio.AbstractEventLoop) -> int:
+    async def count() -> int:
+        return len(asyncio.all_tasks()) - 1
+
+    return asyncio.run_coroutine_threadsafe(count(), loop).result(timeout=60)
+
+
+def held_by_processes(processes: Iterable[psutil.Process]) -> Mapping[str, float]:
+    descriptors = threads = rss = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            descriptors += process.num_fds()
+            threads += process.num_threads()
+            rss += process.memory_info().rss
+    return {"descriptors": descriptors, "threads": threads, "rss_mb": round(rss / 1e6, 1)}
+
+
+def bound_faults(held: Sequence[Mapping[str, float]]) -> list[str]:
+    """What has grown between the last two of `held`, in words."""
+    if len(held) < 2:
+        return []
+    *_, before, after = held
+    return [
+        f"{name} grew from {before[name]:g} to {after[name]:g}"
+        for name, most in _MOST_MORE.items()
+        if name in before and after[name] - before[name] > most
+    ]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve_app import __version__
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
+from serve_app.ingress.inference import choose_model
 from serve_app.ingress.protocols.envelope import ErrorBody, write_error
 from serve_app.ingress.routes import Dialect, Route
 from serve_app.ingress.service import ModelInfo
@@ -103,7 +104,7 @@ class CacheStatus(BaseModel):
 async def health(exchange: Exchange) -> Reply:
     """The process lives; of one model, that it answers."""
     if exchange.path_model is not None:
-        await _asked(exchange, exchange.service.ready(exchange.path_model))
+        await _asked(exchange, exchange.service.ready(choose_model(exchange, None)))
     return Reply(encode({"status": "ok"}))
 
 
@@ -122,8 +123,7 @@ async def metrics(exchange: Exchange) -> Reply:
 
 
 async def memory(exchange: Exchange) -> Reply:
-    assert exchange.path_model is not None
-    text = await _asked(exchange, exchange.service.memory(exchange.path_model))
+    text = await _asked(exchange, exchange.service.memory(choose_model(exchange, None)))
     return Reply(text.encode(), content_type=TEXT.encode())
 
 
@@ -137,7 +137,7 @@ async def _asked(exchange: Exchange, question: Coroutine[Any, Any, T]) -> T:
 
 
 async def _info(exchange: Exchange) -> Mapping[str, Any]:
-    names = exchange.service.models if exchange.path_model is None else (exchange.path_model,)
+    names = exchange.service.models if exchange.path_model is None else (choose_model(exchange, None),)
     models = [model_facts(await exchange.service.info(name)) for name in names]
     server = {
         "version": __version__,

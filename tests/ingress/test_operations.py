@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
+import pytest
 
-from serve_app.errors import UnavailableError
+from serve_app.errors import ModelNotFoundError, UnavailableError
 from tests.ingress.edge import FakeService, client_of
 
 
@@ -73,6 +75,28 @@ async def test_info_before_any_replica_answered_has_what_the_files_say(
 async def test_a_model_that_is_not_served_has_neither_health_nor_info(client: httpx.AsyncClient) -> None:
     for path in ("/models/other/health", "/models/other/info"):
         assert (await client.get(path)).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/models/{}/health",
+        "/models/{}/info",
+        "/models/{}/memory",
+        "/v1/models/{}",
+        "/v2/models/{}",
+        "/v2/models/{}/ready",
+    ],
+)
+async def test_the_name_of_a_model_that_is_not_served_does_not_come_back(service: FakeService, path: str) -> None:
+    async def tell(name: str | None = None) -> Any:
+        raise ModelNotFoundError(f"no {name}")
+
+    service.card = service.ready = service.info = service.memory = tell  # type: ignore[method-assign,assignment]
+    async with client_of(service) as client:
+        response = await client.get(path.format("some-secret"))
+    assert response.status_code == 404
+    assert "some-secret" not in response.text
 
 
 async def test_info_of_a_model_whose_files_are_not_read_yet_says_so(

@@ -41,4 +41,4 @@ def language_token(language: str, words: Decoder, field: str) -> int:
         found = words.token_to_id(name)
         if found is not None:
             return found
-    raise InvalidInputError(f"{field}: the model's vocabulary has no token for the language {language!r}")
+    raise InvalidInputError(f"{field}: the model's vocabulary has no token for this language")

@@ -244,7 +244,7 @@ async def live(exchange: Exchange) -> Reply:
 
 async def ready(exchange: Exchange) -> Reply:
     """Of one model or of all. Raises UnavailableError or ModelNotFoundError."""
-    name = exchange.path_model
+    name = None if exchange.path_model is None else choose_model(exchange, None)
     await _asked(exchange, exchange.service.ready(name))
     return Reply(encode({"ready": True} if name is None else {"name": name, "ready": True}))
 

@@ -110,7 +110,7 @@ def mutate(request: Fuzzed, head: Head, rng: Random) -> None:
         elif what == "chunked":
             head.chunked = True
         elif what == "path":
-            head.path = _odd_path(head.path, request.canary.encode(), rng)
+            head.path = _odd_path(head.path, request.target.model, request.canary.encode(), rng)
         elif what == "query":
             queries = (b"a=1", b"%", b"%00=%ff", b"model=" + request.canary.encode(), b"q" * 2000, b"?", b"[]=&&;")
             head.path += b"?" + rng.choice(queries)
@@ -128,7 +128,9 @@ def _set_timeout(request: Fuzzed, head: Head, rng: Random) -> None:
         head.set(b"x-request-timeout-ms", rng.choice((*_TIMEOUTS, request.canary.encode())))
 
 
-def _odd_path(path: bytes, canary: bytes, rng: Random) -> bytes:
+def _odd_path(path: bytes, model: str | None, canary: bytes, rng: Random) -> bytes:
+    if model is not None and rng.random() < 0.2:
+        return path.replace(model.encode(), canary, 1)
     start, _, end = path.rpartition(b"/")
     return rng.choice(
         (

@@ -39,10 +39,10 @@ def held_by_processes(processes: Iterable[psutil.Process]) -> Mapping[str, float
 
 
 def bound_faults(held: Sequence[Mapping[str, float]]) -> list[str]:
-    """What has grown between the last two of `held`, in words."""
-    if len(held) < 2:
+    """What has grown, in words: `held` is what was held at the start and after each of two rounds."""
+    if len(held) < 3:
         return []
-    *_, before, after = held
+    _, before, after = held
     return [
         f"{name} grew from {before[name]:g} to {after[name]:g}"
         for name, most in _MOST_MORE.items()

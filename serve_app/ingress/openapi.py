@@ -139,7 +139,7 @@ def _responses(route: Route, schemas: Mapping[tuple[Any, Direction], Json]) -> J
     answer = {"type": "string"} if route.answer is None else schemas[route.answer, "serialization"]
     good: Json = {"description": "OK", "content": {media: {"schema": answer}}}
     if route.streams:
-        good["content"]["text/event-stream"] = {"schema": {"type": "string", "description": _EVENTS}}
+        good["content"]["text/event-stream"] = {"schema": {"description": _EVENTS}}
     good["content"] |= _octets(route)
     if route.body is not None and route.costs:
         good["headers"] = {

@@ -11,7 +11,7 @@ from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS
 from tests.fuzz.models import EMBEDDING, TASKS
 from tests.fuzz.schemas import Schema
 
-_ANSWERS: Mapping[str, str] = {
+ANSWERS: Mapping[str, str] = {
     "/embed": EMBEDDING,
     "/embed_all": EMBEDDING,
     "/similarity": EMBEDDING,
@@ -83,7 +83,7 @@ def _target(document: Schema, method: str, path: str, model: str | None) -> Targ
         assert model is not None
         good, parameters = _tensors(TASKS[model]), TASK_TENSORS[TASKS[model]].parameters.model_json_schema()
         return Target("POST", concrete, model, good, schema, parameters, weight=4)
-    asked = model or _ANSWERS[tail]
+    asked = model or ANSWERS[tail]
     if tail == "/":
         schema = {"$ref": f"#/components/schemas/{BODIES[TASKS[asked]].__name__}"}
     good = dict(_GOOD.get(asked, {}) if tail == "/" else {}) or dict(_example(document, schema))
@@ -91,7 +91,7 @@ def _target(document: Schema, method: str, path: str, model: str | None) -> Targ
         good |= {"temperature": 0, "max_tokens": 8}
     if model is None:
         good["model"] = asked
-    fits = tail == "/" or asked == _ANSWERS[tail]
+    fits = tail == "/" or asked == ANSWERS[tail]
     return Target("POST", concrete, asked, good, schema, weight=8 if fits else 1)
 
 

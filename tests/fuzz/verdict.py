@@ -80,13 +80,14 @@ def changed(before: Answer | None, after: Answer | None, method: str) -> str:
         return f"{after.status} to a good request, not {before.status}: {after.body[:300]!r}"
     if method == "POST":
         try:
-            assert_same(_lasting(after.json()), _lasting(before.json()))
+            assert_same(lasting(after.json()), lasting(before.json()))
         except AssertionError as difference:
             return f"another answer to a good request: {difference}"
     return ""
 
 
-def _lasting(answer: Any) -> Any:
+def lasting(answer: Any) -> Any:
+    """But for what is of one answer only."""
     if not isinstance(answer, dict):
         return answer
     return {key: value for key, value in answer.items() if key not in _OF_ONE_ANSWER}

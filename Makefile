@@ -1,5 +1,6 @@
 # make serve     install what is missing and serve serve_config.yaml on 127.0.0.1:8000 (Ctrl-C stops everything)
 # make test      ruff, mypy and every test
+# make fuzz      send 20,000 odd requests to a server of every task: make fuzz FUZZ_ARGS="--seed 7"
 # make examples  make a tiny model of every task and serve deploy/examples/all-tasks.yaml
 # make bench     measure a server started for the purpose: make bench BENCH_ARGS="--scenarios 32x1 --seconds 30"
 #
@@ -10,12 +11,13 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= serve_config.yaml
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 
 bin := $(VENV)/bin
 # torch goes first, so that its version is settled before any package asks for "some torch".
 install = $(bin)/python -m pip install --constraint constraints.txt
 
-.PHONY: serve examples test bench
+.PHONY: serve examples test fuzz bench
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed-serve
@@ -31,6 +33,10 @@ test: $(VENV)/.installed-dev
 	$(bin)/ruff format --check .
 	$(bin)/mypy
 	$(bin)/python -m pytest
+
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: $(VENV)/.installed-dev
+	$(bin)/python -m tests.fuzz --live $(FUZZ_ARGS)
 
 bench: $(VENV)/.installed-serve
 	$(bin)/serve-app bench --serve $(CONFIG) $(BENCH_ARGS)

@@ -32,7 +32,7 @@ _MEDIA = (
 _HEADERS: Headers = [
     (b"authorization", b"Bearer "),
     (b"authorization", b"Basic \xff\xfe"),
-    (b"authorization", b"a" * 4000),
+    (b"authorization", b"a" * 2000),
     (b"x-api-key", b"\x80\x81"),
     (b"x-request-id", b"../../etc/passwd"),
     (b"x-request-id", b"a" * 129),
@@ -50,8 +50,7 @@ _HEADERS: Headers = [
     (b"accept", b"text/html;q=\xff"),
     (b"accept-encoding", b"gzip, *;q=0"),
     (b"accept-charset", b"utf-7"),
-    (b"cookie", b"a=" + b"b" * 3000),
-    (b"host", b"evil:99999"),
+    (b"cookie", b"a=" + b"b" * 2000),
     (b"x-forwarded-for", b"127.0.0.1, \xff"),
     (b"x-forwarded-prefix", b"/../.."),
     (b"x-http-method-override", b"DELETE"),
@@ -63,7 +62,7 @@ _HEADERS: Headers = [
     (b"inference-header-content-length", b"3"),
     (b"expect", b"100-continue"),
     (b"te", b"trailers, \xff"),
-    (b"x-" + b"n" * 3000, b"long name"),
+    (b"x-" + b"n" * 200, b"long name"),
 ]
 _TIMEOUTS = (b"0", b"-1", b"1.5", b"abc", b"1e3", b"\xb2", b"\xd9\xa1", b"9" * 30, b"", b"NaN", b"100000", b"30000")
 
@@ -155,9 +154,9 @@ def _odd_path(path: bytes, model: str | None, canary: bytes, rng: Random) -> byt
             b"/v1/%s" % canary,
             b"/docs/../%s" % canary,
             b"/docs/%2e%2e%2fasgi.py",
-            b"/" + b"a" * 4000,
+            b"/" + b"a" * 2000,
             b"/" + b"../" * 50,
-            b"http://evil.example" + path,
+            b"http://edge" + path,
         )
     )
 

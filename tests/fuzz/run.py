@@ -128,7 +128,7 @@ class Fuzz:
         await wire.close()
         return self._told(request, "; ".join(self._verdict.faults(request, answer)) or "no fault", answer, most=100_000)
 
-    def _told(self, request: Fuzzed, fault: str, answer: Answer | None, most: int = 1500) -> str:
+    def _told(self, request: Fuzzed, fault: str, answer: Answer | None, most: int = 800) -> str:
         again = f"--seed {self.report.seed} --only {shlex.quote(request.target.name)} --number {request.number}"
         answered = "" if answer is None else f"{answer.status} {answer.headers} {answer.body[:most]!r}"
         return (

@@ -44,7 +44,7 @@ class Report:
     def __str__(self) -> str:
         statuses = ", ".join(f"{count} x {status}" for status, count in sorted(self.statuses.items()))
         lines = [f"seed {self.seed}: {self.sent} requests: {statuses}, {self.unanswered} without an answer"]
-        lines += [", ".join(f"{name} {value:g}" for name, value in held.items()) for held in self.held]
+        lines += [", ".join(f"{name} {value}" for name, value in held.items()) for held in self.held]
         return "\n".join([*lines, *self.faults])
 
 

@@ -12,10 +12,10 @@ import psutil
 Held = Callable[[], Mapping[str, float]]
 
 _MOST_MORE = {"tasks": 3, "objects": 3000, "descriptors": 10, "threads": 8, "rss_mb": 96.0}
-"""How much more of each a server may hold after the second round than after the first; or this share of it more, which
-is more where it is dozens of processes.
-"""
+"""How much more of each a server may hold after the second round than after the first."""
+
 _SHARE = 0.02
+"""The same for dozens of processes, as a share of what they held, where that is more."""
 
 _FROM_THE_START = ("tasks",)
 """More than at the start, even: pools of threads, connections and memory fill with the first requests."""
@@ -49,9 +49,10 @@ def bound_faults(held: Sequence[Mapping[str, float]]) -> list[str]:
     if len(held) < 3:
         return []
     start, before, after = held
+    share = 0.0 if "tasks" in start else _SHARE
     before = {**before, **{name: start[name] for name in _FROM_THE_START if name in start}}
     return [
         f"{name} grew from {before[name]} to {after[name]}"
         for name, most in _MOST_MORE.items()
-        if name in before and after[name] - before[name] > max(most, _SHARE * before[name])
+        if name in before and after[name] - before[name] > max(most, share * before[name])
     ]

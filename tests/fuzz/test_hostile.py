@@ -22,7 +22,7 @@ from tests.ingress.test_openapi import POSTS
 from tests.inprocess import Running
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def targets(application: Running) -> list[Target]:
     """Those that can answer."""
     return [target for target in Fuzz(application.base_url, 0).targets if target.weight > 1]

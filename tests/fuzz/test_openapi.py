@@ -41,7 +41,7 @@ PATIENCE_MS = 60_000
 SERVED = [operation for operation in OPERATIONS if operation[1] not in OF_THE_CLUSTER]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def document(application: Running) -> Any:
     return schemathesis.openapi.from_url(f"{application.base_url}/openapi.json")
 

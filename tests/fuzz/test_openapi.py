@@ -84,6 +84,6 @@ def asked_of(case: Any, model: str) -> Any:
 def patient(case: Any) -> Any:
     """The case without a deadline that nobody can keep, which 504 would be right for."""
     asked = str((case.headers or {}).get(TIMEOUT, ""))
-    if asked.isdigit() and int(asked) < PATIENCE_MS:
+    if asked.isascii() and asked.isdigit() and 1 <= int(asked) < PATIENCE_MS:
         case.headers[TIMEOUT] = str(PATIENCE_MS)
     return case

@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 from serve_app.cache.prewarm import cache_status
 from serve_app.cache.status import ModelOnNode
 from serve_app.config import AppConfig, IngressSettings, parse
-from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppError, UnavailableError
+from serve_app.errors import InvalidInputError, ServeAppError, UnavailableError
 from serve_app.ingress.access import Guard
 from serve_app.ingress.access_log import start_log
 from serve_app.ingress.asgi import create_app
@@ -29,7 +29,7 @@ from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.prometheus import scrape_cluster
 from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods
 from serve_app.ingress.reach import serves_this_machine_alone
-from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken
+from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken, check_model
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.options import GenerationOptions
@@ -118,7 +118,7 @@ class Ingress(OpenInferenceMethods):
         return tuple(self._handles)
 
     async def card(self, name: str) -> ModelCard:
-        self._check_name(name)
+        check_model(name, self.models)
         card = self._cards.get(name)
         if card is None:
             card = self._cards[name] = await self._ask(self._handles[name].tokenizer.card, name)
@@ -211,7 +211,7 @@ class Ingress(OpenInferenceMethods):
         return vocabulary
 
     async def tokenize(self, model: str, texts: Sequence[str], special_tokens: bool) -> Sequence[Sequence[TextToken]]:
-        self._check_name(model)
+        check_model(model, self.models)
         vocabulary = await self._vocabulary(model)
         batch = await self._ask(self._handles[model].tokenizer.tokenize, model, [whole_texts(texts)])
         if batch.failures:
@@ -219,13 +219,13 @@ class Ingress(OpenInferenceMethods):
         return await asyncio.to_thread(text_tokens, texts, batch, vocabulary, special_tokens)
 
     async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
-        self._check_name(model)
+        check_model(model, self.models)
         vocabulary = await self._vocabulary(model)
         return await asyncio.to_thread(texts_of, sequences, vocabulary, skip_special_tokens)
 
     async def ready(self, name: str | None = None) -> None:
         if name is not None:
-            self._check_name(name)
+            check_model(name, self.models)
         for model in self.models if name is None else [name]:
             if time.monotonic() - self._answered_at.get(model, -READY_FOR_S) >= READY_FOR_S:
                 await self._probe(model)
@@ -265,7 +265,7 @@ class Ingress(OpenInferenceMethods):
         return await scrape_cluster()
 
     async def memory(self, name: str) -> str:
-        self._check_name(name)
+        check_model(name, self.models)
         return str(await self._ask(self._handles[name].model.memory_summary, name))
 
     async def cache(self) -> Sequence[ModelOnNode]:
@@ -285,10 +285,6 @@ class Ingress(OpenInferenceMethods):
     def _timeout_s(self, request: Request) -> float:
         most = self._settings.current.request_timeout_s
         return most if request.timeout_s is None else min(most, request.timeout_s)
-
-    def _check_name(self, name: str) -> None:
-        if name not in self._handles:
-            raise ModelNotFoundError(f"no model {name!r} is served; there is: {', '.join(self.models)}")
 
     def _count(self, request: Request, code: str, answer: Answer | None = None) -> None:
         model = {"model": request.model}

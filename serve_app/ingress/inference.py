@@ -15,6 +15,7 @@ from serve_app.ingress.exchange import Exchange, Header, Reply, while_connected
 from serve_app.ingress.limits import check_limits, check_stream
 from serve_app.ingress.protocols.fields import InferenceBody
 from serve_app.ingress.routes import Dialect
+from serve_app.ingress.service import check_model
 from serve_app.ingress.streaming import Events, stream_reply
 from serve_app.ingress.visit import Visit
 from serve_app.outputs import Generated, GeneratedPiece
@@ -122,8 +123,7 @@ def choose_model(exchange: Exchange, asked: str | None) -> str:
         raise MalformedRequestError(
             f"several models are served: {', '.join(models)}. Name one in `model`, or post to /models/<name>/…"
         )
-    if chosen not in models:
-        raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
+    check_model(chosen, models)
     if asked not in (None, chosen):
         raise ModelNotFoundError(
             f"this path is of model {chosen}, and `model` in the body names another; make them agree"

@@ -8,8 +8,15 @@ from typing import Protocol
 
 from serve_app.cache.status import ModelOnNode
 from serve_app.config import IngressSettings
+from serve_app.errors import ModelNotFoundError
 from serve_app.outputs import GeneratedPiece
 from serve_app.types import Answer, ModelCard, ModelState, Request, TokenIds
+
+
+def check_model(name: str | None, models: Sequence[str]) -> None:
+    """Raises ModelNotFoundError, which does not repeat a name that came from a client."""
+    if name not in models:
+        raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
 
 
 @dataclass(slots=True)

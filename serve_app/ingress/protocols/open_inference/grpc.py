@@ -16,7 +16,7 @@ import grpc
 from google.protobuf import descriptor_pool
 
 from serve_app import __version__
-from serve_app.errors import BodyTooLargeError, MalformedRequestError, ModelNotFoundError, ServeAppError
+from serve_app.errors import BodyTooLargeError, MalformedRequestError, ServeAppError
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.exchange import Header
 from serve_app.ingress.inference import in_time, measured
@@ -40,7 +40,7 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     from_raw,
 )
 from serve_app.ingress.reach import check_peer
-from serve_app.ingress.service import Service, SettingsRef
+from serve_app.ingress.service import Service, SettingsRef, check_model
 from serve_app.ingress.statuses import kind_of, retry_after_s
 from serve_app.ingress.visit import Visit, too_late
 from serve_app.tasks.generation import GENERATING
@@ -171,8 +171,7 @@ class OpenInference:
         models = self._service.models
         if name == "" and len(models) == 1:
             return models[0]
-        if name not in models:
-            raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
+        check_model(name, models)
         return name
 
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from serve_app.errors import ModelNotFoundError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply
 from serve_app.ingress.protocols.openai.dialect import DIALECT
 from serve_app.ingress.routes import Route
+from serve_app.ingress.service import check_model
 
 
 class Model(BaseModel):
@@ -42,8 +42,7 @@ class Models:
 
     async def one(self, exchange: Exchange) -> Reply:
         name, models = exchange.path_model, exchange.service.models
-        if name not in models:
-            raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
+        check_model(name, models)
         return Reply(encode(self._model(name)))
 
     def _model(self, name: str | None) -> Mapping[str, Any]:

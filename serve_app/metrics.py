@@ -49,6 +49,14 @@ class IngressMetrics:
     retries: Counter = field(
         default_factory=lambda: Counter("serve_app_retries", "Batches sent again after a replica was lost.", ("model",))
     )
+    abandoned_requests: Counter = field(
+        default_factory=lambda: Counter(
+            "serve_app_abandoned_requests",
+            "Requests whose client left or whose time ran out before their answer, by the stage they had reached: "
+            "waiting (in the ingress), tokenize, model.",
+            ("model", "stage"),
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,13 @@ class ModelMetrics:
     failed_inputs: Counter = field(
         default_factory=lambda: Counter(
             "serve_app_failed_inputs", "Inputs that failed alone in the model (errors, NaN, no memory).", ("model",)
+        )
+    )
+    abandoned_tokens: Counter = field(
+        default_factory=lambda: Counter(
+            "serve_app_abandoned_tokens",
+            "Tokens dropped from a model replica's queue, never computed, because nobody waited for them any more.",
+            ("model",),
         )
     )
     device_memory: Gauge = field(

@@ -6,7 +6,7 @@ A call carries the requests of one coalesced batch, so that each hop is paid onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -169,9 +169,30 @@ class TokenBatch:
         """Without what a model replica has no use for."""
         return replace(self, alignment=None, input_of=None)
 
+    def without(self, requests: Collection[int]) -> TokenBatch:
+        """The same requests, but `requests` (by index) have no sequences any more."""
+        counts = np.diff(self.cu_requests)
+        stays = np.repeat(~np.isin(np.arange(self.num_requests), list(requests)), counts)
+        counts[list(requests)] = 0
+        tokens = np.repeat(stays, self.lengths())
+        return replace(
+            self,
+            input_ids=self.input_ids[tokens],
+            cu_seqlens=_cumulative(self.lengths()[stays]),
+            cu_requests=_cumulative(counts),
+            truncated=self.truncated[stays],
+            token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
+            input_of=None if self.input_of is None else self.input_of[stays],
+            alignment=None if self.alignment is None else _chosen(self.alignment, tokens),
+        )
+
 
 def _aligned(alignment: Alignment, start: int, stop: int) -> Alignment:
     return Alignment(alignment.offsets[start:stop], alignment.word_ids[start:stop], alignment.text_ids[start:stop])
+
+
+def _chosen(alignment: Alignment, tokens: npt.NDArray[np.bool_]) -> Alignment:
+    return Alignment(alignment.offsets[tokens], alignment.word_ids[tokens], alignment.text_ids[tokens])
 
 
 def concatenate(batches: list[TokenBatch]) -> TokenBatch:
@@ -196,8 +217,11 @@ def concatenate(batches: list[TokenBatch]) -> TokenBatch:
 
 
 def _chain(cumulative: list[Int32Array]) -> Int32Array:
-    lengths = np.concatenate([np.diff(c) for c in cumulative])
-    return np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+    return _cumulative(np.concatenate([np.diff(c) for c in cumulative]))
+
+
+def _cumulative(counts: Int32Array) -> Int32Array:
+    return np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
 
 
 def _types_or_zeros(batches: list[TokenBatch]) -> Iterator[Int32Array]:
@@ -230,11 +254,21 @@ class ForwardCall:
     """(m,), or empty where all are interactive."""
     arguments: tuple[HeadArguments | None, ...] = ()
     """(m,), or empty where the head needs none."""
+    id: str = ""
+    """By which some of its requests can be taken back while it is under way (Forget); empty if they cannot."""
 
     @property
     def weight(self) -> int:
         """Tokens, by which calls are spread over replicas."""
         return len(self.tokens.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Requests (by index) of a ForwardCall that nobody waits for any more; for the replica that has the call."""
+
+    call_id: str
+    requests: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

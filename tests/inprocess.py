@@ -59,7 +59,7 @@ class Method:
 
     def remote(self, *arguments: Any) -> Any:
         answer = self._method(*crossed(arguments))
-        return Response(answer) if inspect.isasyncgen(answer) else _received(answer)
+        return Response(answer) if inspect.isasyncgen(answer) else asyncio.ensure_future(_received(answer))
 
 
 class Response:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import secrets
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serve_app.config import IngressSettings
 from serve_app.errors import OverloadedError, ServeAppError, UnavailableError
 from serve_app.ingress.gate import Gate, GateLimits, Group
+from serve_app.ingress.shared_call import NobodyWaitsError, SharedCall, Waiter
 from serve_app.metrics import IngressMetrics
 from serve_app.types import (
     Chat,
     Features,
+    Forget,
     ForwardCall,
     HeadArguments,
     Priority,
@@ -46,8 +51,8 @@ class Work:
     arguments: HeadArguments | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+@dataclass(eq=False, slots=True)
+class Item(Waiter):
     """One request on its way; `deadline` on time.monotonic's clock."""
 
     work: Work
@@ -66,7 +71,8 @@ class Computed:
     timings: Timings
 
 
-Outcome: TypeAlias = Computed | ServeAppError
+Outcome: TypeAlias = Computed | ServeAppError | None
+"""None for a request that has left, which nobody reads."""
 
 
 class Coalescer:
@@ -85,18 +91,34 @@ class Coalescer:
         self._share = serve.batch(max_batch_size=100_000, batch_wait_timeout_s=0.0, max_concurrent_batches=100_000)(
             self._run
         )
+        self._call_ids = map(f"{secrets.token_hex(8)}-{{}}".format, itertools.count())
 
     def reconfigure(self, settings: IngressSettings) -> None:
         self._gate.set_limits(_gate_limits(settings))
 
     async def compute(self, work: Work, timeout_s: float) -> Computed:
-        """One request's features. Raises ServeAppError: this request's own failure, or that its batch was lost."""
+        """One request's features. Raises ServeAppError: this request's own failure, or that its batch was lost.
+
+        Cancelling it gives its place free at once, and takes its texts out of what is still to be computed.
+        """
         deadline = time.monotonic() + timeout_s
-        async with self._gate.admitted(_characters(work.tokenize)) as group:
-            outcome = await self._share(Item(work, deadline, group))
+        item = None
+        try:
+            async with self._gate.admitted(_characters(work.tokenize)) as group:
+                item = Item(work, deadline, group)
+                outcome = await self._share(item)
+        except asyncio.CancelledError:
+            self._abandon(item)
+            raise
         if isinstance(outcome, ServeAppError):
             raise outcome
-        return outcome  # type: ignore[no-any-return]  # serve.batch is untyped; _run returns only these two
+        return outcome  # type: ignore[no-any-return]  # serve.batch is untyped; None is only for those that left
+
+    def _abandon(self, item: Item | None) -> None:
+        stage = "waiting" if item is None else item.stage
+        self._metrics.abandoned_requests.inc(1, {"model": self._name, "stage": stage})
+        if item is not None:
+            item.leave()
 
     async def _run(self, items: list[Item]) -> list[Outcome]:
         """One batch: failures are returned per item, because an error raised here would fail every neighbour."""
@@ -116,7 +138,7 @@ class Coalescer:
     async def _run_head(self, head: str, items: list[Item]) -> list[Outcome]:
         """Once, and once more for what a lost replica took with it: inference has no side effects."""
         outcomes = await self._try(head, items)
-        lost = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, UnavailableError)]
+        lost = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, UnavailableError) and not items[i].left]
         if lost:
             logger.warning("%d of %d requests for model %s are sent again", len(lost), len(items), self._name)
             self._metrics.retries.inc(1, {"model": self._name})
@@ -130,6 +152,8 @@ class Coalescer:
             return await self._through_the_tiers(head, items)
         except BackPressureError:
             return [OverloadedError("every replica's queue is full; try again later", retry_after_s=1.0)] * len(items)
+        except NobodyWaitsError:
+            return [None] * len(items)
         except ServeAppError as error:
             return [error] * len(items)
         except REPLICA_LOST as error:
@@ -137,7 +161,21 @@ class Coalescer:
             return [UnavailableError("the replica that computed this request was lost", retry_after_s=1.0)] * len(items)
 
     async def _through_the_tiers(self, head: str, items: list[Item]) -> list[Outcome]:
-        tokens: TokenBatch = await _call(self._tokenizer.tokenize, [item.work.tokenize for item in items])
+        tokens = await self._tokenize(items)
+        waiting = [i for i, item in enumerate(items) if not (item.left or i in tokens.failures)]
+        if not waiting:
+            return [tokens.failures.get(i) for i in range(len(items))]
+        rows = await self._forward(head, items, tokens)
+        return [None if item.left else _outcome(i, tokens, rows) for i, item in enumerate(items)]
+
+    async def _tokenize(self, items: list[Item]) -> TokenBatch:
+        """The sequences of all items but those that left meanwhile."""
+        call = SharedCall("tokenize", self._tokenizer.tokenize, items)
+        tokens: TokenBatch = await call.answer([item.work.tokenize for item in items])
+        left = [i for i, item in enumerate(items) if item.left]
+        return tokens.without(left) if left else tokens
+
+    async def _forward(self, head: str, items: list[Item], tokens: TokenBatch) -> Rows:
         now = time.monotonic()
         call = ForwardCall(
             tokens=tokens.for_model(),
@@ -145,19 +183,19 @@ class Coalescer:
             time_left_s=tuple(item.deadline - now for item in items),
             priorities=tuple(item.work.priority for item in items),
             arguments=_arguments(items),
+            id=next(self._call_ids),
         )
-        if len(tokens.failures) == len(items):
-            return [tokens.failures[i] for i in range(len(items))]
-        rows: Rows = await _call(self._model.forward, call)
-        return [_outcome(i, tokens, rows) for i in range(len(items))]
+        shared = SharedCall("model", self._model.forward, items, partial(self._forget, call.id))
+        rows: Rows = await shared.answer(call)
+        return rows
 
-
-async def _call(method: Any, argument: Any) -> Any:
-    """A handle call; what user code raised on the other side is raised as it was."""
-    try:
-        return await method.remote(argument)
-    except RayTaskError as error:
-        raise error.cause from None
+    async def _forget(self, call_id: str, requests: tuple[int, ...]) -> bool:
+        """Best effort: whether it reaches the replica that has the call, or none, is nobody's failure."""
+        try:
+            return bool(await self._model.forget.remote(Forget(call_id, requests)))
+        except REPLICA_LOST as error:
+            logger.debug("a replica of model %s could not be told who left: %s", self._name, _in_short(error))
+            return False
 
 
 def _outcome(index: int, tokens: TokenBatch, rows: Rows) -> Outcome:

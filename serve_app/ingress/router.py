@@ -5,14 +5,17 @@ gRPC, which is what makes hops cheap, a handle hears of a replica's queue only w
 length at the time the call *began*: a replica with many calls waiting looks empty whenever one of them ends, and gets
 the next ones too, while another one idles. Seen on ray 2.60 (`serve/_private/router.py`, `get_rejection_response`).
 Counting what was sent and has not come back needs no remembering of answers, and weighs calls by their tokens.
+
+It also knows which replica has a call, and sends there what is said about it (Forget).
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
+from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import (
     FIFOMixin,
     LocalityMixin,
@@ -22,6 +25,12 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from serve_app.types import Forget
+
+
+class CallNotUnderWayError(RayServeException):  # type: ignore[misc]  # Ray is untyped
+    """The call that a message is about has ended, or has no replica yet; or its replica takes no messages now."""
+
 
 class LeastOutstandingRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyped
     """A call weighs the `weight` of its first argument, or 1. Belongs to one event loop, as all routers do."""
@@ -29,7 +38,8 @@ class LeastOutstandingRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._outstanding: Counter[ReplicaID] = Counter()
-        self._sent: dict[str, tuple[ReplicaID, int]] = {}
+        self._sent: dict[tuple[ReplicaID, str], list[tuple[str, int]]] = defaultdict(list)
+        self._replica_of: dict[str, ReplicaID] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -43,22 +53,38 @@ class LeastOutstandingRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        """Count a call from the moment it has a replica; Serve tells of its end whatever becomes of it."""
+        """Count a call from the moment it has a replica; Serve tells of its end whatever becomes of it.
+
+        Raises CallNotUnderWayError for a message that can reach nobody.
+        """
+        first = pending_request.args[0] if pending_request.args else None
+        if isinstance(first, Forget):
+            return self._replica_with(first.call_id, is_retry)
         replica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
-        weight = _weight(pending_request)
-        self._sent[pending_request.metadata.internal_request_id] = (replica.replica_id, weight)
+        call_id, weight = getattr(first, "id", ""), int(getattr(first, "weight", 1))
+        self._sent[replica.replica_id, pending_request.metadata.internal_request_id].append((call_id, weight))
         self._outstanding[replica.replica_id] += weight
+        if call_id:
+            self._replica_of[call_id] = replica.replica_id
+        return replica
+
+    def _replica_with(self, call_id: str, is_retry: bool) -> RunningReplica:
+        """A message goes out once: Serve would try a replica that refuses it, or is gone, again and again."""
+        replica = self._replicas.get(self._replica_of.get(call_id))
+        if replica is None or is_retry:
+            raise CallNotUnderWayError(f"no replica has call {call_id} and can be told of it")
         return replica
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        sent = self._sent.pop(internal_request_id, None)
+        """Calls that one client request makes side by side share its id: which of them ended does not matter here."""
+        sent = self._sent.get((replica_id, internal_request_id))
         if sent is None:
             return
-        self._outstanding[sent[0]] -= sent[1]
-        if self._outstanding[sent[0]] <= 0:
-            del self._outstanding[sent[0]]
-
-
-def _weight(pending_request: PendingRequest) -> int:
-    first = pending_request.args[0] if pending_request.args else None
-    return int(getattr(first, "weight", 1))
+        call_id, weight = sent.pop()
+        if not sent:
+            del self._sent[replica_id, internal_request_id]
+        self._outstanding[replica_id] -= weight
+        if self._outstanding[replica_id] <= 0:
+            del self._outstanding[replica_id]
+        if self._replica_of.get(call_id) == replica_id:
+            del self._replica_of[call_id]

@@ -16,7 +16,7 @@ from serve_app.model import memory
 from serve_app.model.engine import BatchReport, Engine
 from serve_app.model.scheduler import Limits
 from serve_app.tasks.generation import GENERATING
-from serve_app.types import ForwardCall, ModelState, Rows
+from serve_app.types import Forget, ForwardCall, ModelState, Rows
 
 EXIT_AFTER_S = 0.5
 """Time for the failed batch's answers to leave before a process with a broken device ends itself."""
@@ -61,6 +61,7 @@ class ModelReplica:
             observe=self._observe,
             on_broken=lambda: threading.Timer(EXIT_AFTER_S, os._exit, [1]).start(),
             on_idle=self._housekeeper(),
+            on_abandoned=lambda tokens: self._metrics.abandoned_tokens.inc(tokens, {"model": self._config.name}),
         )
 
     @property
@@ -111,6 +112,10 @@ class ModelReplica:
     async def forward(self, call: ForwardCall) -> Rows:
         """Compute one coalesced batch; failures are per request, in the answer."""
         return await self._engine.submit(call)
+
+    async def forget(self, forget: Forget) -> bool:
+        """Never compute what still waits of these requests of a call; whether that call is under way here."""
+        return self._engine.forget(forget)
 
     async def describe(self) -> ModelState:
         return ModelState(

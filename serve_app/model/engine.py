@@ -21,7 +21,7 @@ from serve_app.errors import ServeAppError, UnavailableError
 from serve_app.model.recovery import Collect, DeviceBrokenError, Outcome, Recovery, Started, TokenBudget, Work
 from serve_app.model.rows import failed, stack
 from serve_app.model.scheduler import Job, Limits, Part, Scheduler, finish
-from serve_app.types import ForwardCall, HeadArguments, Rows, TokenBatch, concatenate
+from serve_app.types import Forget, ForwardCall, HeadArguments, Rows, TokenBatch, concatenate
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +75,18 @@ class Engine:
         prepare_thread: Callable[[], None] = lambda: None,
         on_broken: Callable[[], None] = lambda: None,
         on_idle: Callable[[], None] = lambda: None,
+        on_abandoned: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         """`depth` is how many batches are on the device at once, 1 or 2.
 
         On the device thread run: `prepare_thread` first (thread counts, the CUDA device); `on_idle` whenever nothing
-        came for a second; `on_broken` when the device's context is corrupt and the process must be replaced.
+        came for a second; `on_broken` when the device's context is corrupt and the process must be replaced. On the
+        event loop runs `on_abandoned`, with the tokens that leave the queue because nobody waits for them any more.
         """
         self._launch = launch
         self._depth = depth
         self._on_idle = on_idle
+        self._on_abandoned = on_abandoned
         self._observe = observe
         self._prepare_thread = prepare_thread
         self._on_broken = on_broken
@@ -91,6 +94,7 @@ class Engine:
         self._budget = TokenBudget(limits.max_batch_tokens, max_input_tokens)
         self._scheduler = Scheduler(limits)
         self._calls: dict[Job, _Call] = {}
+        self._named: dict[str, _Call] = {}
         self._finished: deque[Job] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._broken: str | None = None
@@ -133,14 +137,37 @@ class Engine:
         under_way = _Call(asyncio.get_running_loop().create_future(), open_jobs=len(indices))
         for index in indices:
             self._submit_one(call, int(index), under_way)
+        if call.id:
+            self._named[call.id] = under_way
         try:
             if len(indices):
                 await under_way.future
         finally:
-            for job in under_way.jobs.values():
-                if self._calls.pop(job, None) is not None:
-                    self._scheduler.cancel(job)
+            self._named.pop(call.id, None)
+            self._abandon(list(under_way.jobs.values()))
         return _rows(call.tokens, under_way)
+
+    def forget(self, forget: Forget) -> bool:
+        """Drop what waits of requests that nobody waits for, which then fail in the call's answer.
+
+        Best effort: what runs or is done stays as it is. Returns whether the call is under way here.
+        """
+        call = self._named.get(forget.call_id)
+        if call is None:
+            return False
+        jobs = [call.jobs[index] for index in forget.requests if index in call.jobs]
+        for job in self._abandon(jobs):
+            job.error = UnavailableError("nobody waits for this request any more")
+            self._close(call)
+        return True
+
+    def _abandon(self, jobs: list[Job]) -> list[Job]:
+        """Those of the jobs that were not done; now they are, and what of them waited is never computed."""
+        open_jobs = [job for job in jobs if self._calls.pop(job, None) is not None]
+        tokens = sum(self._scheduler.cancel(job) for job in open_jobs)
+        if tokens:
+            self._on_abandoned(tokens)
+        return open_jobs
 
     def _submit_one(self, call: ForwardCall, index: int, under_way: _Call) -> None:
         rows = call.tokens.sequences_of(index)
@@ -236,11 +263,14 @@ class Engine:
     def _deliver(self, jobs: list[Job]) -> None:
         for job in jobs:
             call = self._calls.pop(job, None)
-            if call is None:
-                continue
-            call.open_jobs -= 1
-            if not call.open_jobs and not call.future.done():
-                call.future.set_result(None)
+            if call is not None:
+                self._close(call)
+
+    def _close(self, call: _Call) -> None:
+        """One more of its jobs is done."""
+        call.open_jobs -= 1
+        if not call.open_jobs and not call.future.done():
+            call.future.set_result(None)
 
 
 def _fail(parts: list[Part]) -> None:

@@ -143,12 +143,18 @@ class Scheduler:
             "at a time; shorten it"
         )
 
-    def cancel(self, job: Job) -> None:
-        """Take back what was not started; a running forward is not interrupted. `on_done` is not called after this."""
+    def cancel(self, job: Job) -> int:
+        """Take back what was not started; a running forward is not interrupted. `on_done` is not called after this.
+
+        Returns the tokens that will now never be computed.
+        """
         with self._changed:
+            taken_back = 0
             if job in self._queues[job.priority]:
+                taken_back = job.waiting_tokens
                 self._remove(job)
             job.done = True
+            return taken_back
 
     def take(self, timeout_s: float | None = None) -> list[Part] | None:
         """Wait for work and close a batch. [] after `timeout_s` without any; None once closed and empty.

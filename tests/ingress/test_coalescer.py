@@ -42,7 +42,7 @@ class Bench:
 
     def __init__(self, **limits: int) -> None:
         self.tiers = Tiers()
-        self.metrics = IngressMetrics(*(Recorder() for _ in range(6)))  # type: ignore[arg-type]
+        self.metrics = IngressMetrics(*(Recorder() for _ in range(7)))  # type: ignore[arg-type]
         settings = IngressSettings.model_validate({"max_concurrent_batches": 1, **limits})
         self.coalescer = Coalescer("tiny", self.tiers, self.tiers, settings, self.metrics)
 

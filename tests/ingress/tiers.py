@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from serve_app.errors import InputTooLongError, ModelFailureError, RequestError
 from serve_app.tokenizer.encoder import Encoded, flatten
-from serve_app.types import FloatArray, ForwardCall, Rows, TextInput, TokenBatch, TokenizeRequest
+from serve_app.types import FloatArray, Forget, ForwardCall, Rows, TextInput, TokenBatch, TokenizeRequest
 
 ArgumentT = TypeVar("ArgumentT")
 AnswerT = TypeVar("AnswerT")
@@ -23,6 +23,7 @@ class Method(Generic[ArgumentT, AnswerT]):
 
     def __init__(self, answer: Callable[[ArgumentT], AnswerT]) -> None:
         self.calls: list[ArgumentT] = []
+        self.responses: list[asyncio.Task[AnswerT]] = []
         self.failures: list[BaseException] = []
         self.answers: list[Callable[[ArgumentT], AnswerT]] = []
         self.go = asyncio.Event()
@@ -30,10 +31,13 @@ class Method(Generic[ArgumentT, AnswerT]):
         self.called = asyncio.Event()
         self._answer = answer
 
-    def remote(self, argument: ArgumentT) -> Awaitable[AnswerT]:
+    def remote(self, argument: ArgumentT) -> asyncio.Task[AnswerT]:
+        """As a handle's, what is returned can be awaited and cancelled."""
         self.calls.append(argument)
         self.called.set()
-        return self._answered(argument)
+        answer = asyncio.ensure_future(self._answered(argument))
+        self.responses.append(answer)
+        return answer
 
     async def _answered(self, argument: ArgumentT) -> AnswerT:
         await self.go.wait()
@@ -48,6 +52,7 @@ class Tiers:
     def __init__(self) -> None:
         self.tokenize: Method[list[TokenizeRequest], TokenBatch] = Method(tokenize)
         self.forward: Method[ForwardCall, Rows] = Method(forward)
+        self.forget: Method[Forget, bool] = Method(lambda forget: True)
 
 
 def tokenize(requests: list[TokenizeRequest]) -> TokenBatch:

@@ -1,0 +1,109 @@
+"""One call to a replica that several requests wait for, and what becomes of it when they leave.
+
+The replica is told of those that leave while others stay, so that it need not compute for them; with the last one the
+call itself is cancelled. While nobody leaves, none of this sends or schedules anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import RequestCancelledError
+
+Stage: TypeAlias = Literal["waiting", "tokenize", "model"]
+"""Where a request is when its client leaves: not sent yet, or at a tier."""
+
+Forgetting: TypeAlias = Callable[[tuple[int, ...]], Awaitable[bool]]
+"""Tells the replica which of the call's requests nobody waits for; False if it does not know the call (yet)."""
+
+TELL_AGAIN_S = 0.05
+"""The first pause before a replica is told again that had not got the call yet; each is twice the one before."""
+
+
+class NobodyWaitsError(Exception):
+    """Every request of the call has left, and the call was cancelled or not sent."""
+
+
+@dataclass(eq=False, slots=True)
+class Waiter:
+    """A request that takes part in one shared call after the other."""
+
+    left: bool = field(default=False, init=False)
+    call: SharedCall | None = field(default=None, init=False)
+    index: int = field(default=0, init=False)
+    """Its place in `call`."""
+
+    @property
+    def stage(self) -> Stage:
+        return "waiting" if self.call is None else self.call.stage
+
+    def leave(self) -> None:
+        """The client is gone: nothing needs to be computed for it any more."""
+        self.left = True
+        if self.call is not None:
+            self.call.without(self.index)
+
+
+class SharedCall:
+    """Belongs to one event loop. Waiters that have left before it is made keep their index, and nothing else."""
+
+    def __init__(self, stage: Stage, method: Any, waiters: Sequence[Waiter], forget: Forgetting | None = None) -> None:
+        """`method` is a deployment handle's; without `forget` the replica cannot be told of some that leave."""
+        self.stage = stage
+        self._method = method
+        self._forget = forget
+        self._waiting = sum(not waiter.left for waiter in waiters)
+        self._gone: list[int] = []
+        self._response: Any = None
+        self._ended = False
+        self._telling: asyncio.Future[None] | None = None
+        # Serve cancels what a request's own context has called when the request is cancelled. What a leaving request
+        # sets off must therefore run in this call's context, which belongs to no request.
+        self._context = contextvars.copy_context()
+        for index, waiter in enumerate(waiters):
+            waiter.call, waiter.index = self, index
+
+    async def answer(self, argument: Any) -> Any:
+        """What the replica answers; what user code raised there is raised as it was.
+
+        Raises NobodyWaitsError once every waiter has left.
+        """
+        self._response = self._method.remote(argument)
+        try:
+            return await self._response
+        except RayTaskError as error:
+            raise error.cause from None
+        except (asyncio.CancelledError, RequestCancelledError):
+            if self._waiting:
+                raise
+            raise NobodyWaitsError from None
+        finally:
+            self._ended = True
+
+    def without(self, index: int) -> None:
+        """The waiter at `index` has left."""
+        self._waiting -= 1
+        if self._ended:
+            return
+        if not self._waiting:
+            self._response.cancel()
+        elif self._forget is not None:
+            self._gone.append(index)
+            if self._telling is None:
+                self._telling = self._context.run(asyncio.ensure_future, self._tell(self._forget))
+
+    async def _tell(self, forget: Forgetting) -> None:
+        """One message at a time, with all that have left meanwhile: a thousand that leave at once are one message."""
+        pause_s = TELL_AGAIN_S
+        while self._gone and self._waiting and not self._ended:
+            gone, self._gone = self._gone, []
+            if not await forget(tuple(gone)):
+                self._gone += gone
+                await asyncio.sleep(pause_s)
+                pause_s *= 2
+        self._telling = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,10 +23,12 @@ from serve_app.errors import (
     ServeAppError,
     UnavailableError,
 )
+from serve_app.ingress import shared_call
 from serve_app.ingress.coalescer import Coalescer, Computed, Work
+from serve_app.ingress.router import CallNotUnderWayError
 from serve_app.ingress.statuses import kind_of
 from serve_app.metrics import IngressMetrics
-from serve_app.types import TokenizeRequest
+from serve_app.types import Forget, TokenizeRequest
 from tests.ingress.tiers import Recorder, Tiers, expected_rows, forward
 from tests.inprocess import in_a_replica
 
@@ -71,6 +74,11 @@ class Bench:
     @property
     def retries(self) -> list[float]:
         return self.metrics.retries.values  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def abandoned(self) -> list[str]:
+        """The stage of each request that was abandoned."""
+        return [tags["stage"] for tags in self.metrics.abandoned_requests.tags]  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -322,6 +330,191 @@ async def test_cancelled_requests_make_room_for_others() -> None:
         leaves.cancel()
     bench.release()
     assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+def asked_of_the_model(bench: Bench) -> list[list[int]]:
+    """Tokens of each request, in each call to the model."""
+    calls = [call.tokens for call in bench.tiers.forward.calls]
+    return [[tokens.tokens_of(i) for i in range(tokens.num_requests)] for tokens in calls]
+
+
+async def at(tier: str, bench: Bench, *texts: str) -> list[asyncio.Task[Computed]]:
+    """Requests of one batch, which is held at that tier."""
+    method = getattr(bench.tiers, tier)
+    method.go.clear()
+    tasks = [bench.start(text) for text in texts]
+    await method.called.wait()
+    await settle()
+    return tasks
+
+
+async def leave(*tasks: asyncio.Task[Computed]) -> None:
+    for task in tasks:
+        task.cancel()
+    await settle()
+    assert all(task.cancelled() for task in tasks)
+
+
+async def test_a_request_that_leaves_while_it_is_tokenized_is_not_sent_to_the_model(bench: Bench) -> None:
+    stays, leaves, also_stays = await at("tokenize", bench, "stays", "leaves", "also stays")
+    await leave(leaves)
+    bench.tiers.tokenize.go.set()
+    assert_rows(await stays, "stays")
+    assert_rows(await also_stays, "also stays")
+    assert asked_of_the_model(bench) == [[5, 0, 10]]
+    assert bench.tiers.forget.calls == []
+
+
+@pytest.mark.parametrize("tier", ["tokenize", "forward"])
+async def test_a_call_that_all_have_left_is_cancelled_and_its_slot_is_free(bench: Bench, tier: str) -> None:
+    tasks = await at(tier, bench, "one", "two", "three")
+    await leave(*tasks[:2])
+    [call] = getattr(bench.tiers, tier).responses
+    assert not call.done()
+    await leave(tasks[2])
+    assert call.cancelled()
+    assert bench.retries == []
+    assert len(bench.tiers.forward.calls) == (tier == "forward")
+    getattr(bench.tiers, tier).go.set()
+    assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+async def test_the_replica_is_told_once_of_all_that_leave_at_one_moment() -> None:
+    bench = Bench(max_batch_requests=2000)
+    tasks = await at("forward", bench, *(f"text {i}" for i in range(1001)))
+    await leave(*tasks[:1000])
+    [told] = bench.tiers.forget.calls
+    assert told == Forget(bench.tiers.forward.calls[0].id, tuple(range(1000)))
+    bench.tiers.forward.go.set()
+    assert_rows(await tasks[1000], "text 1000")
+
+
+async def test_those_that_leave_while_the_replica_is_told_are_told_together(bench: Bench) -> None:
+    tasks = await at("forward", bench, *"abcdef")
+    bench.tiers.forget.go.clear()
+    for task in tasks[:5]:
+        await leave(task)
+    bench.tiers.forget.go.set()
+    await settle()
+    assert [told.requests for told in bench.tiers.forget.calls] == [(0,), (1, 2, 3, 4)]
+    bench.tiers.forward.go.set()
+    assert_rows(await tasks[5], "f")
+
+
+async def test_nobody_is_told_anything_where_nobody_leaves(bench: Bench) -> None:
+    await asyncio.gather(*(bench.compute(f"text {i}") for i in range(30)))
+    assert bench.tiers.forget.calls == []
+    assert bench.abandoned == []
+
+
+async def test_a_replica_that_has_not_got_the_call_yet_is_told_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_call, "TELL_AGAIN_S", 0.0)
+    stays, leaves, also_leaves = await at("forward", bench, "stays", "leaves", "also leaves")
+    bench.tiers.forget.answers = [lambda told: False]
+    await leave(leaves)
+    await leave(also_leaves)
+    told = [call.requests for call in bench.tiers.forget.calls]
+    assert told[0] == (1,)
+    assert set().union(*told[1:]) == {1, 2}
+    bench.tiers.forward.go.set()
+    assert_rows(await stays, "stays")
+
+
+@pytest.mark.parametrize("lost", [*LOST[:-1], CallNotUnderWayError("ended")], ids=names)
+async def test_a_replica_that_cannot_be_told_fails_nobody(bench: Bench, lost: Exception) -> None:
+    stays, leaves = await at("forward", bench, "stays", "leaves")
+    bench.tiers.forget.failures = [lost]
+    await leave(leaves)
+    bench.tiers.forward.go.set()
+    assert_rows(await stays, "stays")
+    assert len(bench.tiers.forget.calls) == 1
+
+
+async def test_what_a_lost_replica_took_is_sent_again_without_those_that_left(bench: Bench) -> None:
+    stays, leaves = await at("forward", bench, "stays", "leaves")
+    bench.tiers.forward.failures = [ActorDiedError()]
+    await leave(leaves)
+    bench.tiers.forward.go.set()
+    assert_rows(await stays, "stays")
+    assert [[request.inputs for request in call] for call in bench.tiers.tokenize.calls][1:] == [[("stays",)]]
+
+
+async def test_what_a_lost_replica_took_is_not_sent_again_where_all_have_left(bench: Bench) -> None:
+    tasks = await at("forward", bench, "one", "two")
+    bench.tiers.forward.failures = [ActorDiedError()]
+    bench.tiers.forward.go.set()
+    await leave(*tasks)
+    assert bench.batches == [2]
+    assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+async def test_the_replica_is_told_outside_of_the_leaving_requests_own_context(bench: Bench) -> None:
+    """Serve cancels what a cancelled request's context has called."""
+    asker: contextvars.ContextVar[str] = contextvars.ContextVar("asker", default="nobody")
+    seen: list[str] = []
+
+    def forgotten(told: Forget) -> bool:
+        seen.append(asker.get())
+        return True
+
+    async def ask(name: str) -> Computed:
+        asker.set(name)
+        return await bench.compute(name)
+
+    await bench.compute("the first, in whose context serve.batch starts its own task")
+    bench.tiers.forget.answers = [forgotten]
+    bench.tiers.forward.go.clear()
+    bench.tiers.forward.called.clear()
+    leaves, stays = asyncio.create_task(ask("leaves")), asyncio.create_task(ask("stays"))
+    await bench.tiers.forward.called.wait()
+    await leave(leaves)
+    bench.tiers.forward.go.set()
+    await stays
+    assert seen == ["nobody"]
+
+
+async def test_what_was_abandoned_is_counted_by_the_stage_it_had_reached(bench: Bench) -> None:
+    for tier in ("tokenize", "forward"):
+        leaves, stays = await at(tier, bench, "leaves", "stays")
+        waits = bench.start("waits")
+        await settle()
+        await leave(leaves, waits)
+        getattr(bench.tiers, tier).go.set()
+        await stays
+        bench.tiers.forward.called.clear()
+    assert bench.abandoned == ["tokenize", "waiting", "model", "waiting"]
+
+
+@given(
+    leaving=st.lists(st.tuples(st.integers(0, 19), st.integers(0, 30)), max_size=30),
+    batches=st.integers(1, 3),
+    max_requests=st.integers(1, 20),
+)
+@settings(max_examples=100, deadline=None)
+def test_whoever_leaves_and_whenever_those_that_stay_get_their_own_rows(
+    leaving: list[tuple[int, int]], batches: int, max_requests: int
+) -> None:
+    async def run() -> tuple[Bench, list[Computed | BaseException], set[int]]:
+        bench = Bench(max_concurrent_batches=batches, max_batch_requests=max_requests)
+        tasks = [bench.start("x" * i, f"text {i}") for i in range(20)]
+        left: set[int] = set()
+        for turn in range(31):
+            for who, when in leaving:
+                if when == turn and tasks[who].cancel():
+                    left.add(who)
+            await asyncio.sleep(0)
+        return bench, await asyncio.gather(*tasks, return_exceptions=True), left
+
+    bench, outcomes, left = asyncio.run(run())
+    for i, outcome in enumerate(outcomes):
+        if isinstance(outcome, asyncio.CancelledError):
+            assert i in left
+        else:
+            assert isinstance(outcome, Computed), outcome
+            assert_rows(outcome, "x" * i, f"text {i}")
+    assert bench.coalescer._gate.waiting == 0
 
 
 async def test_models_do_not_share_a_queue() -> None:

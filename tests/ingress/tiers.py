@@ -95,8 +95,10 @@ class Recorder:
 
     def __init__(self) -> None:
         self.values: list[float] = []
+        self.tags: list[dict[str, Any]] = []
 
     def inc(self, value: float, tags: dict[str, Any]) -> None:
         self.values.append(value)
+        self.tags.append(tags)
 
     observe = inc

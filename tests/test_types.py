@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import InputTooLongError
-from serve_app.types import Rows, TokenBatch, concatenate
+from serve_app.types import Alignment, Rows, TokenBatch, concatenate
 
 
 def batch(requests: Sequence[Sequence[int]], token_types: bool = False) -> TokenBatch:
@@ -106,3 +107,38 @@ def test_a_failure_travels_with_its_batch() -> None:
 
     assert isinstance(twin.failures[0], InputTooLongError)
     assert twin.failures[0].message == "300 tokens"
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 6), max_size=4), min_size=1, max_size=8),
+    gone=st.sets(st.integers(0, 7)),
+)
+def test_requests_that_are_taken_out_leave_the_others_as_they_were(lengths: list[list[int]], gone: set[int]) -> None:
+    gone = {index for index in gone if index < len(lengths)}
+    whole = _everything_known(batch(lengths))
+    rest = whole.without(gone)
+    assert rest.num_requests == whole.num_requests
+    assert rest.num_sequences == sum(len(one) for i, one in enumerate(lengths) if i not in gone)
+    for index in range(whole.num_requests):
+        mine, before = rest.of_request(index), whole.of_request(index)
+        if index in gone:
+            assert mine.num_sequences == 0
+            continue
+        for name in ("input_ids", "cu_seqlens", "cu_requests", "truncated", "token_type_ids", "input_of"):
+            np.testing.assert_array_equal(getattr(mine, name), getattr(before, name), name)
+            assert getattr(mine, name).dtype == getattr(before, name).dtype
+        assert mine.alignment is not None
+        assert before.alignment is not None
+        for name in ("offsets", "word_ids", "text_ids"):
+            np.testing.assert_array_equal(getattr(mine.alignment, name), getattr(before.alignment, name), name)
+
+
+def _everything_known(tokens: TokenBatch) -> TokenBatch:
+    numbers = tokens.input_ids
+    return replace(
+        tokens,
+        truncated=np.arange(tokens.num_sequences) % 3 == 0,
+        token_type_ids=numbers % 2,
+        input_of=np.arange(tokens.num_sequences, dtype=np.int32),
+        alignment=Alignment(np.stack([numbers, numbers + 1], axis=1), numbers, (numbers % 2).astype(np.int8)),
+    )

@@ -13,8 +13,8 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
 from serve_app.app import ROUTER
-from serve_app.ingress.router import LeastOutstandingRouter
-from serve_app.types import ForwardCall, TokenBatch
+from serve_app.ingress.router import CallNotUnderWayError, LeastOutstandingRouter
+from serve_app.types import Forget, ForwardCall, TokenBatch
 
 DEPLOYMENT = DeploymentID(name="m-model", app_name="app")
 
@@ -48,11 +48,12 @@ class Calls:
         self._router = router
         self._number = 0
 
-    async def send(self, tokens: int) -> tuple[str, str]:
-        """(replica's name, id of the call)"""
+    async def send(self, tokens: int, call_id: str = "", internal_id: str = "") -> tuple[str, str]:
+        """(replica's name, Serve's id of the call)"""
         self._number += 1
-        metadata = RequestMetadata(request_id=str(self._number), internal_request_id=f"call-{self._number}")
-        pending = PendingRequest(args=[_call(tokens)], kwargs={}, metadata=metadata)
+        internal_id = internal_id or f"call-{self._number}"
+        metadata = RequestMetadata(request_id=str(self._number), internal_request_id=internal_id)
+        pending = PendingRequest(args=[_call(tokens, call_id)], kwargs={}, metadata=metadata)
         replica = await self._router._choose_replica_for_request(pending)
         self._router.on_send_request(replica.replica_id)
         return replica.replica_id.unique_id, metadata.internal_request_id
@@ -65,14 +66,14 @@ class Calls:
         self._router.decrement_queue_len_cache(replica_id)
 
 
-def _call(tokens: int) -> ForwardCall:
+def _call(tokens: int, call_id: str) -> ForwardCall:
     batch = TokenBatch(
         input_ids=np.zeros(tokens, np.int32),
         cu_seqlens=np.array([0, tokens], np.int32),
         cu_requests=np.array([0, 1], np.int32),
         truncated=np.zeros(1, np.bool_),
     )
-    return ForwardCall(batch, "pooled", (None,))
+    return ForwardCall(batch, "pooled", (None,), id=call_id)
 
 
 @pytest.fixture
@@ -130,12 +131,74 @@ async def test_a_replica_that_takes_no_more_is_passed_over() -> None:
 async def test_what_has_ended_is_forgotten(router: LeastOutstandingRouter) -> None:
     calls = Calls(router)
     for _ in range(3):
-        calls.end(await calls.send(10), length_when_begun=1)
+        calls.end(await calls.send(10, "call"), length_when_begun=1)
     calls.end(("a", "never sent"), length_when_begun=0)
     assert not router._sent
     assert not router._outstanding
+    assert not router._replica_of
 
 
 def test_serve_finds_the_router_by_its_name() -> None:
     assert isinstance(ROUTER, RequestRouterConfig)
     assert ROUTER.get_request_router_class() is LeastOutstandingRouter
+
+
+class Messages:
+    """Sends a message about a call as Serve's handle does."""
+
+    def __init__(self, router: LeastOutstandingRouter) -> None:
+        self._router = router
+
+    async def about(self, call_id: str, *, is_retry: bool = False) -> str:
+        metadata = RequestMetadata(request_id="message", internal_request_id=f"message about {call_id}")
+        pending = PendingRequest(args=[Forget(call_id, (0,))], kwargs={}, metadata=metadata)
+        replica = await self._router._choose_replica_for_request(pending, is_retry=is_retry)
+        self._router.on_request_completed(replica.replica_id, metadata.internal_request_id)
+        return replica.replica_id.unique_id
+
+
+async def test_what_is_said_about_a_call_goes_to_the_replica_that_has_it(router: LeastOutstandingRouter) -> None:
+    calls, messages = Calls(router), Messages(router)
+    sent = [await calls.send(10, f"id-{i}") for i in range(20)]
+    assert [await messages.about(f"id-{i}") for i in range(20)] == [replica for replica, _ in sent]
+    assert sum(router._outstanding.values()) == 200, "messages weigh nothing"
+
+
+async def test_nothing_can_be_said_about_a_call_that_has_ended_or_never_was(router: LeastOutstandingRouter) -> None:
+    calls, messages = Calls(router), Messages(router)
+    calls.end(await calls.send(10, "ended"), length_when_begun=1)
+    for call_id in ("ended", "never was"):
+        with pytest.raises(CallNotUnderWayError):
+            await messages.about(call_id)
+
+
+async def test_a_message_that_a_replica_refused_is_not_tried_again(router: LeastOutstandingRouter) -> None:
+    await Calls(router).send(10, "call")
+    with pytest.raises(CallNotUnderWayError):
+        await Messages(router).about("call", is_retry=True)
+
+
+async def test_nothing_can_be_said_to_a_replica_that_is_gone() -> None:
+    router = make_router([Replica("a")])
+    await Calls(router).send(10, "call")
+    router.update_replicas([Replica("b")])
+    with pytest.raises(CallNotUnderWayError):
+        await Messages(router).about("call")
+
+
+async def test_a_call_that_its_replica_refused_is_known_where_it_went_then(router: LeastOutstandingRouter) -> None:
+    calls = Calls(router)
+    refused = await calls.send(10, "call")
+    taken = await calls.send(10, "call", internal_id=refused[1])
+    assert taken[0] != refused[0]
+    calls.end(refused, length_when_begun=1)
+    assert await Messages(router).about("call") == taken[0]
+    assert router._outstanding == {ReplicaID(taken[0], DEPLOYMENT): 10}
+
+
+async def test_calls_that_one_request_makes_side_by_side_all_end(router: LeastOutstandingRouter) -> None:
+    calls = Calls(router)
+    for sent in [await calls.send(tokens, internal_id="one request") for tokens in (10, 20, 30, 40)]:
+        calls.end(sent, length_when_begun=1)
+    assert not router._outstanding
+    assert not router._sent

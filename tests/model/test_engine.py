@@ -2,10 +2,13 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serve_app.errors import (
     DeadlineExceededError,
@@ -17,7 +20,7 @@ from serve_app.errors import (
 from serve_app.model.engine import Engine
 from serve_app.model.rows import SequenceRows
 from serve_app.model.scheduler import Limits
-from serve_app.types import ForwardCall, MaskArguments
+from serve_app.types import Forget, ForwardCall, MaskArguments, Rows
 from tests.model.batches import forward_call, marks_forward, token_batch
 
 LIMITS = Limits(max_batch_tokens=64, max_batch_sequences=16, max_queued_tokens=100_000)
@@ -315,3 +318,123 @@ async def test_a_whole_coalesced_batch_that_is_cancelled_is_dropped_but_for_what
     model.go.set()
     await engine.submit(forward_call([[2]]))
     assert model.batches == [60, 2]
+
+
+@pytest.fixture
+async def abandoned(model: Model):
+    """An engine whose only batch is held, and the tokens that it is told to drop."""
+    dropped: list[int] = []
+    made = Engine(model, LIMITS, max_input_tokens=64, on_abandoned=dropped.append)
+    made.start(asyncio.get_running_loop())
+    model.go.clear()
+    running = asyncio.create_task(made.submit(forward_call([[4]])))
+    await asyncio.to_thread(model.entered.wait, 10)
+    yield made, dropped
+    model.go.set()
+    await running
+    made.close()
+
+
+def named_call(requests: list[list[int]], name: str = "call") -> ForwardCall:
+    return replace(forward_call(requests), id=name)
+
+
+async def started(engine: Engine, call: ForwardCall) -> "asyncio.Task[Rows]":
+    task = asyncio.create_task(engine.submit(call))
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_forgotten_requests_are_not_computed_and_their_neighbours_get_their_rows(abandoned, model: Model):
+    engine, dropped = abandoned
+    call = named_call([[3], [5, 5], [7], [9]])
+    waiting = await started(engine, call)
+    assert engine.forget(Forget("call", (1, 3)))
+    assert engine.forget(Forget("call", (3,)))
+    model.go.set()
+    rows = await waiting
+    assert dropped == [19]
+    assert model.batches == [4, 10]
+    assert sorted(rows.failures) == [1, 3]
+    np.testing.assert_array_equal(rows.values[[0, 3]], marks_forward(call.tokens)[[0, 3]])
+    assert engine._scheduler.queued_tokens == 0
+
+
+async def test_a_call_of_which_all_is_forgotten_ends_at_once(abandoned):
+    engine, dropped = abandoned
+    waiting = await started(engine, named_call([[3], [5]]))
+    assert engine.forget(Forget("call", (0, 1)))
+    rows = await asyncio.wait_for(waiting, 10)
+    assert sorted(rows.failures) == [0, 1]
+    assert dropped == [8]
+
+
+async def test_of_a_request_that_runs_only_what_waits_is_forgotten(model: Model):
+    dropped: list[int] = []
+    engine = Engine(model, LIMITS, max_input_tokens=64, on_abandoned=dropped.append)
+    engine.start(asyncio.get_running_loop())
+    model.go.clear()
+    call = named_call([[60, 60, 60], [2]])
+    waiting = await started(engine, call)
+    await asyncio.to_thread(model.entered.wait, 10)
+    assert engine.forget(Forget("call", (0,)))
+    model.go.set()
+    rows = await waiting
+    engine.close()
+    assert dropped == [120]
+    assert model.batches == [60, 2]
+    np.testing.assert_array_equal(rows.values[3], marks_forward(call.tokens)[3])
+
+
+async def test_a_call_that_has_ended_or_never_came_is_not_known(engine: Engine):
+    await engine.submit(named_call([[3]]))
+    assert not engine.forget(Forget("call", (0,)))
+    assert not engine.forget(Forget("", (0,)))
+    assert engine._named == {}
+
+
+async def test_requests_that_the_call_has_no_sequences_of_cannot_be_forgotten(abandoned, model: Model):
+    engine, dropped = abandoned
+    waiting = await started(engine, named_call([[3], [], [4]]))
+    assert engine.forget(Forget("call", (1, 99)))
+    model.go.set()
+    assert (await waiting).failures == {}
+    assert dropped == []
+
+
+async def test_a_cancelled_call_counts_what_it_leaves(abandoned):
+    engine, dropped = abandoned
+    waiting = await started(engine, named_call([[9]] * 5))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert dropped == [45]
+    assert engine._named == {}
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 64), max_size=5), min_size=1, max_size=12),
+    forgotten=st.lists(st.tuples(st.integers(0, 13), st.booleans()), max_size=12),
+    depth=st.integers(1, 2),
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_forgotten_and_whenever_the_others_get_their_own_rows(lengths, forgotten, depth):
+    call = named_call(lengths)
+
+    async def run() -> Rows:
+        engine = Engine(Model(), LIMITS, max_input_tokens=64, depth=depth)
+        engine.start(asyncio.get_running_loop())
+        waiting = await started(engine, call)
+        for index, pause in forgotten:
+            engine.forget(Forget("call", (index,)))
+            await asyncio.sleep(0.001 if pause else 0)
+        rows = await waiting
+        engine.close()
+        return rows
+
+    rows = asyncio.run(run())
+    assert set(rows.failures) <= {index for index, _ in forgotten}
+    expected = marks_forward(call.tokens)
+    for index in set(range(len(lengths))) - set(rows.failures):
+        where = call.tokens.sequences_of(index)
+        assert rows.values[where].tolist() == expected[where].tolist()

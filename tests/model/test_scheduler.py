@@ -103,6 +103,17 @@ def test_a_cancelled_job_is_never_taken_and_never_answered():
     assert scheduler.queued_tokens == 0
 
 
+def test_cancelling_tells_how_many_tokens_will_never_be_computed():
+    scheduler = Scheduler(LIMITS)
+    large, waiting = job([60, 60, 60]), job([10])
+    scheduler.submit(large)
+    scheduler.submit(waiting)
+    taken(scheduler)
+    assert [scheduler.cancel(one) for one in (large, waiting, large)] == [120, 10, 0]
+    assert taken(scheduler) == []
+    assert scheduler.queued_tokens == 0
+
+
 def test_a_job_that_failed_in_one_part_costs_no_further_forward():
     scheduler = Scheduler(LIMITS)
     large = job([60, 60, 60])

@@ -270,6 +270,11 @@ class Forget:
     call_id: str
     requests: tuple[int, ...]
 
+    @property
+    def weight(self) -> int:
+        """Nothing, where calls are spread over replicas."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationCall:

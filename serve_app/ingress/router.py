@@ -59,8 +59,9 @@ class LeastOutstandingRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: 
         """
         first = pending_request.args[0] if pending_request.args else None
         if isinstance(first, Forget):
-            return self._replica_with(first.call_id, is_retry)
-        replica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+            replica = self._replica_with(first.call_id, is_retry)
+        else:
+            replica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
         call_id, weight = getattr(first, "id", ""), int(getattr(first, "weight", 1))
         self._sent[replica.replica_id, pending_request.metadata.internal_request_id].append((call_id, weight))
         self._outstanding[replica.replica_id] += weight

@@ -149,8 +149,8 @@ class Messages:
     def __init__(self, router: LeastOutstandingRouter) -> None:
         self._router = router
 
-    async def about(self, call_id: str, *, is_retry: bool = False) -> str:
-        metadata = RequestMetadata(request_id="message", internal_request_id=f"message about {call_id}")
+    async def about(self, call_id: str, *, is_retry: bool = False, internal_id: str = "of the message") -> str:
+        metadata = RequestMetadata(request_id="message", internal_request_id=internal_id)
         pending = PendingRequest(args=[Forget(call_id, (0,))], kwargs={}, metadata=metadata)
         replica = await self._router._choose_replica_for_request(pending, is_retry=is_retry)
         self._router.on_request_completed(replica.replica_id, metadata.internal_request_id)
@@ -202,3 +202,13 @@ async def test_calls_that_one_request_makes_side_by_side_all_end(router: LeastOu
         calls.end(sent, length_when_begun=1)
     assert not router._outstanding
     assert not router._sent
+
+
+async def test_a_message_that_shares_its_id_with_the_call_does_not_end_it(router: LeastOutstandingRouter) -> None:
+    sent = await Calls(router).send(10, "call", internal_id="one request")
+    for _ in range(3):
+        assert await Messages(router).about("call", internal_id="one request") == sent[0]
+    Calls(router).end(sent, length_when_begun=1)
+    assert not router._sent
+    assert not router._outstanding
+    assert not router._replica_of

@@ -1,0 +1,38 @@
+"""A tokenizer replica drops calls that were cancelled before a thread began them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+
+from serve_app.tokenizer.deployment import TokenizerReplica
+from serve_app.types import TokenizeRequest
+
+
+async def test_a_call_that_is_cancelled_before_its_turn_is_not_tokenized() -> None:
+    go, begun, encoded = threading.Event(), threading.Event(), []
+
+    def encode(requests: list[TokenizeRequest]) -> str:
+        begun.set()
+        assert go.wait(30)
+        encoded.append(requests[0].inputs)
+        return "batch"
+
+    replica = TokenizerReplica.__new__(TokenizerReplica)
+    with ThreadPoolExecutor(1) as threads:
+        replica._encoder, replica._threads = SimpleNamespace(encode=encode), threads  # type: ignore[assignment]
+        calls = [
+            asyncio.ensure_future(replica.tokenize([TokenizeRequest((text,), "truncate")]))
+            for text in ("runs", "is cancelled", "waits")
+        ]
+        await asyncio.to_thread(begun.wait, 10)
+        calls[1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calls[1]
+        go.set()
+        assert [await calls[0], await calls[2]] == ["batch", "batch"]
+    assert encoded == [("runs",), ("waits",)]

@@ -102,6 +102,11 @@ class ModelMetrics:
             "serve_app_failed_inputs", "Inputs that failed alone in the model (errors, NaN, no memory).", ("model",)
         )
     )
+    computed_tokens: Counter = field(
+        default_factory=lambda: Counter(
+            "serve_app_computed_tokens", "Real tokens of all forward passes, whoever got an answer.", ("model",)
+        )
+    )
     abandoned_tokens: Counter = field(
         default_factory=lambda: Counter(
             "serve_app_abandoned_tokens",

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -139,9 +140,69 @@ def test_the_request_id_stands_once_in_the_answer(base_url: str):
 
 @pytest.fixture(scope="module")
 def own() -> Iterator[Live]:
-    """A server that tests may harm."""
-    with served() as running:
+    """A server that tests may harm, and whose ingress holds little back from the model's replicas."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["applications"][0]["deployments"][0]["user_config"]["max_concurrent_batches"] = 16
+
+    with served(change) as running:
         yield running
+
+
+LONG = "word " * 300  # as many tokens as the model takes
+TOKENS = 256
+
+
+def counted(live: Live) -> dict[str, float]:
+    """What the model's replicas computed and dropped, in tokens, and the requests that left when they were there."""
+    text = httpx.get(f"{live.base_url}/metrics", timeout=30).text
+    return {
+        "computed": total(text, "ray_serve_app_computed_tokens_total"),
+        "dropped": total(text, "ray_serve_app_abandoned_tokens_total"),
+        "left": total(text, "ray_serve_app_abandoned_requests_total", 'stage="model"'),
+        "calls": samples(text, "ray_serve_app_coalesced_requests")["count"],
+    }
+
+
+def total(exposition: str, name: str, label: str = "") -> float:
+    lines = [line for line in exposition.splitlines() if line.startswith(f"{name}{{") and label in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+def test_what_clients_left_behind_in_a_replicas_queue_is_not_computed(own: Live):
+    """Both replicas are busy for seconds; behind that work clients queue, and every second one leaves."""
+    busy, clients = 2 * 400, 120
+
+    async def load() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=own.base_url, timeout=120, limits=httpx.Limits()) as client:
+            ahead = [client.post("/embed", json={"inputs": [LONG] * (busy // 2)}) for _ in range(2)]
+            working = [asyncio.create_task(one) for one in ahead]
+            await asyncio.sleep(1)
+            queued = [
+                asyncio.create_task(client.post("/embed", json={"inputs": f"{i} {LONG}"})) for i in range(clients)
+            ]
+            await asyncio.sleep(2)
+            for task in queued[::2]:
+                task.cancel()
+            return await asyncio.gather(*working, *queued[1::2])
+
+    answers = asyncio.run(load())
+    assert [answer.text for answer in answers if answer.status_code != 200] == []
+    vectors = np.array([answer.json()[0] for answer in answers[2:]], np.float32)
+    assert cosines(vectors, minilm_embeddings([f"{i} {LONG}" for i in range(1, clients, 2)])).min() > 0.9999
+
+    deadline = time.monotonic() + 60
+    while True:
+        now = counted(own)
+        reached = (busy + clients / 2 + now["left"]) * TOKENS
+        off = abs(now["computed"] + now["dropped"] - reached)
+        if (off < TOKENS and now["left"]) or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    assert off < TOKENS, now
+    assert now["left"] > clients / 8, now
+    assert now["dropped"] > now["left"] / 2 * TOKENS, now
+    assert now["calls"] < clients / 2, "those that left shared calls with those that stayed"
 
 
 def test_a_model_replica_killed_under_load_fails_no_request(own: Live):

@@ -23,6 +23,7 @@ import psutil
 import yaml
 
 from deploy.examples.make_tiny_models import make
+from serve_app.cli import haproxy
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 150
@@ -133,6 +134,7 @@ def _start(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[byt
             "RAY_TMPDIR": str(folder),
             "SERVE_APP_TEST_FOLDER": str(folder),
             "RAY_USAGE_STATS_ENABLED": "0",
+            haproxy.VARIABLE: str(haproxy.command_path()),
             **environment,
         },
         # A shell that starts tests in the background hands down an ignored SIGINT.

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import yaml
 
-from serve_app.cli import check
+from serve_app.cli import check, haproxy
 
 POLL_S = 0.5
 STATUS_POLL_S = 2.0
@@ -43,6 +43,14 @@ def run(args: argparse.Namespace) -> int:
     return server.wait()
 
 
+def _environment() -> dict[str, str]:
+    """This process's own, and our HAProxy in it unless another one is named."""
+    found, path = dict(os.environ), haproxy.command_path()
+    if path is not None:
+        found.setdefault(haproxy.VARIABLE, str(path))
+    return found
+
+
 class ServeRun:
     """A `serve run` in a process group of its own, so that it gets exactly one interrupt, from here."""
 
@@ -57,6 +65,7 @@ class ServeRun:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            env=_environment(),
             start_new_session=True,
             # A shell that starts this in the background hands down an ignored interrupt.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,

@@ -291,7 +291,8 @@ class Ingress(OpenInferenceMethods):
         self._metrics.requests.inc(1, {**model, "task": request.task, "code": code})
         if answer is None:
             return
-        self._metrics.tokens.inc(answer.tokens, model)
+        if answer.tokens:
+            self._metrics.tokens.inc(answer.tokens, model)
         if answer.truncated:
             self._metrics.truncated_inputs.inc(answer.truncated, model)
         times = answer.timings

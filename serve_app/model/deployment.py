@@ -143,7 +143,8 @@ class ModelReplica:
     def _observe(self, report: BatchReport) -> None:
         tags = {"model": self._config.name}
         self._metrics.batch_tokens.observe(report.tokens, tags)
-        self._metrics.computed_tokens.inc(report.tokens, tags)
+        if report.tokens:
+            self._metrics.computed_tokens.inc(report.tokens, tags)
         self._metrics.batch_sequences.observe(report.sequences, tags)
         self._metrics.forward_seconds.observe(report.forward_s, tags)
         self._metrics.queued_tokens.set(report.queued_tokens, tags)

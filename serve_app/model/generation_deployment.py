@@ -110,7 +110,8 @@ class GenerationReplica:
     def _observe(self, report: Any) -> None:
         tags = {"model": self._config.name}
         self._metrics.batch_sequences.observe(report.sequences, tags)
-        self._metrics.batch_tokens.observe(report.sequences + report.prefilled_tokens, tags)
-        self._metrics.computed_tokens.inc(report.sequences + report.prefilled_tokens, tags)
+        tokens = report.sequences + report.prefilled_tokens
+        self._metrics.batch_tokens.observe(tokens, tags)
+        self._metrics.computed_tokens.inc(tokens, tags)
         self._metrics.forward_seconds.observe(report.step_s, tags)
         self._metrics.queued_tokens.set(report.queued_tokens, tags)

@@ -123,6 +123,7 @@ def test_ray_asks_for_the_token_everywhere(commands: str) -> None:
 
     assert started
     assert all("RAY_AUTH_MODE=token" in command for command in started)
+    assert all('RAY_SERVE_HAPROXY_BINARY_PATH="$HOME/venv/bin/serve-app-haproxy"' in command for command in started)
 
 
 def test_the_dashboard_is_on_loopback() -> None:

@@ -243,7 +243,8 @@ class StepEngine:
         if stepped:
             self._step()
         self._deliver()
-        self._observe(StepReport(stepped, prefilled, time.monotonic() - started, self.queued_tokens))
+        if stepped or prefilled:
+            self._observe(StepReport(stepped, prefilled, time.monotonic() - started, self.queued_tokens))
 
     def _drop(self) -> None:
         """Take out what was given up or is late: waiting, filling or decoding."""

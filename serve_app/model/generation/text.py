@@ -39,13 +39,18 @@ class Detokenizer:
         self._given = 0
         """Where the tokens begin whose text was not given out."""
         self._context_text = ""
+        self._after_byte = False
         self._sent: list[str] = []
 
     def push(self, token: int) -> str:
         """The text that is sure now."""
         self._tokens.append(token)
         if _BYTE_TOKEN.fullmatch(self._decoder.id_to_token(token) or ""):
+            self._after_byte = True
             return ""
+        if self._after_byte and not self._decoder.decode([token], skip_special_tokens=True):
+            return ""  # a special token is left out, and the bytes before and after it stand together
+        self._after_byte = False
         text = self._decoder.decode(self._tokens[self._context :], skip_special_tokens=True)
         if text.endswith(INCOMPLETE) or len(text) <= len(self._context_text) or not text.startswith(self._context_text):
             return ""

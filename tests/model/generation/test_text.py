@@ -58,6 +58,13 @@ def test_pieces_of_any_tokens_are_the_decoded_whole(kind: str, data: st.DataObje
     assert "".join(pieces(kind, tokens)) == tokenizer_of(kind).decode(tokens, skip_special_tokens=True)
 
 
+def test_bytes_with_a_special_token_between_them_are_one_run() -> None:
+    tokenizer = tokenizer_of("llama")
+    tokens = [tokenizer.token_to_id(token) for token in ("<0x00>", "<unk>", "<0x80>")]
+    tokens[1] = next(id for id in range(tokenizer.get_vocab_size()) if tokenizer.decode([id]) == "")
+    assert "".join(pieces("llama", tokens)) == tokenizer.decode(tokens) == "\ufffd\ufffd"
+
+
 @pytest.mark.parametrize("kind", GENERATING)
 @pytest.mark.parametrize("text", [*CORPUS, "👩‍👩‍👧 e\u0301 \r\n\t x", "", "a" * 300])
 def test_pieces_of_a_text_are_the_decoded_whole(kind: str, text: str) -> None:

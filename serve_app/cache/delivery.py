@@ -94,6 +94,8 @@ class Delivery:
             self._stir()
             workers += [asyncio.create_task(self._work(node, site)) for _ in range(PULLS_PER_NODE)]
             await asyncio.gather(*workers)
+            if self._reader == node and self._reading is not None:  # which looks at what has been checked until its end
+                await asyncio.wait({self._reading})
             return await site.finish(self._key)
         except BaseException:
             await self._give_up(node, site, workers)

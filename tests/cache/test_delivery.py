@@ -51,6 +51,8 @@ class Node:
     gives: Callable[[bytes], bytes | None] = lambda data: data
     """What becomes of a piece that this node gives; None: it cannot."""
     source_opens: asyncio.Event | None = None
+    source_lingers_s: float = 0.0
+    """So long `fetch` goes on after the last file is here and checked."""
     begin_error: CacheError | None = None
 
     def _live(self) -> None:
@@ -77,9 +79,12 @@ class Node:
             self.cluster.reads[path] += 1
             self.files[index] = bytearray(FILES[path])
             self.whole.add(index)
+        await asyncio.sleep(self.source_lingers_s)
 
     async def checked(self, key: Key) -> list[int]:
         self._live()
+        if self.published:
+            raise IncompleteModelError("nothing was begun on this node")
         return sorted(self.whole)
 
     async def pull(self, key: Key, path: str, file: int, offset: int, length: int, holder: Site) -> bool:
@@ -132,6 +137,16 @@ async def test_the_source_is_read_once_for_all_nodes(cluster: Cluster) -> None:
     nodes = cluster.add("a", "b", "c", "d")
     assert await bring_all(delivery_on(cluster), nodes) == ["/a", "/b", "/c", "/d"]
     assert cluster.reads == dict.fromkeys(FILES, 1)
+
+
+async def test_a_reader_is_finished_only_when_its_reading_is(cluster: Cluster) -> None:
+    """What it has checked is looked at meanwhile, and that cannot be answered any more once the model is published."""
+    cluster.add("a", "b")
+    cluster.nodes["a"].source_lingers_s = 0.6
+    delivery = delivery_on(cluster)
+    assert await bring_all(delivery, ["a", "b"]) == ["/a", "/b"]
+    await asyncio.sleep(0.4)  # longer than from one look to the next
+    assert delivery.failure is None
 
 
 async def test_a_node_that_comes_later_is_served_by_its_peers(cluster: Cluster) -> None:

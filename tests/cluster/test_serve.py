@@ -79,7 +79,7 @@ async def test_5000_mixed_requests_of_64_clients_each_get_their_own_answer(base_
 
 def test_concurrent_requests_share_calls_to_the_tiers(base_url: str):
     """Coalescing is real: far fewer batches than requests."""
-    before = coalesced(base_url)
+    requests_before, batches_before = coalesced(base_url)
 
     async def burst() -> None:
         async with httpx.AsyncClient(base_url=base_url, timeout=60) as client:
@@ -87,24 +87,26 @@ def test_concurrent_requests_share_calls_to_the_tiers(base_url: str):
 
     asyncio.run(burst())
     deadline = time.monotonic() + 60
-    while (after := coalesced(base_url))["sum"] - before["sum"] < 200 and time.monotonic() < deadline:
+    while (after := coalesced(base_url))[0] - requests_before < 200 and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert after["sum"] - before["sum"] >= 200
-    assert after["count"] - before["count"] <= 100
+    requests, batches = after[0] - requests_before, after[1] - batches_before
+    assert requests >= 200  # those of an earlier test may have been reported late
+    assert 0 < batches <= requests / 2
 
 
-def coalesced(base_url: str) -> dict[str, float]:
-    return samples(httpx.get(f"{base_url}/metrics", timeout=30).text, "ray_serve_app_coalesced_requests")
+def coalesced(base_url: str) -> tuple[float, float]:
+    """Requests answered, and the calls that they shared.
+
+    Ray makes the sum of a histogram from the middles of its buckets; counts are exact.
+    """
+    text = httpx.get(f"{base_url}/metrics", timeout=30).text
+    return total(text, "ray_serve_app_requests_total"), total(text, "ray_serve_app_coalesced_requests_count")
 
 
-def samples(exposition: str, name: str) -> dict[str, float]:
-    """Sum over series of a histogram's `_sum` and `_count`."""
-    found = {"sum": 0.0, "count": 0.0}
-    for line in exposition.splitlines():
-        for part in ("sum", "count"):
-            if line.startswith(f"{name}_{part}{{"):
-                found[part] += float(line.rsplit(" ", 1)[1])
-    return found
+def total(exposition: str, name: str, label: str = "") -> float:
+    """Sum over the series of that name, and with that label."""
+    lines = [line for line in exposition.splitlines() if line.startswith(f"{name}{{") and label in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
 def test_bad_input_in_a_batch_leaves_its_neighbours_alone(base_url: str):
@@ -160,13 +162,8 @@ def counted(live: Live) -> dict[str, float]:
         "computed": total(text, "ray_serve_app_computed_tokens_total"),
         "dropped": total(text, "ray_serve_app_abandoned_tokens_total"),
         "left": total(text, "ray_serve_app_abandoned_requests_total", 'stage="model"'),
-        "calls": samples(text, "ray_serve_app_coalesced_requests")["count"],
+        "calls": total(text, "ray_serve_app_coalesced_requests_count"),
     }
-
-
-def total(exposition: str, name: str, label: str = "") -> float:
-    lines = [line for line in exposition.splitlines() if line.startswith(f"{name}{{") and label in line]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
 def test_what_clients_left_behind_in_a_replicas_queue_is_not_computed(own: Live):

@@ -5,15 +5,27 @@ become batches of one. The gate stands before it: while a slot is free a request
 no waiting), and when a batch ends, all that waited go together, in one turn of the event loop, and become one batch.
 `@serve.batch` also takes everything that is there into one batch, so a group goes only when the one before it has
 become a batch: else groups for several free slots would be one batch, and one replica would get what was for all.
+
+Half of the slots keep the replicas busy, the other half what they will compute next. When a batch ends, its clients'
+next requests come in one by one, some milliseconds apart. The first to come would take the free slot alone, and its
+call would cost as much as one with all of them, only to wait at a busy replica. So while half of the slots are taken,
+a group goes when it has an even share of what is outstanding, or after a fraction of the time that a batch takes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+
+HOLD_SHARE = 0.2
+"""Of a batch's usual time, from being let go to its last answer: so long may a small group be held for more to come."""
+MOST_HOLD_S = 0.05
+_SMOOTHING = 0.2
+"""Weight of the newest batch in the usual time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +45,13 @@ class Group:
     characters: int = 0
     unfinished: int = 0
     sealed: bool = False
+    opened: float = field(default_factory=time.monotonic)
 
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
     characters: int
+    since: float = field(default_factory=time.monotonic)
     admitted: asyncio.Future[Group] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -50,6 +64,9 @@ class Gate:
         self._groups = 0
         self._forming: Group | None = None
         self._outstanding_characters = 0
+        self._waiting_characters = 0
+        self._usual_s = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
 
     @property
     def waiting(self) -> int:
@@ -65,12 +82,14 @@ class Gate:
         self._outstanding_characters += characters
         try:
             group = await self._enter(characters)
-            try:
-                yield group
-            finally:
-                self._leave(group)
+        except BaseException:
+            self._outstanding_characters -= characters
+            raise
+        try:
+            yield group
         finally:
             self._outstanding_characters -= characters
+            self._leave(group)
 
     async def _enter(self, characters: int) -> Group:
         if not self._waiting and (group := self._open_group(characters)) is not None:
@@ -78,6 +97,8 @@ class Gate:
             return group
         waiter = _Waiter(characters)
         self._waiting.append(waiter)
+        self._waiting_characters += characters
+        self._release()
         try:
             return await waiter.admitted
         except asyncio.CancelledError:
@@ -90,25 +111,39 @@ class Gate:
             self._leave(waiter.admitted.result())
         elif waiter in self._waiting:
             self._waiting.remove(waiter)
+            self._waiting_characters -= waiter.characters
 
     def _open_group(self, characters: int) -> Group | None:
         """The group that is forming, if this request fits it; else a new one, if a slot is free."""
         forming = self._forming
         if forming is not None and not forming.sealed:
             return forming if self._fits(forming, characters) else None
-        if self._groups >= self._limits.max_groups:
+        if self._groups >= self._limits.max_groups or (self._busy() and characters < self._share()):
             return None
         self._groups += 1
         self._forming = Group()
         return self._forming
 
+    def _busy(self) -> bool:
+        """Whether so many groups are under way that one more would only wait for a replica."""
+        return self._groups >= -(-self._limits.max_groups // 2)
+
     def _fits(self, group: Group, characters: int) -> bool:
+        """A group's last request is the one with which it has its share; left behind, that would be a small group."""
         limits = self._limits
-        return group.requests < limits.max_requests and group.characters + characters <= self._share()
+        return (
+            group.requests < limits.max_requests
+            and group.characters < self._share()
+            and group.characters + characters <= limits.max_characters
+        )
 
     def _share(self) -> int:
-        """Characters for one group: an even part of all that is outstanding, so that slots stay evenly loaded."""
-        even = -(-self._outstanding_characters // self._limits.max_groups)
+        """Characters for one group: an even part of all that is outstanding, so that replicas stay evenly loaded.
+
+        The parts are one for each busy replica, and one that gathers meanwhile.
+        """
+        parts = min(self._limits.max_groups, -(-self._limits.max_groups // 2) + 1)
+        even = -(-self._outstanding_characters // parts)
         return min(self._limits.max_characters, even)
 
     def seal(self, group: Group) -> None:
@@ -122,13 +157,14 @@ class Gate:
         if group.unfinished == 0:
             group.sealed = True
             self._groups -= 1
+            self._usual_s += _SMOOTHING * (time.monotonic() - group.opened - self._usual_s)
             self._release()
 
     def _release(self) -> None:
-        """Let waiters go into a free slot, oldest first."""
+        """Let waiters go into a free slot, oldest first, unless it is worth while to wait for more."""
         if self._forming is not None and not self._forming.sealed:
             return
-        while self._waiting and self._groups < self._limits.max_groups:
+        while self._waiting and self._groups < self._limits.max_groups and not self._holds_on():
             self._groups += 1
             self._forming = group = Group()
             self._admit(group)
@@ -137,9 +173,26 @@ class Gate:
             group.sealed = True
             self._groups -= 1
 
+    def _holds_on(self) -> bool:
+        """Whether what waits is too little for a call of its own as yet; then it will be looked at again in time."""
+        enough = self._waiting_characters >= self._share() or len(self._waiting) >= self._limits.max_requests
+        if enough or not self._busy():
+            return False
+        left_s = self._waiting[0].since + min(HOLD_SHARE * self._usual_s, MOST_HOLD_S) - time.monotonic()
+        if left_s <= 0:
+            return False
+        if self._alarm is None:
+            self._alarm = asyncio.get_running_loop().call_later(left_s, self._wake)
+        return True
+
+    def _wake(self) -> None:
+        self._alarm = None
+        self._release()
+
     def _admit(self, group: Group) -> None:
         while self._waiting and (not group.requests or self._fits(group, self._waiting[0].characters)):
             waiter = self._waiting.popleft()
+            self._waiting_characters -= waiter.characters
             if not waiter.admitted.done():
                 _join(group, waiter.characters)
                 waiter.admitted.set_result(group)

@@ -1,10 +1,10 @@
-"""The gate: no waiting while a slot is free, everything that waited goes together when one becomes free."""
+"""The gate: no waiting while a replica may be idle; what waits goes together, as soon as there is enough of it."""
 
 import asyncio
 
 import pytest
 
-from serve_app.ingress.gate import Gate, GateLimits, Group
+from serve_app.ingress.gate import MOST_HOLD_S, Gate, GateLimits, Group
 
 WIDE = GateLimits(max_groups=2, max_requests=100, max_characters=10_000)
 
@@ -79,7 +79,7 @@ async def test_with_every_slot_busy_requests_wait_and_then_go_as_one_group(batch
     await batches.finish(batches.groups[1])
     assert batches.gate.waiting == 2, "the group before has not become a batch yet, and would take these into it"
     await batches.start()
-    await batches.settle()
+    await asyncio.sleep(0.05)
     assert batches.gate.waiting == 0
     assert batches.groups[3].requests == 2
 
@@ -186,3 +186,67 @@ async def test_a_group_of_which_every_waiter_left_is_joined_by_nobody(batches: B
     batches.send()
     await batches.start()
     assert batches.gate.waiting == 1, "both slots are taken, by groups that hold them"
+
+
+FOUR = GateLimits(max_groups=4, max_requests=100, max_characters=10_000)
+
+
+async def hold_up(batches: Batches) -> None:
+    """Batches take half a second here, and two of 100 characters are under way."""
+    batches.send()
+    await batches.start()
+    await asyncio.sleep(0.5)
+    await batches.finish(batches.groups.pop())
+    for _ in range(2):
+        batches.send(100)
+        await batches.start()
+
+
+@pytest.mark.parametrize("batches", [FOUR], indirect=True)
+async def test_while_half_of_the_slots_are_taken_a_small_request_waits_a_little_for_others(batches: Batches):
+    await hold_up(batches)
+    batches.send()
+    batches.send()
+    await batches.settle()
+    assert batches.gate.waiting == 2
+    await asyncio.sleep(2 * MOST_HOLD_S)
+    assert batches.gate.waiting == 0
+    assert batches.groups[2].requests == 2
+
+
+@pytest.mark.parametrize("batches", [FOUR], indirect=True)
+async def test_what_has_an_even_share_waits_for_nobody(batches: Batches):
+    await hold_up(batches)
+    batches.send(100)
+    await batches.settle()
+    assert batches.gate.waiting == 0
+    await batches.start()
+    for _ in range(9):
+        batches.send(10)
+    await batches.settle()
+    assert batches.gate.waiting == 9
+    batches.send(80)
+    await batches.settle()
+    assert batches.gate.waiting == 0
+    assert batches.groups[3].requests == 10
+
+
+@pytest.mark.parametrize("batches", [FOUR], indirect=True)
+async def test_what_waits_for_others_goes_at_once_when_a_batch_ends(batches: Batches):
+    await hold_up(batches)
+    batches.send()
+    await batches.settle()
+    assert batches.gate.waiting == 1
+    await batches.finish(batches.groups[0])
+    assert batches.gate.waiting == 0
+
+
+@pytest.mark.parametrize("batches", [FOUR], indirect=True)
+async def test_one_that_leaves_while_it_waits_for_others_weighs_nothing_any_more(batches: Batches):
+    await hold_up(batches)
+    leaving = batches.send(60)
+    await batches.settle()
+    leaving.cancel()
+    batches.send(30)
+    await batches.settle()
+    assert batches.gate.waiting == 1, "30 of 230 characters are no even share"

@@ -42,7 +42,7 @@ class App:
         self._writes_request_id = writes_request_id
         self._door = door
         api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *open_inference.routes(), *operations.routes())
-        self._table = RouteTable((*api, *pages.routes(api, service.models)))
+        self._table = RouteTable((*api, *pages.routes(api, (*service.models, *service.aliases))))
 
     @property
     def routes(self) -> tuple[Route, ...]:

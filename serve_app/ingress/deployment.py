@@ -71,6 +71,7 @@ class Ingress(OpenInferenceMethods):
 
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
         self._handles = dict(handles)
+        self._aliases = config.aliases()
         self._cache = config.cache
         self._door = Door(None if config.api_keys is None else Guard(KeyRing(config.api_keys)))
         self._settings = SettingsRef(IngressSettings())
@@ -116,6 +117,10 @@ class Ingress(OpenInferenceMethods):
     @property
     def models(self) -> Sequence[str]:
         return tuple(self._handles)
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self._aliases
 
     async def card(self, name: str) -> ModelCard:
         check_model(name, self.models)

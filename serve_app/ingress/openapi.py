@@ -125,7 +125,7 @@ def _model_parameter(models: Sequence[str]) -> Json:
         "name": "name",
         "in": "path",
         "required": True,
-        "description": "Name of the model.",
+        "description": "Name of the model, or one of its aliases.",
         "schema": {"type": "string", "enum": list(models)},
     }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+from urllib.parse import unquote
 
 from pydantic import BaseModel
 from starlette.routing import Match
@@ -19,6 +21,8 @@ Endpoint: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
 Method: TypeAlias = Literal["GET", "POST"]
 
 _PARAMETER = "{name}"
+_SLASH = "%2F"
+"""Of a model's name, in a path."""
 ANY_MODEL = ("", f"/models/{_PARAMETER}")
 """Where a route about one model is found: at the root, for the only model, and below each model's own path."""
 
@@ -108,7 +112,7 @@ class RouteTable:
         route = methods.get(method)
         if route is None:
             raise MethodNotAllowedError(f"this path takes {self.allowed(path)} only")
-        return route, name
+        return route, None if name is None else name.replace(_SLASH, "/")
 
     def allowed(self, path: str) -> str:
         """The methods of a path, as the header `Allow` has them; empty if there is no such path."""
@@ -128,8 +132,14 @@ class RouteTable:
 
 
 def route_path(scope: Scope) -> str:
-    """The path below the application's root, without a slash at the end."""
+    """The path below the application's root, without a slash at the end.
+
+    A slash that was sent as %2F, which is part of a name, still is one.
+    """
     path: str = scope["path"]
+    raw: bytes = scope.get("raw_path") or b""
+    if b"%2f" in raw.lower():
+        path = unquote(re.sub(rb"%2f", b"%252F", raw.partition(b"?")[0], flags=re.IGNORECASE).decode("latin-1"))
     root: str = scope.get("root_path", "")
     if root and path.startswith(root):
         path = path[len(root) :]

@@ -130,6 +130,7 @@ class FakeService:
         self.models = names or (CARD.name,)
         self.task = task
         self.tasks = tasks or {}
+        self.aliases: Mapping[str, str] = {}
         self.long_texts = (0, 0)
         self.pieces_before_failure = 0
         self.requests: list[Request] = []

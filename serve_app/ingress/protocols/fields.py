@@ -26,7 +26,9 @@ class InferenceBody(Body, ABC):
     """A body that asks one model for something."""
 
     model: str | None = Field(
-        None, description="Name of the model. May be left out where the path names it or only one is served."
+        None,
+        description="Name of the model, or one of its aliases. May be left out where the path names it; where only one "
+        "is served any name will do, unless the server is configured otherwise (`any_model_name`).",
     )
 
     @property

@@ -40,7 +40,7 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     from_raw,
 )
 from serve_app.ingress.reach import check_peer
-from serve_app.ingress.service import Service, SettingsRef, check_model
+from serve_app.ingress.service import Service, SettingsRef, served_name
 from serve_app.ingress.statuses import kind_of, retry_after_s
 from serve_app.ingress.visit import Visit, too_late
 from serve_app.tasks.generation import GENERATING
@@ -117,7 +117,8 @@ class OpenInference:
 
     async def _is_ready(self, visit: Visit, name: str | None) -> bool:
         try:
-            await _within(self._service.ready(name), visit.time_left_s)
+            served = None if name is None else served_name(name, self._service)
+            await _within(self._service.ready(served), visit.time_left_s)
         except ServeAppError:
             return False
         return True
@@ -171,8 +172,7 @@ class OpenInference:
         models = self._service.models
         if name == "" and len(models) == 1:
             return models[0]
-        check_model(name, models)
-        return name
+        return served_name(name, self._service)
 
 
 async def _whole(visit: Visit, asked: Any, call: Call, request: Request) -> tuple[Any, tuple[Header, ...]]:

@@ -55,8 +55,8 @@ class ChatBody(SamplingBody):
 
     model: Annotated[str | None, BeforeValidator(_nameless)] = Field(
         None,
-        description="Name of the model. May be left out where the path names it or only one is served; so may `dummy`, "
-        "which is what huggingface_hub sends to a URL.",
+        description="Name of the model, or one of its aliases. May be left out as for other paths; `dummy`, which is "
+        "what huggingface_hub sends to a URL, is as good as none.",
     )
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: NewTokens = None

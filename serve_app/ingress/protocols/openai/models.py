@@ -12,7 +12,7 @@ from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply
 from serve_app.ingress.protocols.openai.dialect import DIALECT
 from serve_app.ingress.routes import Route
-from serve_app.ingress.service import check_model
+from serve_app.ingress.service import served_name
 
 
 class Model(BaseModel):
@@ -41,11 +41,9 @@ class Models:
         return Reply(encode({"object": "list", "data": [self._model(name) for name in exchange.service.models]}))
 
     async def one(self, exchange: Exchange) -> Reply:
-        name, models = exchange.path_model, exchange.service.models
-        check_model(name, models)
-        return Reply(encode(self._model(name)))
+        return Reply(encode(self._model(served_name(exchange.path_model or "", exchange.service))))
 
-    def _model(self, name: str | None) -> Mapping[str, Any]:
+    def _model(self, name: str) -> Mapping[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "serve-app"}
 
 

@@ -263,9 +263,7 @@ class AppConfig(_Frozen):
         aliases = [alias for model in self.models for alias in model.aliases]
         clashing = sorted({alias for alias in aliases if alias in names or aliases.count(alias) > 1})
         if clashing:
-            raise ValueError(
-                f"each alias leads to one model; these are names, or stand twice: {', '.join(clashing)}"
-            )
+            raise ValueError(f"each alias leads to one model; these are names, or stand twice: {', '.join(clashing)}")
         return self
 
     def aliases(self) -> Mapping[str, str]:

@@ -21,7 +21,7 @@ _REFERENCE = "#/components/schemas/{model}"
 _DESCRIPTION = (
     "Every response has the header `x-request-id`: the client's own, if it sent one of 1 to 128 letters, digits, dots, "
     "dashes and underscores. Errors have a stable `code` and never repeat the input. Fields that a body does not know "
-    "are ignored."
+    "are ignored, but for parameters of text2text generation, summarization and translation, which are refused."
 )
 _COST_HEADERS = {
     "x-compute-type": "What the model runs on: cpu or gpu.",

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
+from huggingface_hub.errors import HfHubHTTPError, TextGenerationError, ValidationError
 from huggingface_hub.errors import OverloadedError as HubOverloadedError
-from huggingface_hub.errors import TextGenerationError, ValidationError
 
 from serve_app import errors
 from serve_app.ingress.protocols.huggingface.endpoint import BODIES
@@ -84,6 +84,32 @@ def test_text_generation_with_details(all_tasks: str) -> None:
     assert pieces[-1].details is not None
     assert (pieces[-1].details.finish_reason, pieces[-1].details.input_length) == ("eos_token", 6)
     assert [piece.token.id for piece in pieces[:2]] == [10, 11]
+
+
+def test_text_generation_of_so_many_tokens_of_the_prompt(all_tasks: str) -> None:
+    generates = client(all_tasks, "text-generation")
+    generates.text_generation("a", truncate=5)
+    list(generates.text_generation("a", truncate=6, stream=True))
+    asked = [request.options for request in SERVICE.requests[-2:]]
+    assert [getattr(each, "prompt_tokens", None) for each in asked] == [5, 6]
+
+
+def test_text_generation_of_a_model_that_makes_texts_of_texts(all_tasks: str) -> None:
+    generates = client(all_tasks, "text2text-generation")
+    assert "".join(generates.text_generation("a", stream=True)) == "Once upon a time"
+    answer = generates.text_generation("a", details=True, max_new_tokens=5)
+    assert answer.details is not None
+    assert [token.text for token in answer.details.tokens] == ["Once", " upon", " a", " time"]
+    pieces = list(generates.text_generation("a", details=True, stream=True, truncate=5))
+    assert pieces[-1].generated_text == "Once upon a time"
+
+
+def test_summarization_takes_what_generate_takes_and_refuses_the_rest_by_name(all_tasks: str) -> None:
+    summarizes = client(all_tasks, "summarization")
+    chosen = {"max_length": 60, "min_length": 10, "num_beams": 4, "length_penalty": 2.0, "early_stopping": True}
+    assert summarizes.summarization("a", generate_parameters=chosen).summary_text == "Once upon a time"
+    with pytest.raises(HfHubHTTPError, match="num_return_sequences"):
+        summarizes.summarization("a", generate_parameters={**chosen, "num_return_sequences": 2})
 
 
 def test_text_generation_errors_are_the_clients_own(all_tasks: str) -> None:

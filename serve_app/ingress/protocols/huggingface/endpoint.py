@@ -15,6 +15,7 @@ from serve_app.ingress.protocols.huggingface.classification import Classificatio
 from serve_app.ingress.protocols.huggingface.dialect import DIALECT
 from serve_app.ingress.protocols.huggingface.features import FeatureBody, SparseBody
 from serve_app.ingress.protocols.huggingface.generation import (
+    GeneratingBody,
     Seq2SeqBody,
     SummarizationBody,
     SummarizationOutput,
@@ -115,7 +116,7 @@ def _write(body: TaskBody, request: Request, computed: Answer) -> bytes:
 
 
 def _write_stream(body: TaskBody, request: Request, pieces: AsyncIterator[GeneratedPiece]) -> Events:
-    assert isinstance(body, TextGenerationBody)
+    assert isinstance(body, GeneratingBody)
     return body.write_stream(request, pieces)
 
 

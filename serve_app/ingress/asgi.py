@@ -10,11 +10,12 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import MethodNotAllowedError, UnauthorizedError
 from serve_app.ingress import operations, pages
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
 from serve_app.ingress.protocols import huggingface, open_inference, openai, tei
 from serve_app.ingress.refusals import dialect_of, error_reply
-from serve_app.ingress.routes import Dialect, Route, RouteTable, route_path
+from serve_app.ingress.routes import Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
 
 _LINGER_S = 2.0
@@ -87,7 +88,7 @@ class App:
         except ClientDisconnectedError:
             raise
         except Exception as error:
-            return self._refusal(error, exchange, dialect, path)
+            return self._refusal(error, exchange, exchange.dialect or dialect, path)
 
     def _refusal(self, error: Exception, exchange: Exchange, dialect: Dialect, path: str) -> Reply:
         """The reply to a request that failed with `error`."""

@@ -11,10 +11,10 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from serve_app.errors import MalformedRequestError, ModelNotFoundError
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.deadlines import TIMEOUT
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.exchange import Exchange, Header, Reply, while_connected
 from serve_app.ingress.limits import check_limits, check_stream
 from serve_app.ingress.protocols.fields import InferenceBody
-from serve_app.ingress.routes import Dialect
 from serve_app.ingress.service import served_name
 from serve_app.ingress.streaming import Events, stream_reply
 from serve_app.ingress.visit import Visit

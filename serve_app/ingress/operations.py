@@ -9,16 +9,17 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app import __version__
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
 from serve_app.ingress.inference import choose_model
-from serve_app.ingress.protocols.envelope import ErrorBody, write_error
-from serve_app.ingress.routes import Dialect, Route
+from serve_app.ingress.protocols.envelope import TEIErrorBody, write_tei_error
+from serve_app.ingress.routes import Route
 from serve_app.ingress.service import ModelInfo
 
 T = TypeVar("T")
 
-DIALECT = Dialect("Operations", write_error, ErrorBody)
+DIALECT = Dialect("Operations", write_tei_error, TEIErrorBody)
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 TEXT = "text/plain; charset=utf-8"

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote
 
-from pydantic import BaseModel
 from starlette.routing import Match
 from starlette.types import Scope
 
-from serve_app.errors import MethodNotAllowedError, RouteNotFoundError, ServeAppError
+from serve_app.errors import MethodNotAllowedError, RouteNotFoundError
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.exchange import Exchange, Reply
 from serve_app.ingress.keys import Role
-from serve_app.ingress.statuses import ErrorKind
 
 Endpoint: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
 Method: TypeAlias = Literal["GET", "POST"]
@@ -28,17 +27,6 @@ ANY_MODEL = ("", f"/models/{_PARAMETER}")
 
 COMPUTE_FAILURES = (400, 404, 408, 413, 415, 422, 424, 429, 503, 504)
 """Statuses of the errors of routes that read a body and compute."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """What all routes of one protocol share: its name, and how it writes an error."""
-
-    name: str
-    write_error: Callable[[ServeAppError, ErrorKind, str], Mapping[str, Any]]
-    """The JSON object for an error, its kind and the request id."""
-    error_model: type[BaseModel]
-    """The same, as a schema for the documentation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, TextGenerationError, ValidationError
+from huggingface_hub.errors import (
+    GenerationError,
+    HfHubHTTPError,
+    IncompleteGenerationError,
+    TextGenerationError,
+    ValidationError,
+)
 from huggingface_hub.errors import OverloadedError as HubOverloadedError
 
 from serve_app import errors
@@ -116,13 +123,53 @@ def test_text_generation_errors_are_the_clients_own(all_tasks: str) -> None:
     generates = client(all_tasks, "text-generation")
     with pytest.raises(ValidationError, match="best_of"):
         generates.text_generation("a", best_of=3)
-    SERVICE.failure = errors.OverloadedError("full")
+    with pytest.raises(ValidationError, match="empty text"):
+        generates.text_generation("")
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text2text-generation"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (errors.OverloadedError, HubOverloadedError),
+        (errors.ModelFailureError, GenerationError),
+        (errors.UnavailableError, GenerationError),
+        (errors.DeadlineExceededError, GenerationError),
+        (errors.InvalidInputError, ValidationError),
+    ],
+)
+def test_an_answer_that_fails_is_the_clients_own_error(
+    all_tasks: str, task: str, stream: bool, failure: type[errors.ServeAppError], raised: type[TextGenerationError]
+) -> None:
+    generates = client(all_tasks, task)
+    with failing(failure("why it failed")), pytest.raises(raised, match="why it failed"):
+        generates.text_generation("a", stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (errors.UnavailableError, IncompleteGenerationError),
+        (errors.DeadlineExceededError, IncompleteGenerationError),
+        (errors.ServerError, IncompleteGenerationError),
+        (errors.ModelFailureError, GenerationError),
+        (errors.OverloadedError, HubOverloadedError),
+    ],
+)
+def test_a_stream_that_breaks_off_is_the_clients_own_error(
+    all_tasks: str, failure: type[errors.ServeAppError], raised: type[TextGenerationError]
+) -> None:
+    generates = client(all_tasks, "text-generation")
+    with failing(failure("why it broke off"), pieces=2), pytest.raises(raised, match="why it broke off"):
+        list(generates.text_generation("a", stream=True))
+
+
+@contextlib.contextmanager
+def failing(error: errors.ServeAppError, pieces: int = 0) -> Iterator[None]:
+    SERVICE.failure, SERVICE.pieces_before_failure = error, pieces
     try:
-        with pytest.raises(HubOverloadedError, match="full"):
-            generates.text_generation("a", stream=True)
-        SERVICE.failure, SERVICE.pieces_before_failure = errors.UnavailableError("a replica was lost"), 1
-        with pytest.raises(TextGenerationError, match="a replica was lost"):
-            list(generates.text_generation("a", stream=True))
+        yield
     finally:
         SERVICE.failure, SERVICE.pieces_before_failure = None, 0
 

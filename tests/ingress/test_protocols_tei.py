@@ -154,6 +154,7 @@ async def test_bad_input_is_told_in_one_sentence_that_names_the_field(
     assert (response.status_code, error["code"]) == (status, code)
     assert said in error["error"]
     assert set(error) == {"error", "error_type", "code", "request_id"}
+    assert error["error_type"] == ("Empty" if code == "empty_input" else "Validation")
     assert error["request_id"] == response.headers["x-request-id"]
     assert service.requests == []
 

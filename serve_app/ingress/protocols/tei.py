@@ -14,10 +14,11 @@ import numpy as np
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
 from serve_app.ingress.protocols import tei_tokens
-from serve_app.ingress.protocols.envelope import ErrorBody, write_error
+from serve_app.ingress.protocols.envelope import TEIErrorBody, write_tei_error
 from serve_app.ingress.protocols.fields import (
     TEXT_SCHEMA,
     Dimensions,
@@ -33,7 +34,7 @@ from serve_app.ingress.protocols.fields import (
     text,
 )
 from serve_app.ingress.protocols.sparse import SparseEntry, sparse_entries
-from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Dialect, Route
+from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.options import (
     ClassificationOptions,
     EmbeddingOptions,
@@ -45,7 +46,7 @@ from serve_app.options import (
 from serve_app.outputs import FloatArray, LabelScore
 from serve_app.types import Answer, Request, TextInput
 
-DIALECT = Dialect("Text Embeddings Inference", write_error, ErrorBody)
+DIALECT = Dialect("Text Embeddings Inference", write_tei_error, TEIErrorBody)
 
 
 class EmbedBody(LongTextFields, InferenceBody):

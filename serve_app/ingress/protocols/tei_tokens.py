@@ -11,12 +11,13 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonS
 from serve_app.config import IngressSettings
 from serve_app.errors import BatchTooLargeError, EmptyInputError, InputTooLongError, MalformedRequestError
 from serve_app.ingress.body import parse_body, read_body
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
 from serve_app.ingress.inference import choose_model
 from serve_app.ingress.protocols.fields import IDS_SCHEMA, TEXT_SCHEMA, TEXTS_SCHEMA, Body, documented, text, texts
 from serve_app.ingress.protocols.fields import token_ids as read_ids
-from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Dialect, Route
+from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.types import TokenIds
 
 

@@ -13,6 +13,7 @@ from serve_app.ingress.protocols.fields import Body
 from serve_app.ingress.protocols.huggingface.body import TaskBody
 from serve_app.ingress.protocols.huggingface.classification import ClassificationBody, LabelScoreBody
 from serve_app.ingress.protocols.huggingface.dialect import DIALECT
+from serve_app.ingress.protocols.huggingface.dialect import GENERATING as GENERATING_DIALECT
 from serve_app.ingress.protocols.huggingface.features import FeatureBody, SparseBody
 from serve_app.ingress.protocols.huggingface.generation import (
     GeneratingBody,
@@ -37,6 +38,7 @@ from serve_app.ingress.protocols.sparse import SparseEntry
 from serve_app.ingress.routes import COMPUTE_FAILURES, Route
 from serve_app.ingress.streaming import Events
 from serve_app.outputs import GeneratedPiece
+from serve_app.tasks.generation import GENERATING
 from serve_app.types import Answer, Request
 
 BODIES: Mapping[str, type[TaskBody]] = {
@@ -104,10 +106,11 @@ async def ask(exchange: Exchange) -> Reply:
     kind = BODIES.get(card.task)
     if kind is None:
         raise InvalidInputError(f"models of task {card.task} are not asked here; /docs lists other paths")
+    exchange.dialect = dialect = GENERATING_DIALECT if card.task in GENERATING else DIALECT
     body = parse_body(kind, raw)
     request = body.to_request(exchange.id, choose_model(exchange, body.model))
     if body.streams:
-        return await stream(exchange, body, request, _write_stream, DIALECT)
+        return await stream(exchange, body, request, _write_stream, dialect)
     return await answer(exchange, body, request, _write)
 
 

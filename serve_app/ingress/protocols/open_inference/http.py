@@ -14,6 +14,7 @@ from serve_app import __version__
 from serve_app.errors import InvalidInputError, MalformedRequestError, ServeAppError
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.depth import check_depth
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import JSON, Exchange, Header, Reply, while_connected
 from serve_app.ingress.inference import choose_model, compute
@@ -26,7 +27,7 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     from_list,
     from_raw,
 )
-from serve_app.ingress.routes import COMPUTE_FAILURES, Dialect, Route
+from serve_app.ingress.routes import COMPUTE_FAILURES, Route
 from serve_app.ingress.statuses import ErrorKind
 
 T = TypeVar("T")

@@ -35,7 +35,9 @@ class TokenEmbeddingOptions:
 
 @dataclass(frozen=True, slots=True)
 class SparseEmbeddingOptions:
-    """SPLADE: a weight for each vocabulary entry that counts."""
+    """SPLADE: a weight for each vocabulary entry that counts; `prompt_name` as for embeddings."""
+
+    prompt_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

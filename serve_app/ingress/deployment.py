@@ -35,6 +35,7 @@ from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece
 from serve_app.tasks.generation import GENERATING
+from serve_app.tasks.inputs import prompt_of
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import (
@@ -215,13 +216,16 @@ class Ingress(OpenInferenceMethods):
             self._vocabularies[model] = vocabulary
         return vocabulary
 
-    async def tokenize(self, model: str, texts: Sequence[str], special_tokens: bool) -> Sequence[Sequence[TextToken]]:
-        check_model(model, self.models)
+    async def tokenize(
+        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
+    ) -> Sequence[Sequence[TextToken]]:
+        prompt = prompt_of(prompt_name, await self.card(model))
+        prompted = [prompt + text for text in texts]
         vocabulary = await self._vocabulary(model)
-        batch = await self._ask(self._handles[model].tokenizer.tokenize, model, [whole_texts(texts)])
+        batch = await self._ask(self._handles[model].tokenizer.tokenize, model, [whole_texts(prompted)])
         if batch.failures:
             raise batch.failures[0]
-        return await asyncio.to_thread(text_tokens, texts, batch, vocabulary, special_tokens)
+        return await asyncio.to_thread(text_tokens, prompted, batch, vocabulary, special_tokens)
 
     async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
         check_model(model, self.models)

@@ -43,7 +43,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class TextToken:
-    """One token of a text; `start` and `stop` in characters of the text, None for special tokens."""
+    """One token of a text; `start` and `stop` in bytes of the text in UTF-8, None for special tokens."""
 
     id: int
     text: str
@@ -78,8 +78,13 @@ class Service(Protocol):
         Iterating raises ServeAppError, before the first piece or later. Closing the iterator cancels the work.
         """
 
-    async def tokenize(self, model: str, texts: Sequence[str], special_tokens: bool) -> Sequence[Sequence[TextToken]]:
-        """The tokens of each text, however long, with or without special tokens. Raises ServeAppError."""
+    async def tokenize(
+        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
+    ) -> Sequence[Sequence[TextToken]]:
+        """The tokens of each text, however long, after a prompt (the model's default one where none is named).
+
+        With or without special tokens. Raises ServeAppError.
+        """
 
     async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
         """The text of each sequence of token ids. Raises ServeAppError."""

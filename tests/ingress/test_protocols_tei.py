@@ -13,6 +13,7 @@ from serve_app.options import (
     EmbeddingOptions,
     RerankOptions,
     SimilarityOptions,
+    SparseEmbeddingOptions,
     TokenEmbeddingOptions,
 )
 from tests.ingress.edge import FakeService, client_of, unit, vector
@@ -280,6 +281,26 @@ async def test_tokens_become_text_again(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize("ids", [[], [[]], [[1], 2], [1, [2]], ["a"], [-1], 5, None])
 async def test_decode_takes_token_ids_only(client: httpx.AsyncClient, ids: Any) -> None:
     assert (await client.post("/decode", json={"ids": ids})).status_code == 400
+
+
+async def test_a_prompt_stands_before_what_is_tokenized(client: httpx.AsyncClient) -> None:
+    (tokens,) = await post(client, "/tokenize", {"inputs": "a", "prompt_name": "query", "add_special_tokens": False})
+    assert "".join(token["text"] for token in tokens) == "query: a"
+    assert (tokens[-1]["start"], tokens[-1]["stop"]) == (7, 8)
+
+
+async def test_a_prompt_that_the_model_does_not_have_is_refused_where_texts_are_tokenized(
+    client: httpx.AsyncClient,
+) -> None:
+    response = await client.post("/tokenize", json={"inputs": "a", "prompt_name": "other"})
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_input")
+
+
+async def test_sparse_embeddings_take_a_prompt(client: httpx.AsyncClient, service: FakeService) -> None:
+    service.task = "sparse-embedding"
+    await post(client, "/embed_sparse", {"inputs": "a", "prompt_name": "query"})
+    await post(client, "/", {"inputs": "a", "prompt_name": "query"})
+    assert [request.options for request in service.requests] == [SparseEmbeddingOptions("query")] * 2
 
 
 async def test_texts_to_tokenize_have_the_limits_of_other_texts(service: FakeService) -> None:

@@ -83,9 +83,11 @@ class EmbedSparseBody(LongTextFields, InferenceBody):
     model_config = documented(inputs=["What is Deep Learning?"])
 
     inputs: Inputs
+    prompt_name: PromptName = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        return self.request(request_id, model, "sparse-embedding", self.inputs, SparseEmbeddingOptions())
+        options = SparseEmbeddingOptions(self.prompt_name)
+        return self.request(request_id, model, "sparse-embedding", self.inputs, options)
 
 
 class SimilarityParameters(LongTextFields):

@@ -144,8 +144,8 @@ def _token_embedding(inputs: Inputs, chosen: PromptParameters) -> tuple[tuple[Te
     return inputs.texts_or_ids(), TokenEmbeddingOptions(chosen.prompt_name)
 
 
-def _sparse(inputs: Inputs, chosen: LongTextFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    return inputs.texts_or_ids(), SparseEmbeddingOptions()
+def _sparse(inputs: Inputs, chosen: PromptParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
+    return inputs.texts_or_ids(), SparseEmbeddingOptions(chosen.prompt_name)
 
 
 def _classification(inputs: Inputs, chosen: ClassificationParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
@@ -272,7 +272,7 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
     "sparse-embedding": TaskTensors(
         _bytes("text"),
         (TensorType("indices", "INT32", (-1,)), TensorType("values", "FP32", (-1,)), _OFFSETS),
-        LongTextFields,
+        PromptParameters,
         _sparse,
         _write_sparse,
         ("input_ids",),

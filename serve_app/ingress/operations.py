@@ -238,6 +238,7 @@ def routes() -> tuple[Route, ...]:
     asks_one = (404, *asks)
     return (
         Route("GET", "/health", health, DIALECT, "Whether the server lives", answer=Health, role=None),
+        Route("GET", "/ping", health, DIALECT, "The same, as TEI has it too", answer=Health, role=None),
         Route("GET", "/ready", ready, DIALECT, "Whether every model answers", answer=Health, failures=asks, role=None),
         Route("GET", "/info", info, DIALECT, "The models", answer=OneModelInfo | Info, failures=asks),
         Route(

@@ -79,6 +79,11 @@ def test_models_are_listed(base_url: str, model: str) -> None:
     assert client.models.retrieve(model).object == "model"
 
 
+def test_a_models_own_path_lists_it(base_url: str, model: str) -> None:
+    client = openai.OpenAI(base_url=f"{base_url}/models/{model}/v1", api_key="not needed", max_retries=0)
+    assert [served.id for served in client.models.list()] == [model]
+
+
 async def test_the_async_client_gets_the_same(url: str, base_url: str, model: str) -> None:
     async with openai.AsyncOpenAI(base_url=url, api_key="not needed", max_retries=0, timeout=60) as client:
         answer = await client.embeddings.create(model=model, input=TEXTS)

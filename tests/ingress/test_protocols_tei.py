@@ -236,8 +236,10 @@ PREDICTION = [{"score": 0.75, "label": "POSITIVE"}, {"score": 0.25, "label": "NE
         (["a", "b"], (("a", "b"),), PREDICTION),
         ([["a"], ["b", "c"]], ("a", ("b", "c")), [PREDICTION, PREDICTION]),
         ([["a"]], ("a",), [PREDICTION]),
+        (["a", ""], (("a", ""),), PREDICTION),
+        ([["", "b"], ["c"]], (("", "b"), "c"), [PREDICTION, PREDICTION]),
     ],
-    ids=["text", "two texts are a pair", "batch", "batch of one"],
+    ids=["text", "two texts are a pair", "batch", "batch of one", "no second text", "no first text"],
 )
 async def test_predict_tells_texts_pairs_and_batches_apart(
     client: httpx.AsyncClient, service: FakeService, inputs: Any, understood: tuple[Any, ...], answered: Any
@@ -251,6 +253,47 @@ async def test_predict_tells_texts_pairs_and_batches_apart(
 async def test_predict_refuses_what_is_neither(client: httpx.AsyncClient, service: FakeService, inputs: Any) -> None:
     assert (await client.post("/predict", json={"inputs": inputs})).status_code == 400
     assert service.requests == []
+
+
+@pytest.mark.parametrize("inputs", ["", ["", ""], [["a", "b"], ["", ""]], [[""]]], ids=repr)
+async def test_predict_refuses_a_text_or_a_pair_without_anything(client: httpx.AsyncClient, inputs: Any) -> None:
+    response = await client.post("/predict", json={"inputs": inputs})
+    assert (response.status_code, response.json()["error_type"]) == (400, "Empty")
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/models/tiny/v2/rerank"])
+async def test_a_query_or_a_document_may_be_empty_but_not_both(client: httpx.AsyncClient, path: str) -> None:
+    field = "texts" if path == "/rerank" else "documents"
+    for query, documents, status in (("q", ["a", ""], 200), ("", ["a"], 200), ("", ["a", ""], 400), ("q", [], 400)):
+        response = await client.post(path, json={"query": query, field: documents})
+        assert response.status_code == status
+        if status == 400:
+            assert "empty_input" in response.text
+
+
+async def test_rerank_tells_where_documents_go(client: httpx.AsyncClient) -> None:
+    response = await client.post("/rerank", json={"query": "q", "documents": ["a"]})
+    assert response.status_code == 400
+    assert "/v1/rerank" in response.json()["error"]
+
+
+async def test_the_root_of_a_model_that_reranks_takes_what_rerank_takes(
+    client: httpx.AsyncClient, service: FakeService
+) -> None:
+    service.task = "rerank"
+    body = {"query": "q", "texts": ["a", "b"], "return_text": True, "raw_scores": True}
+    for path in ("/", "/models/tiny"):
+        assert await post(client, path, body) == await post(client, "/rerank", body)
+    assert await post(client, "/", {"inputs": {"source_sentence": "q", "sentences": ["a", "b"]}}) == [0.0, 0.125]
+    hint = await client.post("/", json={"query": "q", "documents": ["a"]})
+    assert (hint.status_code, "/v1/rerank" in hint.json()["error"]) == (400, True)
+
+
+async def test_other_paths_of_teis_lead_to_the_same(client: httpx.AsyncClient) -> None:
+    for path in ("", "/models/tiny"):
+        told = await post(client, f"{path}/v1/embeddings", {"input": "a"})
+        assert await post(client, f"{path}/embeddings", {"input": "a"}) == told
+    assert (await client.get("/ping")).json() == (await client.get("/health")).json()
 
 
 async def test_rerank_puts_the_best_first(client: httpx.AsyncClient, service: FakeService) -> None:

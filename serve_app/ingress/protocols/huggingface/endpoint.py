@@ -26,6 +26,7 @@ from serve_app.ingress.protocols.huggingface.generation import (
     TranslationBody,
     TranslationOutput,
 )
+from serve_app.ingress.protocols.huggingface.ranking import QueryBody, RankingBody
 from serve_app.ingress.protocols.huggingface.spans import (
     EntityBody,
     FillBody,
@@ -34,6 +35,7 @@ from serve_app.ingress.protocols.huggingface.spans import (
     SpanBody,
     TokenClassificationBody,
 )
+from serve_app.ingress.protocols.ranks import Rank
 from serve_app.ingress.protocols.sparse import SparseEntry
 from serve_app.ingress.routes import COMPUTE_FAILURES, Route
 from serve_app.ingress.streaming import Events
@@ -61,6 +63,7 @@ AnyBody: TypeAlias = (
     FeatureBody
     | SparseBody
     | ClassificationBody
+    | RankingBody
     | TokenClassificationBody
     | FillMaskBody
     | QuestionAnsweringBody
@@ -75,6 +78,7 @@ AnyAnswer: TypeAlias = (
     | list[list[SparseEntry]]
     | list[list[LabelScoreBody]]
     | list[LabelScoreBody]
+    | list[Rank]
     | list[list[EntityBody]]
     | list[EntityBody]
     | list[list[list[FillBody]]]
@@ -103,15 +107,23 @@ async def ask(exchange: Exchange) -> Reply:
     named = exchange.path_model is not None or len(models) == 1
     model = choose_model(exchange, None if named else parse_body(NamedBody, raw).model)
     card = await while_connected(exchange.receive, exchange.service.card(model), exchange.time_left_s)
-    kind = BODIES.get(card.task)
-    if kind is None:
-        raise InvalidInputError(f"models of task {card.task} are not asked here; /docs lists other paths")
+    kind = _kind(card.task, raw)
     exchange.dialect = dialect = GENERATING_DIALECT if card.task in GENERATING else DIALECT
     body = parse_body(kind, raw)
     request = body.to_request(exchange.id, choose_model(exchange, body.model))
     if body.streams:
         return await stream(exchange, body, request, _write_stream, dialect)
     return await answer(exchange, body, request, _write)
+
+
+def _kind(task: str, raw: bytes) -> type[TaskBody]:
+    """How the body is read. Raises InvalidInputError or MalformedRequestError."""
+    kind = BODIES.get(task)
+    if kind is None:
+        raise InvalidInputError(f"models of task {task} are not asked here; /docs lists other paths")
+    if task == "rerank" and parse_body(QueryBody, raw).query is not None:
+        return RankingBody
+    return kind
 
 
 def _write(body: TaskBody, request: Request, computed: Answer) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 
 from serve_app.errors import EmptyInputError, InvalidInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
-from serve_app.ingress.protocols.fields import LongTextFields
+from serve_app.ingress.protocols.fields import LongTextFields, check_query
 from serve_app.ingress.protocols.open_inference.parameters import (
     ClassificationParameters,
     EmbeddingParameters,
@@ -70,21 +70,37 @@ class Inputs:
 
     def texts(self, name: str) -> tuple[str, ...]:
         """Raises RequestError if the tensor is missing, not of texts, or has an empty one."""
+        found = self.any_texts(name)
+        if "" in found:
+            raise EmptyInputError(f"input {name} has an empty text; leave it out")
+        return found
+
+    def any_texts(self, name: str) -> tuple[str, ...]:
+        """Some of them may be empty, but there must be one."""
         tensor = self._tensors.get(name)
         if tensor is None:
             raise MalformedRequestError(f"input {name} is missing")
         found = tuple(value for value in tensor.values if isinstance(value, str))
         if len(found) != len(tensor.values):
             raise InvalidInputError(f"input {name} takes texts, whose datatype is BYTES")
-        if not found or "" in found:
-            raise EmptyInputError(f"input {name} has no text or an empty one; leave it out")
+        if not found:
+            raise EmptyInputError(f"input {name} has no text; send at least one")
         return found
 
     def one_text(self, name: str) -> str:
-        found = self.texts(name)
+        (found,) = self._one(name, self.texts(name))
+        return found
+
+    def _one(self, name: str, found: tuple[str, ...]) -> tuple[str, ...]:
         if len(found) != 1:
             raise InvalidInputError(f"input {name} takes one text, and there are {len(found)}")
-        return found[0]
+        return found
+
+    def query_and(self, name: str) -> tuple[str, ...]:
+        """`query` and then the texts `name`; either side of a pair may be empty, but not both."""
+        (query,), documents = self._one("query", self.any_texts("query")), self.any_texts(name)
+        check_query(query, documents, name)
+        return query, *documents
 
     def texts_or_ids(self) -> tuple[TextInput, ...]:
         """`text`, or in its place `input_ids`."""
@@ -95,11 +111,14 @@ class Inputs:
         return token_ids(self._tensors["input_ids"])
 
     def pairs(self, first: str, second: str) -> tuple[TextInput, ...]:
-        left, right = self.texts(first), self.texts(second)
+        """Either text of a pair may be empty, but not both."""
+        left, right = self.any_texts(first), self.any_texts(second)
         if len(left) != len(right):
             raise InvalidInputError(
                 f"inputs {first} and {second} have {len(left)} and {len(right)} texts; send as many"
             )
+        if ("", "") in zip(left, right, strict=True):
+            raise EmptyInputError(f"inputs {first} and {second} have a pair of empty texts; leave it out")
         return tuple(zip(left, right, strict=True))
 
 
@@ -154,7 +173,7 @@ def _classification(inputs: Inputs, chosen: ClassificationParameters) -> tuple[t
 
 
 def _rerank(inputs: Inputs, chosen: RerankParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    return (inputs.one_text("query"), *inputs.texts("documents")), RerankOptions(bool(chosen.raw_scores))
+    return inputs.query_and("documents"), RerankOptions(bool(chosen.raw_scores))
 
 
 def _zero_shot(inputs: Inputs, chosen: ZeroShotParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
@@ -184,6 +203,7 @@ def _questions(inputs: Inputs, chosen: QuestionParameters) -> tuple[tuple[TextIn
         max_question_len=chosen.max_question_len or usual.max_question_len,
         handle_impossible_answer=bool(chosen.handle_impossible_answer),
     )
+    inputs.texts("question"), inputs.texts("context")
     return inputs.pairs("question", "context"), options
 
 

@@ -38,7 +38,10 @@ class Models:
         self._created = int(time.time())
 
     async def all(self, exchange: Exchange) -> Reply:
-        return Reply(encode({"object": "list", "data": [self._model(name) for name in exchange.service.models]}))
+        """Below a model's own path that one alone."""
+        in_path, service = exchange.path_model, exchange.service
+        names = service.models if in_path is None else (served_name(in_path, service),)
+        return Reply(encode({"object": "list", "data": [self._model(name) for name in names]}))
 
     async def one(self, exchange: Exchange) -> Reply:
         return Reply(encode(self._model(served_name(exchange.path_model or "", exchange.service))))
@@ -51,5 +54,8 @@ def routes() -> tuple[Route, ...]:
     models = Models()
     return (
         Route("GET", "/v1/models", models.all, DIALECT, "List the models", answer=ModelList),
+        Route(
+            "GET", "/models/{name}/v1/models", models.all, DIALECT, "List the model", answer=ModelList, failures=(404,)
+        ),
         Route("GET", "/v1/models/{name}", models.one, DIALECT, "Describe a model", answer=Model, failures=(404,)),
     )

@@ -43,7 +43,9 @@ class App:
         self._writes_request_id = writes_request_id
         self._door = door
         api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *open_inference.routes(), *operations.routes())
-        self._table = RouteTable((*api, *pages.routes(api, (*service.models, *service.aliases))))
+        names = (*service.models, *service.aliases)
+        documentation = pages.routes(api, names, asks_keys=door.guard is not None)
+        self._table = RouteTable((*api, *open_inference.unsupported.routes(), *documentation))
 
     @property
     def routes(self) -> tuple[Route, ...]:

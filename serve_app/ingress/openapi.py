@@ -45,19 +45,35 @@ _TIMEOUT_PARAMETER: Json = {
 _EVENTS = "Where the body says `stream: true`: server-sent events, each with the next piece of the answer as JSON."
 
 
-def describe(routes: Sequence[Route], models: Sequence[str]) -> Json:
-    """The OpenAPI 3.1 document of these routes, for a server of these models."""
+_KEYS: Json = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this server."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."},
+}
+_KEYS_ASKED = "An API key is asked for, but for health, readiness and this documentation: either header will do."
+_NO_KEYS_ASKED = "No API key is asked for; one that is sent is not looked at."
+
+
+def describe(routes: Sequence[Route], models: Sequence[str], *, asks_keys: bool = False) -> Json:
+    """The OpenAPI 3.1 document of these routes, for a server of these models.
+
+    `asks_keys`: whether routes that have a role ask for an API key.
+    """
     schemas, components = _schemas(routes)
     paths: dict[str, Json] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, models, schemas)
+        operation = _operation(route, models, schemas)
+        if asks_keys and route.role is not None:
+            operation["security"] = [{name: []} for name in _KEYS]
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    security = {"securitySchemes": _KEYS} if asks_keys else {}
+    description = f"{_DESCRIPTION} {_KEYS_ASKED if asks_keys else _NO_KEYS_ASKED}"
     return {
         "openapi": "3.1.0",
-        "info": {"title": "serve-app", "version": __version__, "description": _DESCRIPTION},
+        "info": {"title": "serve-app", "version": __version__, "description": description},
         "servers": [{"url": "./"}],
         "tags": [{"name": name} for name in dict.fromkeys(route.dialect.name for route in routes)],
         "paths": paths,
-        "components": {"schemas": _referenced(components, paths)},
+        "components": {"schemas": _referenced(components, paths), **security},
     }
 
 

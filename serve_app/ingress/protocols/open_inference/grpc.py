@@ -29,6 +29,7 @@ from serve_app.ingress.protocols.open_inference.call import (
     check_version,
     headers_of,
     metadata,
+    refuse_extensions,
 )
 from serve_app.ingress.protocols.open_inference.tasks import generated
 from serve_app.ingress.protocols.open_inference.tensors import (
@@ -163,6 +164,8 @@ class OpenInference:
         if asked.ByteSize() > most:
             raise BodyTooLargeError(f"the message is larger than the {most} bytes that one request may have; split it")
         check_version(asked.model_version)
+        for described in (*asked.inputs, *asked.outputs):
+            refuse_extensions(_parameters(described.parameters))
         model = self._model(asked.model_name)
         call = Call(_parameters(asked.parameters), _inputs(asked), tuple(output.name for output in asked.outputs))
         return call, call.request(visit.id, await _within(self._service.card(model), visit.time_left_s))

@@ -33,6 +33,7 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     array,
     texts,
     token_ids,
+    without_padding,
 )
 from serve_app.options import (
     ClassificationOptions,
@@ -103,12 +104,14 @@ class Inputs:
         return query, *documents
 
     def texts_or_ids(self) -> tuple[TextInput, ...]:
-        """`text`, or in its place `input_ids`."""
+        """`text`, or in its place `input_ids`, those that an `attention_mask` leaves."""
         if "input_ids" not in self:
             return self.texts("text")
         if "text" in self:
             raise InvalidInputError("send either text or input_ids")
-        return token_ids(self._tensors["input_ids"])
+        tensor, mask = self._tensors["input_ids"], self._tensors.get("attention_mask")
+        rows = token_ids(tensor)
+        return rows if mask is None else without_padding(rows, mask, tensor.shape)
 
     def pairs(self, first: str, second: str) -> tuple[TextInput, ...]:
         """Either text of a pair may be empty, but not both."""
@@ -140,6 +143,8 @@ class TaskTensors(Generic[ParametersT]):
         taken = [*(tensor.name for tensor in self.inputs), *self.optional]
         if not inputs.names <= set(taken):
             raise MalformedRequestError(f"`inputs` has one that this task does not take; it takes: {', '.join(taken)}")
+        if "attention_mask" in inputs and "input_ids" not in inputs:
+            raise InvalidInputError("input attention_mask goes with input_ids; leave it out")
 
 
 def _bytes(*names: str) -> tuple[TensorType, ...]:
@@ -255,6 +260,7 @@ def generated(told: Sequence[str], reasons: Sequence[str]) -> tuple[OutputTensor
 
 
 _LABELS = (TensorType("label", "BYTES", (-1, -1)), TensorType("score", "FP32", (-1, -1)))
+_IDS = ("input_ids", "attention_mask")
 _OFFSETS = TensorType("offsets", "INT32", (-1,))
 _GENERATED = TaskTensors(
     _bytes("text"),
@@ -262,7 +268,7 @@ _GENERATED = TaskTensors(
     GenerationParameters,
     _generation,
     _write_generated,
-    ("input_ids",),
+    _IDS,
 )
 
 TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
@@ -272,7 +278,7 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
         EmbeddingParameters,
         _embedding,
         _numbers("embedding"),
-        ("input_ids",),
+        _IDS,
     ),
     "similarity": TaskTensors(
         (_one("source_sentence"), *_bytes("sentences")),
@@ -287,7 +293,7 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
         PromptParameters,
         _token_embedding,
         _write_tokens,
-        ("input_ids",),
+        _IDS,
     ),
     "sparse-embedding": TaskTensors(
         _bytes("text"),
@@ -295,10 +301,10 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
         PromptParameters,
         _sparse,
         _write_sparse,
-        ("input_ids",),
+        _IDS,
     ),
     "text-classification": TaskTensors(
-        _bytes("text"), _LABELS, ClassificationParameters, _classification, _write_labels, ("text_pair", "input_ids")
+        _bytes("text"), _LABELS, ClassificationParameters, _classification, _write_labels, ("text_pair", *_IDS)
     ),
     "rerank": TaskTensors(
         (_one("query"), *_bytes("documents")),

@@ -49,7 +49,11 @@ _KEYS: Json = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this server."},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."},
 }
-_KEYS_ASKED = "An API key is asked for, but for health, readiness and this documentation: either header will do."
+_KEYS_ASKED = (
+    "An API key is asked for, but for health, readiness and this documentation, in either of two headers: "
+    "`Authorization: Bearer <key>` or `x-api-key: <key>`. The forms of the page /docs send none; their curl commands "
+    "have a place for it."
+)
 _NO_KEYS_ASKED = "No API key is asked for; one that is sent is not looked at."
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from serve_app.errors import ConfigError
 
 _REVISION = re.compile(r"[0-9a-f]{40}")
+_ALIAS = re.compile(r"[!-~]{1,256}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -87,6 +88,11 @@ class ModelConfig(_Frozen):
     name: str = Field(
         description="Name in URLs (`/models/<name>`), in deployments (`<name>-tokenizer`, `<name>-model`) and metrics.",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+    )
+    aliases: tuple[str, ...] = Field(
+        (),
+        description="Other names that clients may give the model in a request (`model`), each of 1 to 256 visible "
+        "characters; a `source` on the Hub is one of them without being listed. Answers tell `name`.",
     )
     source: str = Field(
         description="Where the files come from: `package:<module>/<folder>` (an installed Python package), a directory "
@@ -167,6 +173,14 @@ class ModelConfig(_Frozen):
         "longest input.",
     )
 
+    @field_validator("aliases")
+    @classmethod
+    def _aliases_can_be_seen(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [alias for alias in value if not _ALIAS.fullmatch(alias)]
+        if wrong:
+            raise ValueError(f"{wrong[0][:300]!r}: an alias has 1 to 256 visible ASCII characters, and no spaces")
+        return value
+
     @field_validator("revision")
     @classmethod
     def _revision_is_a_commit(cls, value: str | None) -> str | None:
@@ -243,6 +257,30 @@ class AppConfig(_Frozen):
             raise ValueError(f"two models have the same name: {', '.join(twice)}")
         return self
 
+    @model_validator(mode="after")
+    def _aliases_are_unique(self) -> AppConfig:
+        names = {model.name for model in self.models}
+        aliases = [alias for model in self.models for alias in model.aliases]
+        clashing = sorted({alias for alias in aliases if alias in names or aliases.count(alias) > 1})
+        if clashing:
+            raise ValueError(f"each alias leads to one model; these are names, or stand twice: {', '.join(clashing)}")
+        return self
+
+    def aliases(self) -> Mapping[str, str]:
+        """Every other name that a request may give a model, with the model's own.
+
+        Sources on the Hub are among them, but for one that two models have or that is another model's name or alias.
+        """
+        listed = {alias: model.name for model in self.models for alias in model.aliases}
+        names = {model.name for model in self.models}
+        sources = [model.source for model in self.models]
+        implied = {
+            model.source: model.name
+            for model in self.models
+            if source_kind(model.source) == "hub" and sources.count(model.source) == 1 and model.source not in names
+        }
+        return {**implied, **listed}
+
 
 class IngressSettings(_Frozen):
     """`user_config` of the `ingress` deployment."""
@@ -275,6 +313,12 @@ class IngressSettings(_Frozen):
         description="Tokens of one model, estimated as a quarter of the characters, that wait or are under way in one "
         "ingress replica; a request that does not fit beside them gets 429. What is accepted waits no longer than the "
         "model needs for these.",
+    )
+    any_model_name: bool = Field(
+        True,
+        description="While one model is served: it answers a request whose body names a model that is not known here, "
+        "as Text Embeddings Inference and Text Generation Inference do. `false`: 404. Names in paths must always be "
+        "right, and with several models those in bodies too.",
     )
     log_requests: bool = Field(
         False,

@@ -35,7 +35,9 @@ class TokenEmbeddingOptions:
 
 @dataclass(frozen=True, slots=True)
 class SparseEmbeddingOptions:
-    """SPLADE: a weight for each vocabulary entry that counts."""
+    """SPLADE: a weight for each vocabulary entry that counts; `prompt_name` as for embeddings."""
+
+    prompt_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,23 @@ class GenerationOptions:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    typical_p: float | None = None
+    min_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    renormalize_logits: bool | None = None
     repetition_penalty: float | None = None
+    encoder_repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    encoder_no_repeat_ngram_size: int | None = None
     num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    max_length: int | None = None
+    """Of prompt and answer together; what an encoder reads does not count. `max_new_tokens` wins."""
+    min_length: int | None = None
+    prompt_tokens: int | None = None
+    """Most tokens of the prompt, special tokens included; what is more is cut."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Texts at which an answer ends; none of them is part of it."""

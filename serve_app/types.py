@@ -389,6 +389,8 @@ class ModelCard:
     """What texts begin with, by task, from `task_specific_params` of the model's config (T5: "summarize: ")."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
+    tokenizer_threads: int = 1
+    """Calls that one tokenizer replica of the model tokenizes at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,3 +158,26 @@ def test_what_is_no_source_is_refused_with_the_three_kinds(source: str) -> None:
 
 def test_a_model_needs_a_name_and_a_source() -> None:
     assert {"name", "source"} == {key for key, field in ModelConfig.model_fields.items() if field.is_required()}
+
+
+def test_a_model_is_known_by_its_aliases_and_its_source_on_the_hub() -> None:
+    hub = {**ON_THE_HUB, "revision": COMMIT, "aliases": ["text-embedding-3-small", "org/name:1.0"]}
+    config = parse(AppConfig, {"models": [hub, {**PACKAGED, "name": "other"}]}, "args")
+    names = ("text-embedding-3-small", "org/name:1.0", ON_THE_HUB["source"])
+    assert config.aliases() == dict.fromkeys(names, "minilm")
+
+
+def test_a_source_that_two_models_have_names_neither() -> None:
+    hub = {**ON_THE_HUB, "revision": COMMIT}
+    assert parse(AppConfig, {"models": [hub, {**hub, "name": "other"}]}, "args").aliases() == {}
+
+
+@pytest.mark.parametrize("alias", ["", "a b", "é", "x" * 257, "a\n"])
+def test_an_alias_that_cannot_be_seen_is_refused(alias: str) -> None:
+    assert "visible" in message_of({**PACKAGED, "aliases": [alias]})
+
+
+@pytest.mark.parametrize("alias", ["minilm", "other", "shared"])
+def test_an_alias_leads_to_one_model(alias: str) -> None:
+    models = ({**PACKAGED, "aliases": [alias]}, {**PACKAGED, "name": "other", "aliases": ["shared"]})
+    assert alias in message_of(*models)

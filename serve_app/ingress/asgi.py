@@ -10,11 +10,12 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import MethodNotAllowedError, UnauthorizedError
 from serve_app.ingress import operations, pages
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply
 from serve_app.ingress.protocols import huggingface, open_inference, openai, tei
 from serve_app.ingress.refusals import dialect_of, error_reply
-from serve_app.ingress.routes import Dialect, Route, RouteTable, route_path
+from serve_app.ingress.routes import Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
 
 _LINGER_S = 2.0
@@ -42,7 +43,9 @@ class App:
         self._writes_request_id = writes_request_id
         self._door = door
         api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *open_inference.routes(), *operations.routes())
-        self._table = RouteTable((*api, *pages.routes(api, service.models)))
+        names = (*service.models, *service.aliases)
+        documentation = pages.routes(api, names, asks_keys=door.guard is not None)
+        self._table = RouteTable((*api, *open_inference.unsupported.routes(), *documentation))
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -87,7 +90,7 @@ class App:
         except ClientDisconnectedError:
             raise
         except Exception as error:
-            return self._refusal(error, exchange, dialect, path)
+            return self._refusal(error, exchange, exchange.dialect or dialect, path)
 
     def _refusal(self, error: Exception, exchange: Exchange, dialect: Dialect, path: str) -> Reply:
         """The reply to a request that failed with `error`."""

@@ -35,6 +35,7 @@ from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece
 from serve_app.tasks.generation import GENERATING
+from serve_app.tasks.inputs import prompt_of
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import (
@@ -71,6 +72,7 @@ class Ingress(OpenInferenceMethods):
 
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
         self._handles = dict(handles)
+        self._aliases = config.aliases()
         self._cache = config.cache
         self._door = Door(None if config.api_keys is None else Guard(KeyRing(config.api_keys)))
         self._settings = SettingsRef(IngressSettings())
@@ -116,6 +118,10 @@ class Ingress(OpenInferenceMethods):
     @property
     def models(self) -> Sequence[str]:
         return tuple(self._handles)
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self._aliases
 
     async def card(self, name: str) -> ModelCard:
         check_model(name, self.models)
@@ -210,13 +216,16 @@ class Ingress(OpenInferenceMethods):
             self._vocabularies[model] = vocabulary
         return vocabulary
 
-    async def tokenize(self, model: str, texts: Sequence[str], special_tokens: bool) -> Sequence[Sequence[TextToken]]:
-        check_model(model, self.models)
+    async def tokenize(
+        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
+    ) -> Sequence[Sequence[TextToken]]:
+        prompt = prompt_of(prompt_name, await self.card(model))
+        prompted = [prompt + text for text in texts]
         vocabulary = await self._vocabulary(model)
-        batch = await self._ask(self._handles[model].tokenizer.tokenize, model, [whole_texts(texts)])
+        batch = await self._ask(self._handles[model].tokenizer.tokenize, model, [whole_texts(prompted)])
         if batch.failures:
             raise batch.failures[0]
-        return await asyncio.to_thread(text_tokens, texts, batch, vocabulary, special_tokens)
+        return await asyncio.to_thread(text_tokens, prompted, batch, vocabulary, special_tokens)
 
     async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
         check_model(model, self.models)

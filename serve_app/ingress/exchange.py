@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Message, Receive, Scope
 
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.visit import Visit, too_late
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ class Exchange(Visit):
     path_model: str | None = None
     """The model that the path names, as in `/models/{name}/embed`."""
     body_read: bool = False
+    dialect: Dialect | None = None
+    """How errors are written, where that shows only when the body is read; None: as the route says."""
 
     @property
     def body_is_unread(self) -> bool:

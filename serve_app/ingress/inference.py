@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from serve_app.errors import MalformedRequestError, ModelNotFoundError
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.deadlines import TIMEOUT
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.exchange import Exchange, Header, Reply, while_connected
 from serve_app.ingress.limits import check_limits, check_stream
 from serve_app.ingress.protocols.fields import InferenceBody
-from serve_app.ingress.routes import Dialect
-from serve_app.ingress.service import check_model
+from serve_app.ingress.service import served_name
 from serve_app.ingress.streaming import Events, stream_reply
 from serve_app.ingress.visit import Visit
 from serve_app.outputs import Generated, GeneratedPiece
@@ -110,25 +110,38 @@ def in_time(visit: Visit, request: Request) -> Request:
 
 
 def choose_model(exchange: Exchange, asked: str | None) -> str:
-    """The model that the path names, or the body, or the only one.
+    """The model that the path names, or the body, or the only one, under the name it is served under.
 
     Raises ModelNotFoundError if it is not served or the path and the body differ, MalformedRequestError if nothing
     names one of several.
     """
-    models = exchange.service.models
-    chosen = exchange.path_model or asked
+    in_path = None if exchange.path_model is None else served_name(exchange.path_model, exchange.service)
+    in_body = None if asked is None else _named_in_body(exchange, asked)
+    chosen = in_path or in_body
     if chosen is None:
-        if len(models) == 1:
-            return models[0]
-        raise MalformedRequestError(
-            f"several models are served: {', '.join(models)}. Name one in `model`, or post to /models/<name>/…"
-        )
-    check_model(chosen, models)
-    if asked not in (None, chosen):
+        return _only_model(exchange.service.models)
+    if in_body not in (None, chosen):
         raise ModelNotFoundError(
             f"this path is of model {chosen}, and `model` in the body names another; make them agree"
         )
     return chosen
+
+
+def _named_in_body(exchange: Exchange, asked: str) -> str:
+    """Raises ModelNotFoundError."""
+    service = exchange.service
+    if len(service.models) == 1 and exchange.settings.any_model_name:
+        return service.models[0]
+    return served_name(asked, service)
+
+
+def _only_model(models: Sequence[str]) -> str:
+    """Raises MalformedRequestError."""
+    if len(models) == 1:
+        return models[0]
+    raise MalformedRequestError(
+        f"several models are served: {', '.join(models)}. Name one in `model`, or post to /models/<name>/…"
+    )
 
 
 def cost_headers(compute_type: str, characters: int, answer: Answer, total_s: float) -> tuple[Header, ...]:

@@ -21,7 +21,7 @@ _REFERENCE = "#/components/schemas/{model}"
 _DESCRIPTION = (
     "Every response has the header `x-request-id`: the client's own, if it sent one of 1 to 128 letters, digits, dots, "
     "dashes and underscores. Errors have a stable `code` and never repeat the input. Fields that a body does not know "
-    "are ignored."
+    "are ignored, but for parameters of text2text generation, summarization and translation, which are refused."
 )
 _COST_HEADERS = {
     "x-compute-type": "What the model runs on: cpu or gpu.",
@@ -45,19 +45,39 @@ _TIMEOUT_PARAMETER: Json = {
 _EVENTS = "Where the body says `stream: true`: server-sent events, each with the next piece of the answer as JSON."
 
 
-def describe(routes: Sequence[Route], models: Sequence[str]) -> Json:
-    """The OpenAPI 3.1 document of these routes, for a server of these models."""
+_KEYS: Json = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key of this server."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."},
+}
+_KEYS_ASKED = (
+    "An API key is asked for, but for health, readiness and this documentation, in either of two headers: "
+    "`Authorization: Bearer <key>` or `x-api-key: <key>`. The forms of the page /docs send none; their curl commands "
+    "have a place for it."
+)
+_NO_KEYS_ASKED = "No API key is asked for; one that is sent is not looked at."
+
+
+def describe(routes: Sequence[Route], models: Sequence[str], *, asks_keys: bool = False) -> Json:
+    """The OpenAPI 3.1 document of these routes, for a server of these models.
+
+    `asks_keys`: whether routes that have a role ask for an API key.
+    """
     schemas, components = _schemas(routes)
     paths: dict[str, Json] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, models, schemas)
+        operation = _operation(route, models, schemas)
+        if asks_keys and route.role is not None:
+            operation["security"] = [{name: []} for name in _KEYS]
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    security = {"securitySchemes": _KEYS} if asks_keys else {}
+    description = f"{_DESCRIPTION} {_KEYS_ASKED if asks_keys else _NO_KEYS_ASKED}"
     return {
         "openapi": "3.1.0",
-        "info": {"title": "serve-app", "version": __version__, "description": _DESCRIPTION},
+        "info": {"title": "serve-app", "version": __version__, "description": description},
         "servers": [{"url": "./"}],
         "tags": [{"name": name} for name in dict.fromkeys(route.dialect.name for route in routes)],
         "paths": paths,
-        "components": {"schemas": _referenced(components, paths)},
+        "components": {"schemas": _referenced(components, paths), **security},
     }
 
 
@@ -125,7 +145,7 @@ def _model_parameter(models: Sequence[str]) -> Json:
         "name": "name",
         "in": "path",
         "required": True,
-        "description": "Name of the model.",
+        "description": "Name of the model, or one of its aliases.",
         "schema": {"type": "string", "enum": list(models)},
     }
 

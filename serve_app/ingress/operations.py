@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Coroutine, Mapping
 from dataclasses import asdict
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app import __version__
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
 from serve_app.ingress.inference import choose_model
-from serve_app.ingress.protocols.envelope import ErrorBody, write_error
-from serve_app.ingress.routes import Dialect, Route
+from serve_app.ingress.protocols.envelope import TEIErrorBody, write_tei_error
+from serve_app.ingress.routes import Route
 from serve_app.ingress.service import ModelInfo
+from serve_app.tasks.generation import GENERATING
+from serve_app.types import ModelCard
 
 T = TypeVar("T")
 
-DIALECT = Dialect("Operations", write_error, ErrorBody)
+DIALECT = Dialect("Operations", write_tei_error, TEIErrorBody)
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 TEXT = "text/plain; charset=utf-8"
@@ -30,16 +33,49 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
-class EmbeddingType(BaseModel):
-    """TEI's description of an embedding model."""
+class EmbeddingFacts(BaseModel):
+    """TEI's description of an embedding model; a sparse one's pooling is splade."""
 
     pooling: str
 
 
-class ModelType(BaseModel):
-    """TEI's description of a model's kind."""
+class EmbeddingType(BaseModel):
+    """Of models that embed."""
 
-    embedding: EmbeddingType
+    embedding: EmbeddingFacts
+
+
+class LabelFacts(BaseModel):
+    """TEI's description of a classifier: its labels by number, and their numbers."""
+
+    id2label: dict[str, str]
+    label2id: dict[str, int]
+
+
+class ClassifierType(BaseModel):
+    """Of models that classify texts, zero-shot ones among them."""
+
+    classifier: LabelFacts
+
+
+class RerankerType(BaseModel):
+    """Of models that order texts."""
+
+    reranker: LabelFacts
+
+
+class OtherFacts(BaseModel):
+    """Labels where the task has some; whether a model that generates takes conversations."""
+
+    id2label: dict[str, str] | None = None
+    label2id: dict[str, int] | None = None
+    chat: bool | None = None
+
+
+OtherType = Annotated[
+    dict[str, OtherFacts],
+    Field(description="Of tasks that TEI does not have: what is known, under the task's name.", max_length=1),
+]
 
 
 class ModelFacts(BaseModel):
@@ -50,7 +86,7 @@ class ModelFacts(BaseModel):
     model_id: str = Field(description="Where the model's files come from.")
     model_sha: str = Field(description="Revision of the files.")
     model_dtype: str | None = Field(description="Type of the weights; null until a replica of the model has answered.")
-    model_type: ModelType
+    model_type: EmbeddingType | ClassifierType | RerankerType | OtherType
     served_model_name: str
     max_input_length: int = Field(description="Tokens of one sequence, special tokens included.")
     max_batch_tokens: int | None = Field(description="Most tokens in one forward pass.")
@@ -71,8 +107,10 @@ class Info(BaseModel):
 
     version: str
     max_client_batch_size: int
-    max_concurrent_requests: int | None = Field(description="Always null: requests are not counted, tokens are.")
-    tokenization_workers: int | None = Field(description="Always null: tokenizer replicas come and go.")
+    max_concurrent_requests: int = Field(description="Requests with a body that one ingress replica has at a time.")
+    tokenization_workers: int = Field(
+        description="Calls that are tokenized at once by one tokenizer replica of each model, all models together."
+    )
     models: list[ModelFacts]
 
 
@@ -138,12 +176,13 @@ async def _asked(exchange: Exchange, question: Coroutine[Any, Any, T]) -> T:
 
 async def _info(exchange: Exchange) -> Mapping[str, Any]:
     names = exchange.service.models if exchange.path_model is None else (choose_model(exchange, None),)
-    models = [model_facts(await exchange.service.info(name)) for name in names]
+    found = [await exchange.service.info(name) for name in names]
+    models = [model_facts(model) for model in found]
     server = {
         "version": __version__,
         "max_client_batch_size": exchange.settings.max_client_batch_size,
-        "max_concurrent_requests": None,
-        "tokenization_workers": None,
+        "max_concurrent_requests": exchange.settings.max_concurrent_requests,
+        "tokenization_workers": sum(model.card.tokenizer_threads for model in found),
         "models": models,
     }
     return {**models[0], **server} if len(models) == 1 else server
@@ -155,7 +194,7 @@ def model_facts(model: ModelInfo) -> Mapping[str, Any]:
         "model_id": card.source,
         "model_sha": card.revision,
         "model_dtype": state and state.dtype,
-        "model_type": {"embedding": {"pooling": card.pooling}},
+        "model_type": model_type(card),
         "served_model_name": card.name,
         "max_input_length": card.max_input_tokens,
         "max_batch_tokens": state and state.max_batch_tokens,
@@ -172,11 +211,34 @@ def model_facts(model: ModelInfo) -> Mapping[str, Any]:
     }
 
 
+_TEI_TYPES = {
+    "text-classification": "classifier",
+    "zero-shot-classification": "classifier",
+    "rerank": "reranker",
+}
+
+
+def model_type(card: ModelCard) -> Mapping[str, Any]:
+    """In TEI's shape for the tasks that TEI has, for others what is known under the task's name."""
+    if card.task == "embedding":
+        return {"embedding": {"pooling": card.pooling}}
+    if card.task == "sparse-embedding":
+        return {"embedding": {"pooling": "splade"}}
+    facts: dict[str, Any] = {}
+    if card.labels:
+        facts["id2label"] = {str(index): label for index, label in enumerate(card.labels)}
+        facts["label2id"] = {label: index for index, label in enumerate(card.labels)}
+    elif card.task in GENERATING:
+        facts["chat"] = card.can_chat
+    return {_TEI_TYPES.get(card.task, card.task): facts}
+
+
 def routes() -> tuple[Route, ...]:
     asks = (503, 504)
     asks_one = (404, *asks)
     return (
         Route("GET", "/health", health, DIALECT, "Whether the server lives", answer=Health, role=None),
+        Route("GET", "/ping", health, DIALECT, "The same, as TEI has it too", answer=Health, role=None),
         Route("GET", "/ready", ready, DIALECT, "Whether every model answers", answer=Health, failures=asks, role=None),
         Route("GET", "/info", info, DIALECT, "The models", answer=OneModelInfo | Info, failures=asks),
         Route(

@@ -23,22 +23,22 @@ _FILES = (
 )
 
 
-def routes(documented: Sequence[Route], models: Sequence[str]) -> tuple[Route, ...]:
+def routes(documented: Sequence[Route], models: Sequence[str], *, asks_keys: bool) -> tuple[Route, ...]:
     """Routes of the documentation of `documented`, which are not in the document themselves."""
     pages = (
         Route("GET", path, _page(name, media), DIALECT, name, media=media, role=None) for path, name, media in _FILES
     )
     return (
-        Route("GET", "/openapi.json", _document(documented, models), DIALECT, "This document", role=None),
+        Route("GET", "/openapi.json", _document(documented, models, asks_keys), DIALECT, "This document", role=None),
         Route("GET", "/", _to_docs, DIALECT, "To the documentation", role=None),
         *pages,
     )
 
 
-def _document(documented: Sequence[Route], models: Sequence[str]) -> Endpoint:
+def _document(documented: Sequence[Route], models: Sequence[str], asks_keys: bool) -> Endpoint:
     @cache
     def written() -> Reply:
-        return Reply(encode(openapi.describe(documented, models)))
+        return Reply(encode(openapi.describe(documented, models, asks_keys=asks_keys)))
 
     async def endpoint(exchange: Exchange) -> Reply:
         return written()

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+from urllib.parse import unquote
 
-from pydantic import BaseModel
 from starlette.routing import Match
 from starlette.types import Scope
 
-from serve_app.errors import MethodNotAllowedError, RouteNotFoundError, ServeAppError
+from serve_app.errors import MethodNotAllowedError, RouteNotFoundError
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.exchange import Exchange, Reply
 from serve_app.ingress.keys import Role
-from serve_app.ingress.statuses import ErrorKind
 
 Endpoint: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
 Method: TypeAlias = Literal["GET", "POST"]
 
 _PARAMETER = "{name}"
+_SLASH = "%2F"
+"""Of a model's name, in a path."""
 ANY_MODEL = ("", f"/models/{_PARAMETER}")
 """Where a route about one model is found: at the root, for the only model, and below each model's own path."""
 
 COMPUTE_FAILURES = (400, 404, 408, 413, 415, 422, 424, 429, 503, 504)
 """Statuses of the errors of routes that read a body and compute."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """What all routes of one protocol share: its name, and how it writes an error."""
-
-    name: str
-    write_error: Callable[[ServeAppError, ErrorKind, str], Mapping[str, Any]]
-    """The JSON object for an error, its kind and the request id."""
-    error_model: type[BaseModel]
-    """The same, as a schema for the documentation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +100,7 @@ class RouteTable:
         route = methods.get(method)
         if route is None:
             raise MethodNotAllowedError(f"this path takes {self.allowed(path)} only")
-        return route, name
+        return route, None if name is None else name.replace(_SLASH, "/")
 
     def allowed(self, path: str) -> str:
         """The methods of a path, as the header `Allow` has them; empty if there is no such path."""
@@ -128,8 +120,14 @@ class RouteTable:
 
 
 def route_path(scope: Scope) -> str:
-    """The path below the application's root, without a slash at the end."""
+    """The path below the application's root, without a slash at the end.
+
+    A slash that was sent as %2F, which is part of a name, still is one.
+    """
     path: str = scope["path"]
+    raw: bytes = scope.get("raw_path") or b""
+    if b"%2f" in raw.lower():
+        path = unquote(re.sub(rb"%2f", b"%252F", raw.partition(b"?")[0], flags=re.IGNORECASE).decode("latin-1"))
     root: str = scope.get("root_path", "")
     if root and path.startswith(root):
         path = path[len(root) :]

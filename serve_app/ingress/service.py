@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,13 @@ def check_model(name: str | None, models: Sequence[str]) -> None:
     """Raises ModelNotFoundError, which does not repeat a name that came from a client."""
     if name not in models:
         raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
+
+
+def served_name(name: str, service: Service) -> str:
+    """The name that the model is served under. Raises ModelNotFoundError where it is neither a name nor an alias."""
+    served = service.aliases.get(name, name)
+    check_model(served, service.models)
+    return served
 
 
 @dataclass(slots=True)
@@ -36,7 +43,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class TextToken:
-    """One token of a text; `start` and `stop` in characters of the text, None for special tokens."""
+    """One token of a text; `start` and `stop` in bytes of the text in UTF-8, None for special tokens."""
 
     id: int
     text: str
@@ -51,6 +58,10 @@ class Service(Protocol):
     @property
     def models(self) -> Sequence[str]:
         """Names of the models that are served, in the order of the configuration; known from the start."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Other names that a request may give a model, each with the model's own. All other methods take the latter."""
 
     async def card(self, name: str) -> ModelCard:
         """Raises ModelNotFoundError, or UnavailableError while the model's files have not been read."""
@@ -67,8 +78,13 @@ class Service(Protocol):
         Iterating raises ServeAppError, before the first piece or later. Closing the iterator cancels the work.
         """
 
-    async def tokenize(self, model: str, texts: Sequence[str], special_tokens: bool) -> Sequence[Sequence[TextToken]]:
-        """The tokens of each text, however long, with or without special tokens. Raises ServeAppError."""
+    async def tokenize(
+        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
+    ) -> Sequence[Sequence[TextToken]]:
+        """The tokens of each text, however long, after a prompt (the model's default one where none is named).
+
+        With or without special tokens. Raises ServeAppError.
+        """
 
     async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
         """The text of each sequence of token ids. Raises ServeAppError."""

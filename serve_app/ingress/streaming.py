@@ -10,9 +10,9 @@ from contextlib import aclosing
 from typing import TypeAlias
 
 from serve_app.errors import ServeAppError
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange, Header, Reply, stream_while_connected
-from serve_app.ingress.routes import Dialect
 from serve_app.ingress.statuses import kind_of
 from serve_app.outputs import GeneratedPiece
 from serve_app.types import Request
@@ -85,4 +85,5 @@ def _event(data: bytes) -> bytes:
 
 
 def _error(error: ServeAppError, dialect: Dialect, request_id: str) -> bytes:
-    return encode(dialect.write_error(error, kind_of(error), request_id))
+    write = dialect.write_broken_off or dialect.write_error
+    return encode(write(error, kind_of(error), request_id))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from serve_app.errors import InvalidInputError
 from serve_app.ingress.service import TextToken
 from serve_app.tasks.vocabulary import Vocabulary
-from serve_app.types import Alignment, Int32Array, TokenBatch, TokenIds, TokenizeRequest
+from serve_app.types import TokenBatch, TokenIds, TokenizeRequest
 
 Places: TypeAlias = npt.NDArray[np.intp]
 
@@ -32,7 +32,8 @@ def text_tokens(
     found: list[list[TextToken]] = []
     for text, windows in zip(texts, _windows(batch), strict=True):
         kept = np.concatenate([_kept(batch, window, windows, special_tokens) for window in windows])
-        found.append([_token(text, index, batch.input_ids, batch.alignment, vocabulary) for index in kept.tolist()])
+        starts = _byte_starts(text)
+        found.append([_token(text, index, batch, starts, vocabulary) for index in kept.tolist()])
     return found
 
 
@@ -68,9 +69,23 @@ def _kept(batch: TokenBatch, window: int, windows: Sequence[int], special_tokens
     return kept
 
 
-def _token(text: str, index: int, ids: Int32Array, alignment: Alignment, vocabulary: Vocabulary) -> TextToken:
-    token = int(ids[index])
-    if alignment.text_ids[index] < 0:
+def _byte_starts(text: str) -> Places | None:
+    """(characters + 1,): where each character begins in the text's UTF-8, and the last one ends; None where no
+    character has several bytes.
+    """
+    if text.isascii():
+        return None
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (points >= 0x80).astype(np.intp) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate([np.zeros(1, np.intp), np.cumsum(sizes)])
+
+
+def _token(text: str, index: int, batch: TokenBatch, starts: Places | None, vocabulary: Vocabulary) -> TextToken:
+    assert batch.alignment is not None
+    token = int(batch.input_ids[index])
+    if batch.alignment.text_ids[index] < 0:
         return TextToken(token, vocabulary.token(token), True, None, None)
-    start, stop = alignment.offsets[index].tolist()
-    return TextToken(token, text[start:stop], False, start, stop)
+    start, stop = batch.alignment.offsets[index].tolist()
+    if starts is None:
+        return TextToken(token, text[start:stop], False, start, stop)
+    return TextToken(token, text[start:stop], False, int(starts[start]), int(starts[stop]))

@@ -103,6 +103,7 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
         task_prefixes=_task_prefixes(model),
         prompts=prompts,
         default_prompt_name=default_prompt_name,
+        tokenizer_threads=config.tokenizer_threads,
     )
 
 

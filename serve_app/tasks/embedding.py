@@ -6,7 +6,7 @@ import numpy as np
 
 from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.options import EmbeddingOptions, SimilarityOptions
-from serve_app.tasks.inputs import tokenize_request
+from serve_app.tasks.inputs import prompt_of, tokenize_request
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, ModelCard, Request, TokenizeRequest
 
@@ -77,17 +77,6 @@ def over_windows(features: Features) -> FloatArray:
     starts = [sequences[0] for sequences in features.windows()]
     totals = np.add.reduceat(features.values * weights[:, None], starts)
     return (totals / np.add.reduceat(weights, starts)[:, None]).astype(np.float32, copy=False)
-
-
-def prompt_of(prompt_name: str | None, card: ModelCard) -> str:
-    """The text of a prompt, of the model's default one where none is named. Raises InvalidInputError."""
-    name = prompt_name if prompt_name is not None else card.default_prompt_name
-    if name is None:
-        return ""
-    if name not in card.prompts:
-        known = ", ".join(sorted(card.prompts)) or "none"
-        raise InvalidInputError(f"prompt_name: model {card.name} has no such prompt; it has: {known}")
-    return card.prompts[name]
 
 
 def normalize(vectors: FloatArray) -> FloatArray:

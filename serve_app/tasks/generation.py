@@ -37,8 +37,18 @@ class Generation:
             long_texts=long_texts,
             truncation_side=request.truncation_side if self.encodes else "left",
             prompt=self._prefix(card, options),
-            max_tokens=None if self.encodes else _prompt_limit(card, options, long_texts == "truncate"),
+            max_tokens=self._prompt_limit(card, options, long_texts == "truncate"),
         )
+
+    def _prompt_limit(self, card: ModelCard, options: GenerationOptions, cut: bool) -> int | None:
+        """Most tokens of what is read; None: as many as the model takes. Raises InvalidInputError."""
+        limit = None if self.encodes else _room_for_prompt(card, options, cut)
+        asked = options.prompt_tokens
+        if asked is None:
+            return limit
+        if asked > card.max_input_tokens:
+            raise InvalidInputError(f"truncate: must be 1 to {card.max_input_tokens}, which model {card.name} takes")
+        return asked if limit is None else min(asked, limit)
 
     def _check(self, request: Request, card: ModelCard, options: GenerationOptions) -> None:
         if request.long_texts == "windows":
@@ -85,7 +95,7 @@ def speaks_by_prefix(card: ModelCard) -> bool:
     return card.model_type == "marian" or any(task.startswith("translation") for task in card.task_prefixes)
 
 
-def _prompt_limit(card: ModelCard, options: GenerationOptions, cut: bool) -> int:
+def _room_for_prompt(card: ModelCard, options: GenerationOptions, cut: bool) -> int:
     """Tokens of a prompt for which the window has room. A prompt that is cut leaves room for the answer that was asked
     for, up to a quarter of the window; where it is refused instead, one new token is enough.
     """

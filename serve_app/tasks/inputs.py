@@ -51,3 +51,14 @@ def tokenize_request(request: Request, card: ModelCard, prompt: str = "") -> Tok
         prompt=prompt,
         stride=stride_of(request, card),
     )
+
+
+def prompt_of(prompt_name: str | None, card: ModelCard) -> str:
+    """The text of a prompt, of the model's default one where none is named. Raises InvalidInputError."""
+    name = prompt_name if prompt_name is not None else card.default_prompt_name
+    if name is None:
+        return ""
+    if name not in card.prompts:
+        known = ", ".join(sorted(card.prompts)) or "none"
+        raise InvalidInputError(f"prompt_name: model {card.name} has no such prompt; it has: {known}")
+    return card.prompts[name]

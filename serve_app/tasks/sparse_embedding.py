@@ -8,7 +8,7 @@ import numpy as np
 
 from serve_app.options import SparseEmbeddingOptions
 from serve_app.outputs import SparseVector
-from serve_app.tasks.inputs import options_of, tokenize_request
+from serve_app.tasks.inputs import options_of, prompt_of, tokenize_request
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, ModelCard, Request, TokenizeRequest
 
@@ -21,8 +21,8 @@ class SparseEmbedding:
     needs_vocabulary = False
 
     def prepare(self, request: Request, card: ModelCard) -> TokenizeRequest:
-        options_of(request, SparseEmbeddingOptions)
-        return tokenize_request(request, card)
+        options = options_of(request, SparseEmbeddingOptions)
+        return tokenize_request(request, card, prompt_of(options.prompt_name, card))
 
     def arguments(self, request: Request, vocabulary: Vocabulary | None) -> None:
         return None

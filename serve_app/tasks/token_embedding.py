@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from serve_app.options import TokenEmbeddingOptions
-from serve_app.tasks.embedding import prompt_of
-from serve_app.tasks.inputs import options_of, stride_of, tokenize_request
+from serve_app.tasks.inputs import options_of, prompt_of, stride_of, tokenize_request
 from serve_app.tasks.stitching import token_places
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, ModelCard, Request, TokenizeRequest

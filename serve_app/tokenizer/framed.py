@@ -302,8 +302,6 @@ def _frame_of(tokenizer: Tokenizer, probe: Text) -> Frame:
 
 
 def prompted(prompt: str, text: Text) -> Text:
-    if isinstance(text, tuple) and not text[1]:  # as transformers does: a pair without a second text is a text
-        text = text[0]
     return prompt + text if isinstance(text, str) else (prompt + text[0], text[1])
 
 

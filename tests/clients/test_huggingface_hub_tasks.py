@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
+from huggingface_hub.errors import (
+    GenerationError,
+    HfHubHTTPError,
+    IncompleteGenerationError,
+    TextGenerationError,
+    ValidationError,
+)
 from huggingface_hub.errors import OverloadedError as HubOverloadedError
-from huggingface_hub.errors import TextGenerationError, ValidationError
 
 from serve_app import errors
 from serve_app.ingress.protocols.huggingface.endpoint import BODIES
@@ -86,17 +93,83 @@ def test_text_generation_with_details(all_tasks: str) -> None:
     assert [piece.token.id for piece in pieces[:2]] == [10, 11]
 
 
+def test_text_generation_of_so_many_tokens_of_the_prompt(all_tasks: str) -> None:
+    generates = client(all_tasks, "text-generation")
+    generates.text_generation("a", truncate=5)
+    list(generates.text_generation("a", truncate=6, stream=True))
+    asked = [request.options for request in SERVICE.requests[-2:]]
+    assert [getattr(each, "prompt_tokens", None) for each in asked] == [5, 6]
+
+
+def test_text_generation_of_a_model_that_makes_texts_of_texts(all_tasks: str) -> None:
+    generates = client(all_tasks, "text2text-generation")
+    assert "".join(generates.text_generation("a", stream=True)) == "Once upon a time"
+    answer = generates.text_generation("a", details=True, max_new_tokens=5)
+    assert answer.details is not None
+    assert [token.text for token in answer.details.tokens] == ["Once", " upon", " a", " time"]
+    pieces = list(generates.text_generation("a", details=True, stream=True, truncate=5))
+    assert pieces[-1].generated_text == "Once upon a time"
+
+
+def test_summarization_takes_what_generate_takes_and_refuses_the_rest_by_name(all_tasks: str) -> None:
+    summarizes = client(all_tasks, "summarization")
+    chosen = {"max_length": 60, "min_length": 10, "num_beams": 4, "length_penalty": 2.0, "early_stopping": True}
+    assert summarizes.summarization("a", generate_parameters=chosen).summary_text == "Once upon a time"
+    with pytest.raises(HfHubHTTPError, match="num_return_sequences"):
+        summarizes.summarization("a", generate_parameters={**chosen, "num_return_sequences": 2})
+
+
 def test_text_generation_errors_are_the_clients_own(all_tasks: str) -> None:
     generates = client(all_tasks, "text-generation")
     with pytest.raises(ValidationError, match="best_of"):
         generates.text_generation("a", best_of=3)
-    SERVICE.failure = errors.OverloadedError("full")
+    with pytest.raises(ValidationError, match="empty text"):
+        generates.text_generation("")
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text2text-generation"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (errors.OverloadedError, HubOverloadedError),
+        (errors.ModelFailureError, GenerationError),
+        (errors.UnavailableError, GenerationError),
+        (errors.DeadlineExceededError, GenerationError),
+        (errors.InvalidInputError, ValidationError),
+    ],
+)
+def test_an_answer_that_fails_is_the_clients_own_error(
+    all_tasks: str, task: str, stream: bool, failure: type[errors.ServeAppError], raised: type[TextGenerationError]
+) -> None:
+    generates = client(all_tasks, task)
+    with failing(failure("why it failed")), pytest.raises(raised, match="why it failed"):
+        generates.text_generation("a", stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (errors.UnavailableError, IncompleteGenerationError),
+        (errors.DeadlineExceededError, IncompleteGenerationError),
+        (errors.ServerError, IncompleteGenerationError),
+        (errors.ModelFailureError, GenerationError),
+        (errors.OverloadedError, HubOverloadedError),
+    ],
+)
+def test_a_stream_that_breaks_off_is_the_clients_own_error(
+    all_tasks: str, failure: type[errors.ServeAppError], raised: type[TextGenerationError]
+) -> None:
+    generates = client(all_tasks, "text-generation")
+    with failing(failure("why it broke off"), pieces=2), pytest.raises(raised, match="why it broke off"):
+        list(generates.text_generation("a", stream=True))
+
+
+@contextlib.contextmanager
+def failing(error: errors.ServeAppError, pieces: int = 0) -> Iterator[None]:
+    SERVICE.failure, SERVICE.pieces_before_failure = error, pieces
     try:
-        with pytest.raises(HubOverloadedError, match="full"):
-            generates.text_generation("a", stream=True)
-        SERVICE.failure, SERVICE.pieces_before_failure = errors.UnavailableError("a replica was lost"), 1
-        with pytest.raises(TextGenerationError, match="a replica was lost"):
-            list(generates.text_generation("a", stream=True))
+        yield
     finally:
         SERVICE.failure, SERVICE.pieces_before_failure = None, 0
 

@@ -48,9 +48,18 @@ def test_token_ids_are_taken_one_list_or_several(client: openai.OpenAI, base_url
     assert_same([one.data[0].embedding], expected[:1])
 
 
-def test_a_model_that_is_not_served_is_not_found(client: openai.OpenAI) -> None:
+def test_the_only_model_answers_to_the_name_that_a_client_has_always_used(
+    client: openai.OpenAI, base_url: str, model: str
+) -> None:
+    answer = client.embeddings.create(model="text-embedding-3-small", input=TEXTS[0])
+    assert_same([answer.data[0].embedding], plain(base_url, TEXTS[:1]))
+    assert answer.model == model
+
+
+def test_a_model_that_is_not_served_is_not_described(base_url: str) -> None:
+    client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="not needed", max_retries=0)
     with pytest.raises(openai.NotFoundError) as caught:
-        client.embeddings.create(model="text-embedding-3-small", input="a")
+        client.models.retrieve("text-embedding-3-small")
     assert caught.value.code == "model_not_found"
     assert caught.value.type == "invalid_request_error"
     assert caught.value.request_id
@@ -68,6 +77,11 @@ def test_models_are_listed(base_url: str, model: str) -> None:
     client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="not needed", max_retries=0)
     assert [served.id for served in client.models.list()] == [model]
     assert client.models.retrieve(model).object == "model"
+
+
+def test_a_models_own_path_lists_it(base_url: str, model: str) -> None:
+    client = openai.OpenAI(base_url=f"{base_url}/models/{model}/v1", api_key="not needed", max_retries=0)
+    assert [served.id for served in client.models.list()] == [model]
 
 
 async def test_the_async_client_gets_the_same(url: str, base_url: str, model: str) -> None:

@@ -143,6 +143,35 @@ def test_token_ids_are_taken(client: Client, package: Any, base_url: str, model:
     assert_same(answer.as_numpy("embedding"), plain(base_url, ids.tolist(), normalize=True))
 
 
+def test_padding_that_a_mask_tells_is_left_out(client: Client, package: Any, base_url: str, model: str) -> None:
+    ids, mask = np.array([[101, 7592, 102, 0], [101, 102, 0, 0]], np.int64), np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
+    tensors = []
+    for name, values in (("input_ids", ids), ("attention_mask", mask)):
+        tensors.append(package.InferInput(name, values.shape, "INT64"))
+        tensors[-1].set_data_from_numpy(values)
+    answer = client.infer(model, tensors, parameters={"normalize": True})
+    assert_same(answer.as_numpy("embedding"), plain(base_url, [[101, 7592, 102], [101, 102]]))
+
+
+def test_classes_of_an_output_are_refused(client: Client, package: Any, model: str) -> None:
+    wanted = [package.InferRequestedOutput("embedding", class_count=3)]
+    with pytest.raises(InferenceServerException, match="not supported"):
+        client.infer(model, [texts(package, "text", ["a"])], outputs=wanted)
+
+
+def test_extensions_of_tritons_are_refused_over_http(base_url: str, model: str) -> None:
+    with triton_http.InferenceServerClient(base_url.removeprefix("http://")) as client:
+        for ask in (
+            client.get_model_repository_index,
+            client.get_inference_statistics,
+            lambda: client.get_inference_statistics(model),
+            lambda: client.get_model_config(model),
+            client.get_system_shared_memory_status,
+        ):
+            with pytest.raises(InferenceServerException, match="does not support"):
+                ask()
+
+
 def test_another_task_of_the_model_is_asked_by_its_name(client: Client, package: Any, model: str) -> None:
     inputs = [texts(package, "source_sentence", ["a cat"]), texts(package, "sentences", ["a kitten", "the market"])]
     answer = client.infer(model, inputs, parameters={"task": "similarity"})

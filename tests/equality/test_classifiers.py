@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.equality.matrix import TOGETHER, Models, ask, assert_same, attentions, configs, refusal, texts_of
 from tests.inprocess import served
@@ -128,6 +129,33 @@ def test_relevance_is_the_score_of_the_pair(name: str, url: str, models: Models)
         best_first = [{"index": i, "text": documents[i], "score": wanted[i]} for i in order]
         assert_same(sorted(got, key=lambda each: each["index"]), sorted(best_first, key=lambda each: each["index"]))
         assert [each["score"] for each in got] == sorted((each["score"] for each in got), reverse=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_empty_side_of_a_pair_is_scored_as_the_model_scores_it(name: str, url: str, models: Models) -> None:
+    """As a batch of pairs is tokenized, which keeps the pair where its second text is empty."""
+    given, here = models[f"{name}-rerank"], f"{url}/{name}-rerank"
+    for query, documents in (("small words", ["a line", "", "the model"]), ("", ["a line", "the model"])):
+        with torch.inference_mode():
+            wanted = [
+                float(given.model(**given.tokenizer([[query, text]], return_tensors="pt")).logits[0, 0])
+                for text in documents
+            ]
+        [ranked] = ask(f"{here}/rerank", [{"query": query, "texts": documents, "raw_scores": True}])
+        [infer] = ask(
+            f"{url.removesuffix('/models')}/v2/models/{name}-rerank/infer",
+            [
+                {
+                    "inputs": [
+                        {"name": "query", "shape": [1], "datatype": "BYTES", "data": [query]},
+                        {"name": "documents", "shape": [len(documents)], "datatype": "BYTES", "data": documents},
+                    ],
+                    "parameters": {"raw_scores": True},
+                }
+            ],
+        )
+        assert_same([each["score"] for each in sorted(ranked, key=lambda each: each["index"])], wanted)
+        assert_same(infer["outputs"][0]["data"], wanted)
 
 
 def test_what_the_pipeline_refuses_is_refused_with_the_reason(url: str, models: Models) -> None:

@@ -37,6 +37,7 @@ PREFIXES = {
 CONFIGURED: dict[str, dict[str, Any]] = {
     "gpt2-configured": {"max_new_tokens": 7, "do_sample": True, "top_k": 5, "temperature": 0.8},
     "bart-configured": {"max_new_tokens": 9, "num_beams": 2, "repetition_penalty": 1.2},
+    "bart-of-a-length": {"max_length": 14, "min_length": 6, "no_repeat_ngram_size": 2},
 }
 """What the generation config of each model says."""
 
@@ -188,6 +189,77 @@ def test_texts_of_texts_are_those_of_generate(name: str, key: str, prefix: str, 
     for got, chosen in zip(answers, options, strict=True):
         assert got == [{key: given.answer(prefix + text, **chosen)} for text in asked]
     assert again == answers[1]
+
+
+SUPPORTED: list[dict[str, Any]] = [
+    {"max_length": 9},
+    {"max_length": 20, "min_length": 15},
+    {"max_new_tokens": 8, "max_length": 3},
+    {"max_new_tokens": NEW_TOKENS, "num_beams": 3, "length_penalty": 3.0, "early_stopping": True},
+    {"max_new_tokens": NEW_TOKENS, "num_beams": 3, "length_penalty": -2.0, "early_stopping": "never"},
+    {"max_length": 15, "min_length": 9, "num_beams": 2, "no_repeat_ngram_size": 2},
+    {"max_new_tokens": NEW_TOKENS, "no_repeat_ngram_size": 1},
+    {"max_new_tokens": NEW_TOKENS, "encoder_no_repeat_ngram_size": 1},
+    {"max_new_tokens": NEW_TOKENS, "encoder_repetition_penalty": 5.0},
+    {"max_new_tokens": NEW_TOKENS, "repetition_penalty": 3.0, "min_new_tokens": 9},
+    {"max_new_tokens": NEW_TOKENS, "do_sample": True, "seed": 1, "typical_p": 0.3},
+    {"max_new_tokens": NEW_TOKENS, "do_sample": True, "seed": 2, "top_k": 0, "min_p": 0.2},
+    {"max_new_tokens": NEW_TOKENS, "do_sample": True, "seed": 3, "top_k": 0, "epsilon_cutoff": 0.05},
+    {"max_new_tokens": NEW_TOKENS, "do_sample": True, "seed": 4, "eta_cutoff": 0.05, "renormalize_logits": True},
+    {"max_new_tokens": NEW_TOKENS, "do_sample": True, "seed": 5, "num_beams": 2, "temperature": 1.5},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("bart", "generated_text"), ("t5", "generated_text"), ("marian-translation", "translation_text")]
+)
+def test_generate_parameters_mean_what_generate_makes_of_them(
+    name: str, key: str, url: str, models: Generators
+) -> None:
+    given, asked = models[name], list(TEXTS.values())[:6]
+    bodies = [{"inputs": asked, "parameters": {"generate_parameters": chosen}} for chosen in SUPPORTED]
+    for got, chosen in zip(ask(f"{url}/{name}", bodies), SUPPORTED, strict=True):
+        assert got == [{key: given.answer(text, **chosen)} for text in asked], chosen
+
+
+def test_a_length_that_counts_the_prompt_leaves_what_is_left_of_it(url: str, models: Generators) -> None:
+    given, chosen = models["gpt2"], {"max_length": 12, "do_sample": False}
+    [got] = ask(f"{url}/gpt2", [{"inputs": "small words", "parameters": chosen}])
+    assert got == [{"generated_text": given.answer("small words", **chosen)}]
+    status, why = refusal(f"{url}/gpt2", {"inputs": "small words", "parameters": {"max_length": 1}})
+    assert (status, "max_length" in why) == (422, True)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "t5", "bart"])
+def test_a_prompt_is_cut_to_so_many_tokens_from_the_left(name: str, url: str, models: Generators) -> None:
+    given, text = models[name], "one two three four five six seven eight nine ten"
+    given.tokenizer.truncation_side = "left"
+    kept = list(given.tokenizer(text, truncation=True, max_length=5)["input_ids"])
+    given.tokenizer.truncation_side = "right" if given.model.config.is_encoder_decoder else "left"
+    chosen = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    wanted = reference(given.model, kept, GenerationOptions(**chosen))
+    body = {"inputs": text, "parameters": {**chosen, "truncate": 5, "details": True}}
+    answer = httpx.post(f"{url}/{name}", json=body, timeout=60)
+    assert [token["id"] for token in answer.json()[0]["details"]["tokens"]] == wanted
+    assert (answer.headers["x-compute-tokens"], answer.headers["x-truncated-inputs"]) == ("5", "1")
+    events = streamed(f"{url}/{name}", {**body, "stream": True})
+    assert [event["token"]["id"] for event in events] == wanted
+    assert events[-1]["details"]["input_length"] == 5
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "bart-configured"])
+def test_texts_of_texts_are_streamed_as_they_are_answered(name: str, url: str, models: Generators) -> None:
+    """The last one searches with beams, as its generation config says, so that all of it comes at the end."""
+    body = {"inputs": "☕ small words", "parameters": {"seed": 9, "max_new_tokens": NEW_TOKENS}}
+    events = streamed(f"{url}/{name}", {**body, "stream": True})
+    [whole] = ask(f"{url}/{name}", [body])
+    assert "".join(event["token"]["text"] for event in events) == whole[0]["generated_text"]
+    assert events[-1]["generated_text"] == whole[0]["generated_text"]
+
+
+def test_details_are_refused_where_a_model_searches_with_beams(url: str) -> None:
+    status, why = refusal(f"{url}/bart-configured", {"inputs": "a", "parameters": {"details": True}})
+    assert (status, "num_beams" in why) == (422, True)
 
 
 def test_a_translation_begins_with_the_prefix_of_its_languages(url: str, models: Generators) -> None:

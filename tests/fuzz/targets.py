@@ -18,11 +18,13 @@ ANSWERS: Mapping[str, str] = {
     "/tokenize": EMBEDDING,
     "/decode": EMBEDDING,
     "/v1/embeddings": EMBEDDING,
+    "/embeddings": EMBEDDING,
     "/embed_sparse": "sparse-embedding",
     "/predict": "text-classification",
     "/": "question-answering",
     "/rerank": "rerank",
     "/v1/rerank": "rerank",
+    "/v2/rerank": "rerank",
     "/v1/completions": "text-generation",
     "/v1/chat/completions": "text-generation",
 }

@@ -21,7 +21,7 @@ class Verdict:
 
     def __init__(self, document: Schema) -> None:
         components = document["components"]
-        names = ("ErrorBody", "OpenAIErrorBody", "OpenInferenceError")
+        names = ("ErrorBody", "TEIErrorBody", "OpenAIErrorBody", "OpenInferenceError")
         shapes = [{"$ref": f"#/components/schemas/{name}"} for name in names]
         self._error = jsonschema.Draft202012Validator({"anyOf": shapes, "components": components})
         self._statuses = {

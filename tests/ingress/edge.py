@@ -42,6 +42,7 @@ from serve_app.outputs import (
     TaskOutput,
     TokenLogprob,
 )
+from serve_app.tasks.inputs import prompt_of
 from serve_app.tasks.registry import TASKS
 from serve_app.types import (
     Answer,
@@ -130,6 +131,7 @@ class FakeService:
         self.models = names or (CARD.name,)
         self.task = task
         self.tasks = tasks or {}
+        self.aliases: Mapping[str, str] = {}
         self.long_texts = (0, 0)
         self.pieces_before_failure = 0
         self.requests: list[Request] = []
@@ -182,9 +184,13 @@ class FakeService:
             self.cancelled.set()
             raise
 
-    async def tokenize(self, model: str, texts: Sequence[str], special_tokens: bool) -> list[list[TextToken]]:
+    async def tokenize(
+        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
+    ) -> list[list[TextToken]]:
         if self.failure is not None:
             raise self.failure
+        prompt = prompt_of(prompt_name, await self.card(model))
+        texts = [prompt + text for text in texts]
         start = [TextToken(0, "[CLS]", True, None, None)] if special_tokens else []
         return [[*start, *(TextToken(ord(c), c, False, i, i + 1) for i, c in enumerate(text))] for text in texts]
 

@@ -87,14 +87,13 @@ BAD_BODIES = dict(bad_bodies())
 
 @pytest.mark.parametrize("path", POSTS)
 @pytest.mark.parametrize("name", BAD_BODIES)
-async def test_a_bad_body_is_a_4xx_and_the_next_request_is_answered(
-    client: httpx.AsyncClient, service: FakeService, path: str, name: str
-) -> None:
-    bad = await client.post(concrete(path), content=BAD_BODIES[name])
-    assert 400 <= bad.status_code < 500, bad.text
-    assert bad.json()["error"]
-    assert service.requests == []
-    assert (await client.post(concrete(path), json=example_of(path))).status_code == 200
+async def test_a_bad_body_is_a_4xx_and_the_next_request_is_answered(service: FakeService, path: str, name: str) -> None:
+    async with client_of(service, any_model_name=False) as client:
+        bad = await client.post(concrete(path), content=BAD_BODIES[name])
+        assert 400 <= bad.status_code < 500, bad.text
+        assert bad.json()["error"]
+        assert service.requests == []
+        assert (await client.post(concrete(path), json=example_of(path))).status_code == 200
 
 
 TEXT_FIELDS = [
@@ -109,7 +108,7 @@ TEXT_FIELDS = [
 
 
 @pytest.mark.parametrize(("path", "field"), TEXT_FIELDS)
-@pytest.mark.parametrize("name", dict(bad_texts()))
+@pytest.mark.parametrize("name", sorted(dict(bad_texts()).keys() - {"an empty text"}))
 async def test_a_bad_value_for_any_other_field_is_a_4xx_too(
     client: httpx.AsyncClient, service: FakeService, path: str, field: str, name: str
 ) -> None:

@@ -11,7 +11,13 @@ import jsonschema
 import pytest
 
 from serve_app import errors
-from serve_app.ingress.asgi import App
+from serve_app.config import ApiKeysConfig, IngressSettings
+from serve_app.ingress.access import Guard
+from serve_app.ingress.asgi import App, create_app
+from serve_app.ingress.door import Door
+from serve_app.ingress.keys import Key, KeyRing, digest_of
+from serve_app.ingress.protocols.open_inference import unsupported
+from serve_app.ingress.service import SettingsRef
 from serve_app.ingress.statuses import STATUSES
 from tests.ingress.edge import FakeService, client_of, edge_app
 
@@ -56,7 +62,8 @@ def concrete(path: str) -> str:
 
 def test_every_route_but_the_documentations_own_is_documented() -> None:
     routes = {(route.method.lower(), route.path) for route in edge_app(FakeService()).routes}
-    assert routes - set(OPERATIONS) == {("get", path) for path in PAGES} | {("get", "/")}
+    refused = {(route.method.lower(), route.path) for route in unsupported.routes()}
+    assert routes - set(OPERATIONS) == {("get", path) for path in PAGES} | {("get", "/")} | refused
     assert set(OPERATIONS) <= routes
 
 
@@ -65,6 +72,22 @@ def test_every_reference_leads_somewhere_and_every_schema_is_a_schema() -> None:
     assert references == set(DOCUMENT["components"]["schemas"])
     for schema in DOCUMENT["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
+
+
+async def test_keys_are_asked_for_where_the_document_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEYS", Key("alice", digest_of(b"k")).line)
+    guard = Guard(KeyRing(ApiKeysConfig(environment="SOME_KEYS")))
+    app = create_app(FakeService(), SettingsRef(IngressSettings()), door=Door(guard))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as client:
+        document = (await client.get("/openapi.json")).json()
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                response = await client.request(method, concrete(path))
+                assert (response.status_code == 401) == ("security" in operation), path
+    assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    assert "An API key is asked for" in document["info"]["description"]
+    assert "securitySchemes" not in DOCUMENT["components"]
+    assert "No API key is asked for" in DOCUMENT["info"]["description"]
 
 
 def test_operations_have_names_of_their_own() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
 from serve_app.errors import ModelNotFoundError, UnavailableError
-from tests.ingress.edge import FakeService, client_of
+from serve_app.ingress.service import ModelInfo
+from tests.ingress.edge import CARD, FakeService, client_of
+from tests.ingress.test_openapi import schema_of
 
 
 async def test_health_is_of_the_process_and_readiness_of_the_models(
@@ -47,6 +51,8 @@ async def test_info_has_teis_fields_for_the_only_model(client: httpx.AsyncClient
         "max_batch_tokens": 1024,
         "max_client_batch_size": 2048,
         "auto_truncate": True,
+        "max_concurrent_requests": 1000,
+        "tokenization_workers": 1,
         "device": "cpu",
         "prompts": ["query"],
     }
@@ -61,6 +67,44 @@ async def test_info_of_several_models_lists_them() -> None:
         assert [model["served_model_name"] for model in info["models"]] == ["small", "large"]
         assert "model_id" not in info
         assert (await client.get("/models/large/info")).json()["served_model_name"] == "large"
+
+
+LABELS = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "told"),
+    [
+        ("embedding", (), {"embedding": {"pooling": "mean"}}),
+        ("sparse-embedding", (), {"embedding": {"pooling": "splade"}}),
+        ("text-classification", ("no", "yes"), {"classifier": LABELS}),
+        ("zero-shot-classification", ("no", "yes"), {"classifier": LABELS}),
+        ("rerank", ("it",), {"reranker": {"id2label": {"0": "it"}, "label2id": {"it": 0}}}),
+        ("token-classification", ("no", "yes"), {"token-classification": LABELS}),
+        ("fill-mask", (), {"fill-mask": {}}),
+        ("question-answering", (), {"question-answering": {}}),
+        ("text-generation", (), {"text-generation": {"chat": False}}),
+        ("summarization", (), {"summarization": {"chat": False}}),
+    ],
+)
+async def test_info_tells_the_kind_of_model_in_teis_shape(
+    client: httpx.AsyncClient, service: FakeService, task: str, labels: tuple[str, ...], told: Any
+) -> None:
+    card = replace(CARD, task=task, labels=labels, tokenizer_threads=3)
+
+    async def described(name: str) -> ModelInfo:
+        return ModelInfo(card)
+
+    service.info = described  # type: ignore[method-assign]
+    info = (await client.get("/info")).json()
+    assert (info["model_type"], info["tokenization_workers"]) == (told, 3)
+    jsonschema.validate(info, schema_of("/info", "get", 200), jsonschema.Draft202012Validator)
+
+
+async def test_workers_of_several_models_are_added() -> None:
+    async with client_of(FakeService("small", "large"), max_concurrent_requests=7) as client:
+        info = (await client.get("/info")).json()
+    assert (info["tokenization_workers"], info["max_concurrent_requests"]) == (2, 7)
 
 
 async def test_info_before_any_replica_answered_has_what_the_files_say(

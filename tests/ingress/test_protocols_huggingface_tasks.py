@@ -199,9 +199,9 @@ async def test_details_tell_tokens_and_why_the_answer_ended() -> None:
     assert details["top_tokens"][0][0]["text"] == "x"
 
 
-@pytest.mark.parametrize("name", ["best_of", "frequency_penalty", "typical_p", "grammar", "adapter_id"])
+@pytest.mark.parametrize("name", ["best_of", "frequency_penalty", "watermark", "grammar", "adapter_id"])
 async def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
-    value = {"grammar": {"type": "json"}, "adapter_id": "x"}.get(name, 2)
+    value = {"grammar": {"type": "json"}, "adapter_id": "x", "watermark": True}.get(name, 2)
     response = await refused("text-generation", {"inputs": "a", "parameters": {name: value}})
     assert response.status_code == 422
     assert name in response.json()["error"]

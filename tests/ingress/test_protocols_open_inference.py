@@ -15,9 +15,10 @@ import pytest
 from serve_app import errors
 from serve_app.config import IngressSettings
 from serve_app.ingress.door import Door
-from serve_app.ingress.protocols.open_inference import messages
+from serve_app.ingress.protocols.open_inference import messages, unsupported
 from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods, code_of
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS
+from serve_app.ingress.routes import Route
 from serve_app.ingress.service import SettingsRef
 from serve_app.ingress.statuses import STATUSES
 from serve_app.tasks.generation import GENERATING
@@ -280,6 +281,51 @@ async def test_what_is_not_there_is_not_found_in_the_protocols_shape(path: str, 
     assert "error_type" not in response.json()
 
 
+IDS = {"name": "input_ids", "shape": [2, 4], "datatype": "INT64", "data": [[5, 6, 0, 0], [7, 8, 9, 4]]}
+
+
+def mask_of(*rows: list[int], **keys: Any) -> dict[str, Any]:
+    return {"name": "attention_mask", "shape": [len(rows), len(rows[0])], "datatype": "INT64", "data": rows, **keys}
+
+
+@pytest.mark.parametrize(
+    ("rows", "left"),
+    [
+        (([1, 1, 0, 0], [1, 1, 1, 1]), ((5, 6), (7, 8, 9, 4))),
+        (([0, 1, 0, 0], [0, 0, 1, 1]), ((6,), (9, 4))),
+    ],
+)
+async def test_a_mask_leaves_padding_out(client: httpx.AsyncClient, service: FakeService, rows: Any, left: Any) -> None:
+    response = await client.post("/v2/models/tiny/infer", json=body_of(IDS, mask_of(*rows)))
+    assert response.status_code == 200, response.text
+    assert service.requests[0].inputs == left
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ((IDS, mask_of([1, 0, 1, 0], [1, 1, 1, 1])), "row 0 has a 0 between"),
+        ((IDS, mask_of([0, 0, 0, 0], [1, 1, 1, 1])), "row 0 masks every token"),
+        ((IDS, mask_of([2, 1, 0, 0], [1, 1, 1, 1])), "0 and 1 only"),
+        ((IDS, mask_of([1, 1, 1, 1])), "another shape"),
+        ((IDS, bytes_tensor("attention_mask", *"11111111") | {"shape": [2, 4]}), "0 and 1 only"),
+        ((bytes_tensor("text", "a"), mask_of([1])), "goes with input_ids"),
+    ],
+)
+async def test_a_mask_that_is_none_is_refused(client: httpx.AsyncClient, inputs: Any, said: str) -> None:
+    response = await client.post("/v2/models/tiny/infer", json=body_of(*inputs))
+    assert response.status_code in (400, 422)
+    assert said in response.json()["error"]
+
+
+@pytest.mark.parametrize("route", unsupported.routes(), ids=lambda route: f"{route.method} {route.path}")
+async def test_what_is_tritons_own_is_not_found_and_says_so(client: httpx.AsyncClient, route: Route) -> None:
+    response = await client.request(route.method, route.path.replace("{name}", "tiny"))
+    assert response.status_code == 404
+    assert set(response.json()) == {"error", "code", "request_id"}
+    assert response.json()["error"].startswith("this server does not support ")
+
+
 class Context:
     """What Serve hands to a method of the gRPC service."""
 
@@ -362,6 +408,20 @@ async def test_a_grpc_message_is_bounded_as_a_body(service: FakeService) -> None
     context = Context()
     await Servicer(service, max_body_bytes=1000).ModelInfer(request_of("a" * 2000), context)
     assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("name", ["classification", "shared_memory_byte_size"])
+@pytest.mark.parametrize("where", ["inputs", "outputs"])
+async def test_extensions_that_are_not_served_are_refused_as_over_http(
+    service: FakeService, where: str, name: str
+) -> None:
+    request, context = request_of("a"), Context()
+    request.outputs.add(name="embedding")
+    getattr(request, where)[0].parameters[name].int64_param = 3
+    await Servicer(service).ModelInfer(request, context)
+    assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "not supported" in context.details
+    assert service.requests == []
 
 
 async def test_a_late_answer_is_cancelled(service: FakeService) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from serve_app import errors
 from serve_app.options import EmbeddingOptions
-from tests.ingress.edge import FakeService, unit, vector
+from tests.ingress.edge import FakeService, client_of, unit, vector
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,6 @@ async def test_the_model_may_be_left_out_where_there_is_one(client: httpx.AsyncC
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
-        ({"input": "a", "model": "text-embedding-3-small"}, 404, "model_not_found"),
         ({"model": "tiny"}, 400, "malformed_request"),
         ({"input": [], "model": "tiny"}, 400, "empty_input"),
         ({"input": [""], "model": "tiny"}, 400, "empty_input"),
@@ -102,3 +101,10 @@ async def test_models_are_listed_and_told_one_by_one(client: httpx.AsyncClient) 
     missing = await client.get("/v1/models/other")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
+
+
+async def test_a_models_own_path_lists_it_alone() -> None:
+    async with client_of(FakeService("small", "large")) as client:
+        listed = (await client.get("/models/large/v1/models")).json()
+        assert (listed["object"], [model["id"] for model in listed["data"]]) == ("list", ["large"])
+        assert (await client.get("/models/other/v1/models")).status_code == 404

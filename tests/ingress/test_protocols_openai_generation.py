@@ -139,11 +139,73 @@ async def test_what_is_not_supported_is_refused_by_name(
         {"messages": HELLO, "stop": ["a"] * 17},
         {"messages": HELLO, "seed": -1},
         {"messages": [{"role": "nobody", "content": "a"}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        {"messages": [{"role": "user", "content": None}]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": ["a"]}]},
     ],
 )
 async def test_options_out_of_range_are_refused(client: httpx.AsyncClient, body: Any) -> None:
     assert (await client.post("/v1/chat/completions", json=body)).status_code == 400
+
+
+async def test_a_turn_of_the_assistants_may_have_no_content(client: httpx.AsyncClient, service: FakeService) -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]}
+    await post(client, "/v1/chat/completions", {"messages": [*HELLO, called, {"role": "tool", "content": "42"}]})
+    (chat,) = service.requests[0].inputs
+    assert isinstance(chat, Chat)
+    assert [(turn.role, turn.content) for turn in chat.messages[1:]] == [("assistant", ""), ("tool", "42")]
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "a-kind-that-must-not-come-back"])
+async def test_parts_that_are_no_text_are_refused_by_their_type(client: httpx.AsyncClient, kind: str) -> None:
+    content = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "x"}}]
+    response = await client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
+    assert response.status_code == 422
+    assert (kind in response.text) == ("must-not" not in kind)
+    assert "content[1]" in response.json()["error"]["message"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", TOOLS),
+        ("functions", [{"name": "f"}]),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "x"}),
+        ("tool_choice", "required"),
+        ("function_call", {"name": "f"}),
+        ("response_format", {"type": "json_object"}),
+    ],
+)
+async def test_what_a_chat_cannot_do_here_is_refused_by_name(client: httpx.AsyncClient, field: str, value: Any) -> None:
+    response = await client.post("/v1/chat/completions", json={"messages": HELLO, field: value})
+    assert response.status_code == 422
+    assert f"`{field}`" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none"},
+        {"tools": [], "tool_choice": "auto"},
+        {"modalities": ["text"]},
+        {"response_format": {"type": "text"}},
+    ],
+)
+async def test_what_changes_nothing_passes(client: httpx.AsyncClient, fields: Any) -> None:
+    await post(client, "/v1/chat/completions", {"messages": HELLO, **fields})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompts_log_probabilities_are_refused(client: httpx.AsyncClient, stream: bool) -> None:
+    body = {"prompt": "a", "echo": True, "logprobs": 0, "stream": stream}
+    response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 422
+    assert "`echo` with `logprobs`" in response.json()["error"]["message"]
 
 
 async def test_documents_are_put_in_order(client: httpx.AsyncClient, service: FakeService) -> None:

@@ -13,6 +13,7 @@ from serve_app.options import (
     EmbeddingOptions,
     RerankOptions,
     SimilarityOptions,
+    SparseEmbeddingOptions,
     TokenEmbeddingOptions,
 )
 from tests.ingress.edge import FakeService, client_of, unit, vector
@@ -142,7 +143,6 @@ async def test_costs_are_told_in_teis_headers(client: httpx.AsyncClient, service
         ({"inputs": "a", "truncation_direction": "up"}, 400, "malformed_request", "'left' or 'right'"),
         ({"inputs": "a", "dimensions": 2.5}, 400, "malformed_request", "`dimensions`"),
         ({"inputs": "a", "model": 5}, 400, "malformed_request", "`model`"),
-        ({"inputs": "a", "model": "other"}, 404, "model_not_found", "there is: tiny"),
         ([], 400, "malformed_request", "must be a JSON object"),
         ("text", 400, "malformed_request", "must be a JSON object"),
     ],
@@ -155,6 +155,7 @@ async def test_bad_input_is_told_in_one_sentence_that_names_the_field(
     assert (response.status_code, error["code"]) == (status, code)
     assert said in error["error"]
     assert set(error) == {"error", "error_type", "code", "request_id"}
+    assert error["error_type"] == ("Empty" if code == "empty_input" else "Validation")
     assert error["request_id"] == response.headers["x-request-id"]
     assert service.requests == []
 
@@ -184,7 +185,6 @@ async def test_errors_never_repeat_the_input(client: httpx.AsyncClient) -> None:
         {"inputs": [canary, 1]},
         {"inputs": "a", "truncate": canary},
         {"inputs": "a", "truncation_direction": canary},
-        {"inputs": "a", "model": canary},
         {"inputs": "a", "prompt_name": canary},
         {"inputs": {"source_sentence": canary}},
         canary,
@@ -236,8 +236,10 @@ PREDICTION = [{"score": 0.75, "label": "POSITIVE"}, {"score": 0.25, "label": "NE
         (["a", "b"], (("a", "b"),), PREDICTION),
         ([["a"], ["b", "c"]], ("a", ("b", "c")), [PREDICTION, PREDICTION]),
         ([["a"]], ("a",), [PREDICTION]),
+        (["a", ""], (("a", ""),), PREDICTION),
+        ([["", "b"], ["c"]], (("", "b"), "c"), [PREDICTION, PREDICTION]),
     ],
-    ids=["text", "two texts are a pair", "batch", "batch of one"],
+    ids=["text", "two texts are a pair", "batch", "batch of one", "no second text", "no first text"],
 )
 async def test_predict_tells_texts_pairs_and_batches_apart(
     client: httpx.AsyncClient, service: FakeService, inputs: Any, understood: tuple[Any, ...], answered: Any
@@ -251,6 +253,47 @@ async def test_predict_tells_texts_pairs_and_batches_apart(
 async def test_predict_refuses_what_is_neither(client: httpx.AsyncClient, service: FakeService, inputs: Any) -> None:
     assert (await client.post("/predict", json={"inputs": inputs})).status_code == 400
     assert service.requests == []
+
+
+@pytest.mark.parametrize("inputs", ["", ["", ""], [["a", "b"], ["", ""]], [[""]]], ids=repr)
+async def test_predict_refuses_a_text_or_a_pair_without_anything(client: httpx.AsyncClient, inputs: Any) -> None:
+    response = await client.post("/predict", json={"inputs": inputs})
+    assert (response.status_code, response.json()["error_type"]) == (400, "Empty")
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/models/tiny/v2/rerank"])
+async def test_a_query_or_a_document_may_be_empty_but_not_both(client: httpx.AsyncClient, path: str) -> None:
+    field = "texts" if path == "/rerank" else "documents"
+    for query, documents, status in (("q", ["a", ""], 200), ("", ["a"], 200), ("", ["a", ""], 400), ("q", [], 400)):
+        response = await client.post(path, json={"query": query, field: documents})
+        assert response.status_code == status
+        if status == 400:
+            assert "empty_input" in response.text
+
+
+async def test_rerank_tells_where_documents_go(client: httpx.AsyncClient) -> None:
+    response = await client.post("/rerank", json={"query": "q", "documents": ["a"]})
+    assert response.status_code == 400
+    assert "/v1/rerank" in response.json()["error"]
+
+
+async def test_the_root_of_a_model_that_reranks_takes_what_rerank_takes(
+    client: httpx.AsyncClient, service: FakeService
+) -> None:
+    service.task = "rerank"
+    body = {"query": "q", "texts": ["a", "b"], "return_text": True, "raw_scores": True}
+    for path in ("/", "/models/tiny"):
+        assert await post(client, path, body) == await post(client, "/rerank", body)
+    assert await post(client, "/", {"inputs": {"source_sentence": "q", "sentences": ["a", "b"]}}) == [0.0, 0.125]
+    hint = await client.post("/", json={"query": "q", "documents": ["a"]})
+    assert (hint.status_code, "/v1/rerank" in hint.json()["error"]) == (400, True)
+
+
+async def test_other_paths_of_teis_lead_to_the_same(client: httpx.AsyncClient) -> None:
+    for path in ("", "/models/tiny"):
+        told = await post(client, f"{path}/v1/embeddings", {"input": "a"})
+        assert await post(client, f"{path}/embeddings", {"input": "a"}) == told
+    assert (await client.get("/ping")).json() == (await client.get("/health")).json()
 
 
 async def test_rerank_puts_the_best_first(client: httpx.AsyncClient, service: FakeService) -> None:
@@ -281,6 +324,26 @@ async def test_tokens_become_text_again(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize("ids", [[], [[]], [[1], 2], [1, [2]], ["a"], [-1], 5, None])
 async def test_decode_takes_token_ids_only(client: httpx.AsyncClient, ids: Any) -> None:
     assert (await client.post("/decode", json={"ids": ids})).status_code == 400
+
+
+async def test_a_prompt_stands_before_what_is_tokenized(client: httpx.AsyncClient) -> None:
+    (tokens,) = await post(client, "/tokenize", {"inputs": "a", "prompt_name": "query", "add_special_tokens": False})
+    assert "".join(token["text"] for token in tokens) == "query: a"
+    assert (tokens[-1]["start"], tokens[-1]["stop"]) == (7, 8)
+
+
+async def test_a_prompt_that_the_model_does_not_have_is_refused_where_texts_are_tokenized(
+    client: httpx.AsyncClient,
+) -> None:
+    response = await client.post("/tokenize", json={"inputs": "a", "prompt_name": "other"})
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_input")
+
+
+async def test_sparse_embeddings_take_a_prompt(client: httpx.AsyncClient, service: FakeService) -> None:
+    service.task = "sparse-embedding"
+    await post(client, "/embed_sparse", {"inputs": "a", "prompt_name": "query"})
+    await post(client, "/", {"inputs": "a", "prompt_name": "query"})
+    assert [request.options for request in service.requests] == [SparseEmbeddingOptions("query")] * 2
 
 
 async def test_texts_to_tokenize_have_the_limits_of_other_texts(service: FakeService) -> None:

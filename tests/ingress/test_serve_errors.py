@@ -48,6 +48,7 @@ def serve_says(status: int, *, wait_s: float | None = None, body: Any = SECRET) 
     ("path", "shape"),
     [
         ("/embed", {"error", "error_type", "code", "request_id"}),
+        ("/models/tiny", {"error", "error_type", "code", "request_id"}),
         ("/v1/embeddings", {"error"}),
         ("/prefix/v1/embeddings", {"error"}),
         ("/v2/models/tiny/infer", {"error", "code", "request_id"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deploy.examples.make_tiny_models import unigram, wordpiece
 from serve_app.errors import InvalidInputError
@@ -13,6 +13,7 @@ from serve_app.ingress.service import TextToken
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.encoder import Encoder
+from tests.tokenizer.kinds import byte_level
 
 TEXTS = ("a small cat", "naïve café, élève, 42 times", "what is a kitten? " * 40)
 
@@ -38,9 +39,21 @@ def test_tokens_are_those_of_the_whole_text(folder: Path, limit: int, special_to
     reference = AutoTokenizer.from_pretrained(folder)
     for text, tokens in zip(TEXTS, tokens_of(folder, limit, special_tokens), strict=True):
         assert [t.id for t in tokens] == reference(text, add_special_tokens=special_tokens)["input_ids"]
-        assert all(t.text == text[t.start : t.stop] for t in tokens if not t.special)
+        assert all(t.text == text.encode()[t.start : t.stop].decode() for t in tokens if not t.special)
         assert all((t.start, t.stop) == (None, None) for t in tokens if t.special)
         assert any(t.special for t in tokens) == special_tokens
+
+
+def test_places_are_bytes_as_in_text_embeddings_inference(tmp_path: Path) -> None:
+    """Its tokenizer counts bytes (core/src/tokenization.rs), and byte-level tokens of one character share its place."""
+    PreTrainedTokenizerFast(tokenizer_object=byte_level()).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    encoder, text = Encoder(tmp_path, 64), "Hello ☕ é!"
+    (tokens,) = text_tokens([text], encoder.encode([whole_texts([text])]), Vocabulary.read(encoder.definition), True)
+    own = [token for token in tokens if not token.special]
+    assert {token.text.strip(): (token.start, token.stop) for token in own}["☕"] in ((5, 9), (6, 9))
+    assert own[-1] == TextToken(own[-1].id, "!", False, 12, 13)
+    assert all(token.text == text.encode()[token.start : token.stop].decode() for token in own)
 
 
 def test_ids_become_text_with_and_without_special_tokens(folder: Path) -> None:

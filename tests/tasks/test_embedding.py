@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from serve_app.errors import InvalidInputError, MalformedRequestError
-from serve_app.options import EmbeddingOptions, SimilarityOptions
+from serve_app.options import EmbeddingOptions, SimilarityOptions, SparseEmbeddingOptions
 from serve_app.tasks.embedding import Embedding, normalize
 from serve_app.tasks.generation import GENERATING
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
+from serve_app.tasks.sparse_embedding import SparseEmbedding
 from serve_app.types import Features, FloatArray, LongTexts, ModelCard, Request, TokenizeRequest
 from tests.batches import NO_TOKENS
 
@@ -66,6 +67,13 @@ def test_the_request_decides_about_long_texts_and_else_the_model(configured: Lon
     assert Embedding().prepare(request(long_texts=asked, stride=5), card).stride == 5
     assert Embedding().prepare(request(long_texts=None), card).long_texts == configured
     assert Embedding().prepare(request(long_texts=None), card).stride == 3
+
+
+def test_a_sparse_embedding_has_prompts_too() -> None:
+    asked = replace(request(), options=SparseEmbeddingOptions("query"))
+    assert SparseEmbedding().prepare(asked, CARD).prompt == "query: "
+    with pytest.raises(InvalidInputError, match="passage, query"):
+        SparseEmbedding().prepare(replace(asked, options=SparseEmbeddingOptions("other")), CARD)
 
 
 def test_the_prompt_is_the_named_one_or_the_models_default_or_none() -> None:

@@ -57,6 +57,17 @@ def test_a_prompt_that_is_not_cut_may_leave_room_for_one_token() -> None:
     assert (asked.long_texts, asked.max_tokens) == ("error", 999)
 
 
+@pytest.mark.parametrize(("task", "card"), [("text-generation", CARD), ("summarization", T5)])
+def test_a_prompt_of_so_many_tokens_is_what_was_asked_for(task: str, card: ModelCard) -> None:
+    assert prepare(task, card, prompt_tokens=5).max_tokens == 5
+    with pytest.raises(InvalidInputError, match="1 to 1000"):
+        prepare(task, card, prompt_tokens=1001)
+
+
+def test_a_prompt_of_so_many_tokens_still_leaves_room_for_the_answer() -> None:
+    assert prepare("text-generation", CARD, prompt_tokens=1000, max_new_tokens=100).max_tokens == 900
+
+
 def test_what_an_encoder_reads_shares_its_window_with_no_answer() -> None:
     asked = prepare("summarization", T5, max_new_tokens=100)
     assert (asked.max_tokens, asked.truncation_side) == (None, "right")

@@ -67,7 +67,7 @@ def test_windows_of_a_pair_have_the_other_text_in_each(
 ) -> None:
     pair = (text, "the model") if cut == "only_first" else ("the model", text)
     wanted = reference(
-        *pair,
+        *([each] for each in pair),
         truncation=cut,
         max_length=LIMIT,
         stride=2,
@@ -91,12 +91,13 @@ def test_what_is_kept_of_a_pair_is_what_the_reference_keeps(
     pairs = {"only_first": [(text, "the")], "only_second": [("the", text)]}
     for pair in pairs.get(cut, [(text, "the"), ("the", text), (text, "a long line " * 20)]):
         reference.truncation_side = side
-        wanted = reference(*pair, truncation=cut, max_length=LIMIT, return_offsets_mapping=True)
+        batched = [[each] for each in pair]  # alone, a pair without a second text would be no pair
+        wanted = reference(*batched, truncation=cut, max_length=LIMIT, return_offsets_mapping=True)
         batch = one(encoder, pair, cut=cut, long_texts="truncate", truncation_side=side, align=True)
-        assert sequences(batch) == [wanted["input_ids"]]
-        assert batch.truncated.tolist() == [len(reference(*pair)["input_ids"]) > LIMIT]
+        assert sequences(batch) == wanted["input_ids"]
+        assert batch.truncated.tolist() == [len(reference(*batched)["input_ids"][0]) > LIMIT]
         assert batch.alignment is not None
-        assert batch.alignment.offsets.tolist() == [list(offsets) for offsets in wanted["offset_mapping"]]
+        assert batch.alignment.offsets.tolist() == [list(offsets) for offsets in wanted["offset_mapping"][0]]
     reference.truncation_side = "right"
 
 

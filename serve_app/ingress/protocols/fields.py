@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
@@ -26,7 +27,9 @@ class InferenceBody(Body, ABC):
     """A body that asks one model for something."""
 
     model: str | None = Field(
-        None, description="Name of the model. May be left out where the path names it or only one is served."
+        None,
+        description="Name of the model, or one of its aliases. May be left out where the path names it; where only one "
+        "is served any name will do, unless the server is configured otherwise (`any_model_name`).",
     )
 
     @property
@@ -89,12 +92,29 @@ def read_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     return texts(value, info.field_name or "texts")
 
 
+def read_any_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    """A list of texts, some of which may be empty. Raises EmptyInputError or MalformedRequestError."""
+    name = info.field_name or "texts"
+    return tuple(any_text(item, f"{name}[{index}]") for index, item in enumerate(some_list(value, name)))
+
+
 def texts(value: Any, where: str) -> tuple[str, ...]:
+    return tuple(text(item, f"{where}[{index}]") for index, item in enumerate(some_list(value, where)))
+
+
+def some_list(value: Any, where: str) -> list[Any]:
+    """Raises EmptyInputError or MalformedRequestError."""
     if type(value) is not list:
         raise MalformedRequestError(f"`{where}` is {kind(value)}; send a list of texts")
     if not value:
         raise EmptyInputError(f"`{where}` is empty; send at least one text")
-    return tuple(text(item, f"{where}[{index}]") for index, item in enumerate(value))
+    return value
+
+
+def check_query(query: str, documents: Sequence[str], where: str) -> None:
+    """Either side of a pair may be empty, but not both. Raises EmptyInputError; `where` is the documents' field."""
+    if not query and "" in documents:
+        raise EmptyInputError(f"`query` and `{where}[{list(documents).index('')}]` are both empty; send either")
 
 
 def _one_of_several(item: Any, where: str) -> TextInput:
@@ -103,12 +123,17 @@ def _one_of_several(item: Any, where: str) -> TextInput:
     return text(item, where)
 
 
-def text(value: Any, where: str) -> str:
+def any_text(value: Any, where: str) -> str:
+    """A text, which may be empty."""
     if type(value) is not str:
         raise MalformedRequestError(f"`{where}` is {kind(value)}; send a text")
-    if not value:
-        raise EmptyInputError(f"`{where}` is an empty text; leave it out")
     return value
+
+
+def text(value: Any, where: str) -> str:
+    if not any_text(value, where):
+        raise EmptyInputError(f"`{where}` is an empty text; leave it out")
+    return str(value)
 
 
 def token_ids(values: list[Any], where: str) -> TokenIds:
@@ -162,7 +187,11 @@ SIMILARITY_SCHEMA: dict[str, Any] = {
 TEXTS_SCHEMA: dict[str, Any] = {"type": "array", "items": TEXT_SCHEMA, "minItems": 1}
 
 Texts = Annotated[tuple[str, ...], PlainValidator(read_texts), WithJsonSchema(TEXTS_SCHEMA)]
-Text = Annotated[str, Field(min_length=1)]
+AnyTexts = Annotated[
+    tuple[str, ...],
+    PlainValidator(read_any_texts),
+    WithJsonSchema({"type": "array", "items": {"type": "string"}, "minItems": 1}),
+]
 Inputs = Annotated[tuple[TextInput, ...], PlainValidator(read_inputs), WithJsonSchema(INPUTS_SCHEMA)]
 Similarity = Annotated[SimilarityInputs, PlainValidator(read_similarity), WithJsonSchema(SIMILARITY_SCHEMA)]
 InputsOrSimilarity = Annotated[

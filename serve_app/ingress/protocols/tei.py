@@ -14,10 +14,11 @@ import numpy as np
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
 from serve_app.ingress.protocols import tei_tokens
-from serve_app.ingress.protocols.envelope import ErrorBody, write_error
+from serve_app.ingress.protocols.envelope import TEIErrorBody, write_tei_error
 from serve_app.ingress.protocols.fields import (
     TEXT_SCHEMA,
     Dimensions,
@@ -27,17 +28,16 @@ from serve_app.ingress.protocols.fields import (
     Normalize,
     PromptName,
     Similarity,
-    Text,
-    Texts,
+    any_text,
     documented,
     text,
 )
+from serve_app.ingress.protocols.ranks import Rank, RankFields, write_ranks
 from serve_app.ingress.protocols.sparse import SparseEntry, sparse_entries
-from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Dialect, Route
+from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.options import (
     ClassificationOptions,
     EmbeddingOptions,
-    RerankOptions,
     SimilarityOptions,
     SparseEmbeddingOptions,
     TokenEmbeddingOptions,
@@ -45,7 +45,7 @@ from serve_app.options import (
 from serve_app.outputs import FloatArray, LabelScore
 from serve_app.types import Answer, Request, TextInput
 
-DIALECT = Dialect("Text Embeddings Inference", write_error, ErrorBody)
+DIALECT = Dialect("Text Embeddings Inference", write_tei_error, TEIErrorBody)
 
 
 class EmbedBody(LongTextFields, InferenceBody):
@@ -82,9 +82,11 @@ class EmbedSparseBody(LongTextFields, InferenceBody):
     model_config = documented(inputs=["What is Deep Learning?"])
 
     inputs: Inputs
+    prompt_name: PromptName = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        return self.request(request_id, model, "sparse-embedding", self.inputs, SparseEmbeddingOptions())
+        options = SparseEmbeddingOptions(self.prompt_name)
+        return self.request(request_id, model, "sparse-embedding", self.inputs, options)
 
 
 class SimilarityParameters(LongTextFields):
@@ -132,11 +134,20 @@ def _text_or_pair(value: list[Any], where: str) -> TextInput:
         raise EmptyInputError(f"`{where}` is an empty list; leave it out")
     if len(value) > 2:
         raise MalformedRequestError(f"`{where}` has {len(value)} texts; one is a text, two are a pair")
-    texts = [text(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+    if len(value) == 1:
+        return text(value[0], f"{where}[0]")
+    first, second = (any_text(item, f"{where}[{index}]") for index, item in enumerate(value))
+    if not first and not second:
+        raise EmptyInputError(f"`{where}` is a pair of empty texts; leave it out")
+    return first, second
 
 
-_PAIR_SCHEMA = {"type": "array", "items": TEXT_SCHEMA, "minItems": 1, "maxItems": 2}
+_PAIR_SCHEMA = {
+    "anyOf": [
+        {"type": "array", "items": TEXT_SCHEMA, "minItems": 1, "maxItems": 1},
+        {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
+    ]
+}
 
 ClassifiedInputs = Annotated[
     Classified,
@@ -163,18 +174,10 @@ class PredictBody(LongTextFields, InferenceBody):
         return self.request(request_id, model, "text-classification", tuple(self.inputs), options)
 
 
-class RerankBody(LongTextFields, InferenceBody):
+class RerankBody(RankFields):
     """A query, and texts to put in order by their relevance to it."""
 
     model_config = documented(query="What is Deep Learning?", texts=["Deep Learning is…", "A cheese."])
-
-    query: Text
-    texts: Texts
-    raw_scores: bool = Field(False, description="The model's outputs themselves instead of probabilities.")
-    return_text: bool = Field(False, description="Answer with the texts too.")
-
-    def to_request(self, request_id: str, model: str) -> Request:
-        return self.request(request_id, model, "rerank", (self.query, *self.texts), RerankOptions(self.raw_scores))
 
 
 class Prediction(BaseModel):
@@ -182,14 +185,6 @@ class Prediction(BaseModel):
 
     score: float
     label: str
-
-
-class Rank(BaseModel):
-    """A text's place among `texts`, and its relevance."""
-
-    index: int
-    score: float
-    text: str | None = None
 
 
 def write_output(body: InferenceBody, request: Request, answer: Answer) -> bytes:
@@ -211,16 +206,6 @@ def write_predictions(body: PredictBody, request: Request, answer: Answer) -> by
     found = cast("Sequence[Sequence[LabelScore]]", answer.output)
     written = [[{"score": each.score, "label": each.label} for each in scores] for scores in found]
     return encode(written if isinstance(body.inputs, ClassifiedBatch) else written[0])
-
-
-def write_ranks(body: RerankBody, request: Request, answer: Answer) -> bytes:
-    """`[{index, score, text?}]`, best first; equal ones in the order of `texts`."""
-    scores = cast(FloatArray, answer.output)
-    ranks: list[dict[str, Any]] = [{"index": i, "score": score} for i, score in enumerate(scores.tolist())]
-    if body.return_text:
-        for rank, document in zip(ranks, body.texts, strict=True):
-            rank["text"] = document
-    return encode(sorted(ranks, key=lambda rank: -rank["score"]))
 
 
 def routes() -> tuple[Route, ...]:

@@ -11,12 +11,22 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonS
 from serve_app.config import IngressSettings
 from serve_app.errors import BatchTooLargeError, EmptyInputError, InputTooLongError, MalformedRequestError
 from serve_app.ingress.body import parse_body, read_body
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
 from serve_app.ingress.inference import choose_model
-from serve_app.ingress.protocols.fields import IDS_SCHEMA, TEXT_SCHEMA, TEXTS_SCHEMA, Body, documented, text, texts
+from serve_app.ingress.protocols.fields import (
+    IDS_SCHEMA,
+    TEXT_SCHEMA,
+    TEXTS_SCHEMA,
+    Body,
+    PromptName,
+    documented,
+    text,
+    texts,
+)
 from serve_app.ingress.protocols.fields import token_ids as read_ids
-from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Dialect, Route
+from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.types import TokenIds
 
 
@@ -52,6 +62,7 @@ class TokenizeBody(Body):
         WithJsonSchema({"description": "A text, or a list of texts.", "anyOf": [TEXT_SCHEMA, TEXTS_SCHEMA]}),
     ]
     add_special_tokens: bool = Field(True, description="With the tokens that the model wants around a text.")
+    prompt_name: PromptName = None
 
 
 class DecodeBody(Body):
@@ -74,7 +85,7 @@ class DecodeBody(Body):
 
 
 class Token(BaseModel):
-    """A token; `start` and `stop` in characters, null for special tokens."""
+    """A token; `start` and `stop` in bytes of the text in UTF-8, the prompt before it included; null if special."""
 
     id: int
     text: str
@@ -88,7 +99,7 @@ async def tokenize(exchange: Exchange) -> Reply:
     body = parse_body(TokenizeBody, await read_body(exchange))
     model = choose_model(exchange, body.model)
     _check([len(each) for each in body.inputs], exchange.settings)
-    work = exchange.service.tokenize(model, body.inputs, body.add_special_tokens)
+    work = exchange.service.tokenize(model, body.inputs, body.add_special_tokens, body.prompt_name)
     found = await while_connected(exchange.receive, work, exchange.time_left_s)
     return Reply(encode([[asdict(token) for token in tokens] for tokens in found]))
 

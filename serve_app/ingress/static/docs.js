@@ -63,10 +63,11 @@ function shellQuoted(text) {
   return `'${text.replaceAll("'", "'\\''")}'`;
 }
 
-function curlOf(method, url, body) {
-  if (method === "get") return `curl -s ${shellQuoted(url)}`;
+function curlOf(method, url, body, asksKey) {
+  const start = `curl -s ${shellQuoted(url)}${asksKey ? ' -H "authorization: Bearer $KEY"' : ""}`;
+  if (method === "get") return start;
   const compact = JSON.stringify(JSON.parse(body));
-  return `curl -s ${shellQuoted(url)} -H 'content-type: application/json' -d ${shellQuoted(compact)}`;
+  return `${start} -H 'content-type: application/json' -d ${shellQuoted(compact)}`;
 }
 
 function shortened(text) {
@@ -89,12 +90,13 @@ async function send(method, url, body, output) {
 
 function trial(method, path, operation) {
   const url = urlOf(path, operation);
+  const asksKey = Boolean(operation.security);
   const body = element("textarea", { value: exampleOf(operation), spellcheck: false });
   const curl = element("pre", {});
   const output = element("pre", { textContent: "…" });
   const button = element("button", { textContent: "Send", type: "button" });
   const showCurl = () => {
-    try { curl.textContent = curlOf(method, url, body.value); } catch { curl.textContent = "the body is not JSON"; }
+    try { curl.textContent = curlOf(method, url, body.value, asksKey); } catch { curl.textContent = "the body is not JSON"; }
   };
   body.addEventListener("input", showCurl);
   button.addEventListener("click", () => send(method, url, body.value, output));

@@ -22,11 +22,32 @@ from serve_app.outputs import TokenLogprob
 DEFAULT_NEW_TOKENS = 256
 """Where neither the request nor the model's files say; what transformers' pipelines take."""
 
-_SAME_NAMES = ("min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
+_SAME_NAMES = (
+    "min_new_tokens",
+    "min_length",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "min_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "renormalize_logits",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+)
 
 
 def generation_config(model: Any, options: GenerationOptions, prompt_tokens: int) -> Any:
     """The model's generation config with the request's options; `max_new_tokens` is always set.
+
+    `prompt_tokens` are those of the decoder: of an encoder-decoder the one that its answer starts from.
 
     Raises InvalidInputError for values that transformers refuses.
     """
@@ -44,12 +65,23 @@ def generation_config(model: Any, options: GenerationOptions, prompt_tokens: int
 
 
 def new_tokens(model: Any, options: GenerationOptions, prompt_tokens: int) -> int:
-    """The limit of new tokens: the request's, else the generation config's, else DEFAULT_NEW_TOKENS."""
+    """The limit of new tokens: the request's, else the generation config's, else DEFAULT_NEW_TOKENS.
+
+    Either may say `max_new_tokens`, which wins as in `generate`, or `max_length`. Raises InvalidInputError where the
+    request's `max_length` leaves no room for an answer.
+    """
     own = model.generation_config
     if options.max_new_tokens is not None:
         return options.max_new_tokens
     if own.max_new_tokens is not None:
         return int(own.max_new_tokens)
+    if options.max_length is not None:
+        if options.max_length <= prompt_tokens:
+            raise InvalidInputError(
+                f"max_length: {options.max_length} leaves no room for an answer beside the {prompt_tokens} tokens "
+                "before it, which it counts; ask for more, or for max_new_tokens"
+            )
+        return options.max_length - prompt_tokens
     if own.max_length is not None:
         return max(1, int(own.max_length) - prompt_tokens)
     return DEFAULT_NEW_TOKENS

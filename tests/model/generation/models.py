@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -93,16 +94,8 @@ def text_of(pieces: Sequence[GeneratedPiece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-_GENERATE = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "num_beams",
-)
+_OURS = {"seed", "stop", "logprobs", "echo", "prompt_tokens", "source_language", "target_language"}
+_GENERATE = [field.name for field in fields(GenerationOptions) if field.name not in _OURS]
 
 
 def reference(model: Any, prompt: Sequence[int], options: GenerationOptions) -> list[int]:

@@ -42,15 +42,19 @@ def label_scores(scores: Sequence[LabelScore]) -> list[dict[str, str | float]]:
 
 
 def text_or_pair(value: Any, where: str) -> TextInput:
-    """A text; a pair as `{"text": …, "text_pair": …}` or as a list of two texts."""
+    """A text; a pair as `{"text": …, "text_pair": …}` or as a list of two texts.
+
+    A pair without a second text is a text, as for the pipeline.
+    """
     if type(value) is dict:
         first = any_text(value.get("text"), f"{where}.text")
         second = value.get("text_pair")
-        return first if second is None else (first, any_text(second, f"{where}.text_pair"))
+        return (first, any_text(second, f"{where}.text_pair")) if second else first
     if type(value) is list:
         if len(value) != 2:
             raise MalformedRequestError(f"`{where}` is a list of {len(value)}; a pair is a list of two texts")
-        return any_text(value[0], f"{where}[0]"), any_text(value[1], f"{where}[1]")
+        first, second = any_text(value[0], f"{where}[0]"), any_text(value[1], f"{where}[1]")
+        return (first, second) if second else first
     return any_text(value, where)
 
 

@@ -13,8 +13,10 @@ from serve_app.ingress.protocols.fields import Body
 from serve_app.ingress.protocols.huggingface.body import TaskBody
 from serve_app.ingress.protocols.huggingface.classification import ClassificationBody, LabelScoreBody
 from serve_app.ingress.protocols.huggingface.dialect import DIALECT
+from serve_app.ingress.protocols.huggingface.dialect import GENERATING as GENERATING_DIALECT
 from serve_app.ingress.protocols.huggingface.features import FeatureBody, SparseBody
 from serve_app.ingress.protocols.huggingface.generation import (
+    GeneratingBody,
     Seq2SeqBody,
     SummarizationBody,
     SummarizationOutput,
@@ -24,6 +26,7 @@ from serve_app.ingress.protocols.huggingface.generation import (
     TranslationBody,
     TranslationOutput,
 )
+from serve_app.ingress.protocols.huggingface.ranking import QueryBody, RankingBody
 from serve_app.ingress.protocols.huggingface.spans import (
     EntityBody,
     FillBody,
@@ -32,10 +35,12 @@ from serve_app.ingress.protocols.huggingface.spans import (
     SpanBody,
     TokenClassificationBody,
 )
+from serve_app.ingress.protocols.ranks import Rank
 from serve_app.ingress.protocols.sparse import SparseEntry
 from serve_app.ingress.routes import COMPUTE_FAILURES, Route
 from serve_app.ingress.streaming import Events
 from serve_app.outputs import GeneratedPiece
+from serve_app.tasks.generation import GENERATING
 from serve_app.types import Answer, Request
 
 BODIES: Mapping[str, type[TaskBody]] = {
@@ -58,6 +63,7 @@ AnyBody: TypeAlias = (
     FeatureBody
     | SparseBody
     | ClassificationBody
+    | RankingBody
     | TokenClassificationBody
     | FillMaskBody
     | QuestionAnsweringBody
@@ -72,6 +78,7 @@ AnyAnswer: TypeAlias = (
     | list[list[SparseEntry]]
     | list[list[LabelScoreBody]]
     | list[LabelScoreBody]
+    | list[Rank]
     | list[list[EntityBody]]
     | list[EntityBody]
     | list[list[list[FillBody]]]
@@ -100,14 +107,23 @@ async def ask(exchange: Exchange) -> Reply:
     named = exchange.path_model is not None or len(models) == 1
     model = choose_model(exchange, None if named else parse_body(NamedBody, raw).model)
     card = await while_connected(exchange.receive, exchange.service.card(model), exchange.time_left_s)
-    kind = BODIES.get(card.task)
-    if kind is None:
-        raise InvalidInputError(f"models of task {card.task} are not asked here; /docs lists other paths")
+    kind = _kind(card.task, raw)
+    exchange.dialect = dialect = GENERATING_DIALECT if card.task in GENERATING else DIALECT
     body = parse_body(kind, raw)
     request = body.to_request(exchange.id, choose_model(exchange, body.model))
     if body.streams:
-        return await stream(exchange, body, request, _write_stream, DIALECT)
+        return await stream(exchange, body, request, _write_stream, dialect)
     return await answer(exchange, body, request, _write)
+
+
+def _kind(task: str, raw: bytes) -> type[TaskBody]:
+    """How the body is read. Raises InvalidInputError or MalformedRequestError."""
+    kind = BODIES.get(task)
+    if kind is None:
+        raise InvalidInputError(f"models of task {task} are not asked here; /docs lists other paths")
+    if task == "rerank" and parse_body(QueryBody, raw).query is not None:
+        return RankingBody
+    return kind
 
 
 def _write(body: TaskBody, request: Request, computed: Answer) -> bytes:
@@ -115,7 +131,7 @@ def _write(body: TaskBody, request: Request, computed: Answer) -> bytes:
 
 
 def _write_stream(body: TaskBody, request: Request, pieces: AsyncIterator[GeneratedPiece]) -> Events:
-    assert isinstance(body, TextGenerationBody)
+    assert isinstance(body, GeneratingBody)
     return body.write_stream(request, pieces)
 
 

@@ -70,17 +70,24 @@ class FeatureBody(FeatureParameters, TaskBody):
         return encode(answer.output)
 
 
-class SparseBody(LongTextFields, TaskBody):
+class SparseParameters(LongTextFields):
+    """Options of a sparse embedding."""
+
+    prompt_name: PromptName = None
+
+
+class SparseBody(SparseParameters, TaskBody):
     """Texts to embed in as many dimensions as the vocabulary has."""
 
     model_config = documented(inputs="What is Deep Learning?")
 
     inputs: Inputs
-    parameters: LongTextFields | None = None
+    parameters: SparseParameters | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        texts = self.parameters or self
-        return texts.request(request_id, model, "sparse-embedding", self.inputs, SparseEmbeddingOptions())
+        chosen = self.parameters or self
+        options = SparseEmbeddingOptions(chosen.prompt_name)
+        return chosen.request(request_id, model, "sparse-embedding", self.inputs, options)
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`[[{index, value}]]`, as Text Embeddings Inference does."""

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, ClassVar, Literal, cast
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, Field
 
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.protocols.fields import LongTextFields, documented
 from serve_app.ingress.protocols.generation import (
+    ALL_KNOWN,
     MOST_LOGPROBS,
     UNSUPPORTED,
     GenerateFields,
     Stop,
+    refuse_unknown,
     refuse_unsupported,
 )
 from serve_app.ingress.protocols.huggingface.body import AnyTexts, SomeTexts, TaskBody
+from serve_app.ingress.protocols.huggingface.generated import Told, details_of
 from serve_app.ingress.streaming import Events
-from serve_app.options import GenerationOptions
-from serve_app.outputs import Generated, GeneratedPiece, TokenLogprob
-from serve_app.types import Answer, LongTexts, Request
+from serve_app.options import GenerationOptions, TaskOptions
+from serve_app.outputs import Generated, GeneratedPiece
+from serve_app.types import Answer, LongTexts, Request, TextInput
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "decoder_input_details": (False,),
     "frequency_penalty": (0, 0.0),
-    "typical_p": (1, 1.0),
     "watermark": (False,),
     "adapter_id": (),
     "grammar": (),
 }
 
+Truncate = Annotated[
+    bool | Annotated[int, Field(ge=1, le=2**31 - 1)] | None,
+    Field(
+        description="Keep so many tokens of the text, special tokens included, and cut what is before them; true cuts "
+        "what the model cannot take, false refuses it."
+    ),
+]
+
 
 class GenerationParameters(LongTextFields, GenerateFields):
     """As of Text Generation Inference and `InferenceClient.text_generation`."""
 
+    truncate: Truncate = None  # type: ignore[assignment]  # wider than elsewhere: TGI's is a number
     stop_sequences: Stop = ()
     return_full_text: bool | None = Field(None, description="Put the prompt before the answer.")
     details: bool | None = Field(None, description="Answer with the tokens and why the answer ended.")
@@ -43,115 +56,84 @@ class GenerationParameters(LongTextFields, GenerateFields):
     best_of: int | None = Field(None, description=UNSUPPORTED)
     decoder_input_details: bool | None = Field(None, description=UNSUPPORTED)
     frequency_penalty: float | None = Field(None, description=UNSUPPORTED)
-    typical_p: float | None = Field(None, description=UNSUPPORTED)
     watermark: bool | None = Field(None, description=UNSUPPORTED)
     adapter_id: str | None = Field(None, description=UNSUPPORTED)
     grammar: dict[str, Any] | None = Field(None, description=UNSUPPORTED)
 
-    def options(self, logprobs: int | None) -> GenerationOptions:
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Most tokens of the text, where the client says so."""
+        return None if isinstance(self.truncate, bool) else self.truncate
+
+    @property
+    def tells_tokens(self) -> bool:
+        return bool(self.details or self.top_n_tokens)
+
+    def choice(self) -> LongTexts | None:
+        return super().choice() if self.prompt_tokens is None else "truncate"
+
+    def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
+        """A number of tokens is counted from the end, as in Text Generation Inference, unless a side is given."""
+        if self.prompt_tokens is None or self.truncation_direction is not None:
+            return super().request(id, model, task, inputs, options)
+        counted = self.model_copy(update={"truncation_direction": "left"})
+        return counted.request(id, model, task, inputs, options)
+
+    def options(self, logprobs: int | None, *, infers_sampling: bool = True) -> GenerationOptions:
+        """Raises InvalidInputError where something is asked for that is not supported."""
         refuse_unsupported(self, _NEUTRAL)
-        chosen = self.generate_options()
+        chosen = self.generate_options(infers_sampling=infers_sampling)
         chosen["stop"] += self.stop_sequences
-        return GenerationOptions(**chosen, logprobs=logprobs, echo=bool(self.return_full_text))
+        echo = bool(self.return_full_text)
+        return GenerationOptions(**chosen, logprobs=logprobs, echo=echo, prompt_tokens=self.prompt_tokens)
 
 
-class TextGenerationBody(TaskBody):
-    """Texts to go on with."""
+class GeneratingBody(TaskBody):
+    """Texts to make other texts of, whole or token by token."""
 
-    model_config = documented(inputs="Once upon a time", parameters={"max_new_tokens": 20})
+    key: ClassVar[str] = "generated_text"
 
-    inputs: SomeTexts
-    parameters: GenerationParameters | None = None
     stream: bool | None = Field(None, description="Send the answer token by token, as server-sent events.")
 
     @property
     def streams(self) -> bool:
         return bool(self.stream)
 
-    def to_request(self, request_id: str, model: str) -> Request:
-        chosen = self.parameters or GenerationParameters()
-        told = self.streams or chosen.details or chosen.top_n_tokens
-        options = chosen.options((chosen.top_n_tokens or 0) if told else None)
-        return chosen.request(request_id, model, "text-generation", self.inputs.values, options)
+    @abstractmethod
+    def chosen(self) -> GenerationParameters:
+        """The body's parameters, or none."""
 
     def write(self, request: Request, answer: Answer) -> bytes:
-        """`[{generated_text, details?}]`, one for each input."""
-        details = self.parameters is not None and self.parameters.details
-        texts = cast("Sequence[Generated]", answer.output)
-        return encode([_whole(each, request, bool(details)) for each in texts])
+        """`[{generated_text, details?}]`, or with `summary_text` or `translation_text`, one for each input."""
+        return encode([self._whole(each, request) for each in cast("Sequence[Generated]", answer.output)])
+
+    def _whole(self, generated: Generated, request: Request) -> dict[str, Any]:
+        told = {self.key: generated.text}
+        return {**told, "details": details_of(generated, request)} if self.chosen().details else told
 
     async def write_stream(self, request: Request, pieces: AsyncIterator[GeneratedPiece]) -> Events:
         """Text Generation Inference's events, one for each piece; the last one has the whole text."""
-        told = _Told(cast(GenerationOptions, request.options))
+        told = Told(cast(GenerationOptions, request.options))
         async for piece in pieces:
             yield encode(told.event(piece))
 
 
-class _Told:
-    """What has been streamed so far."""
+class TextGenerationBody(GeneratingBody):
+    """Texts to go on with."""
 
-    def __init__(self, options: GenerationOptions) -> None:
-        self._options = options
-        self._text: list[str] = []
-        self._last_token = 0
-        self._events = self._tokens = self._prompt_tokens = 0
+    model_config = documented(inputs="Once upon a time", parameters={"max_new_tokens": 20})
 
-    def event(self, piece: GeneratedPiece) -> dict[str, Any]:
-        self._text.append(piece.text)
-        self._events += 1
-        self._prompt_tokens = max(self._prompt_tokens, piece.prompt_tokens)
-        if piece.token is not None:
-            self._last_token, self._tokens = piece.token, self._tokens + 1
-        logprob = piece.logprob
-        token = {
-            "id": self._last_token,
-            "text": piece.text,
-            "logprob": 0.0 if logprob is None else logprob.logprob,
-            "special": piece.special,
-        }
-        event: dict[str, Any] = {"index": self._events, "token": token, "generated_text": None, "details": None}
-        if logprob is not None and logprob.top:
-            event["top_tokens"] = [_token(top) for top in logprob.top]
-        if piece.finish_reason is not None:
-            event["generated_text"] = "".join(self._text)
-            event["details"] = {
-                "finish_reason": _reason(piece.finish_reason, self._options, piece.special),
-                "generated_tokens": self._tokens,
-                "input_length": self._prompt_tokens,
-                "seed": self._options.seed,
-            }
-        return event
+    inputs: SomeTexts
+    parameters: GenerationParameters | None = None
 
+    def chosen(self) -> GenerationParameters:
+        return self.parameters or GenerationParameters()
 
-def _whole(generated: Generated, request: Request, with_details: bool) -> dict[str, Any]:
-    if not with_details:
-        return {"generated_text": generated.text}
-    options = cast(GenerationOptions, request.options)
-    ended = generated.finish_reason == "stop" and not options.stop
-    tokens = [_token(each) for each in generated.logprobs]
-    if ended and tokens:
-        tokens[-1]["special"] = True
-    details: dict[str, Any] = {
-        "finish_reason": _reason(generated.finish_reason, options, special=ended),
-        "generated_tokens": len(generated.tokens),
-        "seed": options.seed,
-        "prefill": [],
-        "tokens": tokens,
-    }
-    if options.logprobs:
-        details["top_tokens"] = [[_token(top) for top in each.top] for each in generated.logprobs]
-    return {"generated_text": generated.text, "details": details}
-
-
-def _token(token: TokenLogprob) -> dict[str, Any]:
-    return {"id": token.token, "text": token.text, "logprob": token.logprob, "special": False}
-
-
-def _reason(reason: str, options: GenerationOptions, special: bool) -> str:
-    """Text Generation Inference tells an end token from a stop text."""
-    if reason == "length":
-        return "length"
-    return "stop_sequence" if options.stop and not special else "eos_token"
+    def to_request(self, request_id: str, model: str) -> Request:
+        chosen = self.chosen()
+        told = self.streams or chosen.tells_tokens
+        options = chosen.options((chosen.top_n_tokens or 0) if told else None)
+        return chosen.request(request_id, model, "text-generation", self.inputs.values, options)
 
 
 class TextGenerationOutput(BaseModel):
@@ -161,10 +143,18 @@ class TextGenerationOutput(BaseModel):
     details: dict[str, Any] | None = None
 
 
-class Seq2SeqParameters(LongTextFields, GenerateFields):
-    """As of transformers' pipelines; what `generate_parameters` say wins."""
+class NestedGenerateFields(GenerateFields):
+    """What `generate` is asked; nothing that is not supported is left out silently."""
 
-    generate_parameters: GenerateFields | None = None
+    model_config = ALL_KNOWN
+
+
+class Seq2SeqParameters(GenerationParameters):
+    """As of transformers' pipelines; what `generate_parameters` say wins. What is not known is refused."""
+
+    model_config = ALL_KNOWN
+
+    generate_parameters: NestedGenerateFields | None = None
     clean_up_tokenization_spaces: bool | None = Field(None, description="Only false is supported.")
     truncation: Literal["do_not_truncate", "longest_first", "only_first", "only_second"] | None = Field(
         None, description="do_not_truncate refuses texts that are too long; any other cuts them."
@@ -178,33 +168,36 @@ class Seq2SeqParameters(LongTextFields, GenerateFields):
             return chosen
         return "error" if self.truncation == "do_not_truncate" else "truncate"
 
-    def options(self) -> GenerationOptions:
+    def options(self, logprobs: int | None, *, infers_sampling: bool = False) -> GenerationOptions:
+        refuse_unknown(self, "parameters")
         refuse_unsupported(self, {"clean_up_tokenization_spaces": (False,)})
         nested = self.generate_parameters
         if nested is not None:
-            chosen = {name: getattr(nested, name) for name in nested.model_fields_set}
-            return self.model_copy(update={**chosen, "generate_parameters": None}).options()
-        options = self.generate_options(infers_sampling=False)
-        return GenerationOptions(**options, source_language=self.src_lang, target_language=self.tgt_lang)
+            refuse_unknown(nested, "parameters.generate_parameters")
+            said = nested.model_fields_set & GenerateFields.model_fields.keys()
+            chosen = {name: getattr(nested, name) for name in said}
+            return self.model_copy(update={**chosen, "generate_parameters": None}).options(logprobs)
+        options = super().options(logprobs, infers_sampling=infers_sampling)
+        return replace(options, source_language=self.src_lang, target_language=self.tgt_lang)
 
 
-class Seq2SeqBody(TaskBody):
+class Seq2SeqBody(GeneratingBody):
     """Texts to make other texts of."""
 
     model_config = documented(inputs="The tower is 324 metres tall.", parameters={"max_new_tokens": 20})
     task: ClassVar[str] = "text2text-generation"
-    key: ClassVar[str] = "generated_text"
 
     inputs: AnyTexts
     parameters: Seq2SeqParameters | None = None
 
-    def to_request(self, request_id: str, model: str) -> Request:
-        chosen = self.parameters or Seq2SeqParameters()
-        return chosen.request(request_id, model, self.task, self.inputs.values, chosen.options())
+    def chosen(self) -> Seq2SeqParameters:
+        return self.parameters or Seq2SeqParameters()
 
-    def write(self, request: Request, answer: Answer) -> bytes:
-        """`[{summary_text}]`, `[{translation_text}]` or `[{generated_text}]`, one for each input."""
-        return encode([{self.key: each.text} for each in cast("Sequence[Generated]", answer.output)])
+    def to_request(self, request_id: str, model: str) -> Request:
+        """Log probabilities of a stream are not asked for without `details`: a model with beams could not answer."""
+        chosen = self.chosen()
+        options = chosen.options((chosen.top_n_tokens or 0) if chosen.tells_tokens else None)
+        return chosen.request(request_id, model, self.task, self.inputs.values, options)
 
 
 class SummarizationBody(Seq2SeqBody):
@@ -225,15 +218,18 @@ class Text2TextOutput(BaseModel):
     """A text that was made of a text."""
 
     generated_text: str
+    details: dict[str, Any] | None = None
 
 
 class SummarizationOutput(BaseModel):
     """A summary."""
 
     summary_text: str
+    details: dict[str, Any] | None = None
 
 
 class TranslationOutput(BaseModel):
     """A translation."""
 
     translation_text: str
+    details: dict[str, Any] | None = None

@@ -17,6 +17,8 @@ VERSION = "1"
 """The only version of every model. Which files are served is `revision` in `/info`."""
 
 EXTENSIONS = ("binary_tensor_data", "parameters")
+_SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
+_CLASSES = ("classification", "class_count")
 _MOST_TENSORS = 16
 _MOST_DIMENSIONS = 8
 
@@ -52,6 +54,12 @@ class Call:
         """The answer's tensors, in the order in which they were asked for."""
         made = {tensor.name: tensor for tensor in TASK_TENSORS[request.task].write(answer)}
         return tuple(made[name] for name in self.outputs or made)
+
+
+def refuse_extensions(parameters: Mapping[str, Any]) -> None:
+    """Of an input or a wanted output. Raises InvalidInputError for what Triton does with them and we do not."""
+    if any(parameters.get(name) is not None for name in _SHARED_MEMORY) or any(map(parameters.get, _CLASSES)):
+        raise InvalidInputError("shared memory and the classification extension are not supported here; leave them out")
 
 
 def check_version(version: str) -> None:

@@ -29,6 +29,7 @@ from serve_app.ingress.protocols.open_inference.call import (
     check_version,
     headers_of,
     metadata,
+    refuse_extensions,
 )
 from serve_app.ingress.protocols.open_inference.tasks import generated
 from serve_app.ingress.protocols.open_inference.tensors import (
@@ -40,7 +41,7 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     from_raw,
 )
 from serve_app.ingress.reach import check_peer
-from serve_app.ingress.service import Service, SettingsRef, check_model
+from serve_app.ingress.service import Service, SettingsRef, served_name
 from serve_app.ingress.statuses import kind_of, retry_after_s
 from serve_app.ingress.visit import Visit, too_late
 from serve_app.tasks.generation import GENERATING
@@ -117,7 +118,8 @@ class OpenInference:
 
     async def _is_ready(self, visit: Visit, name: str | None) -> bool:
         try:
-            await _within(self._service.ready(name), visit.time_left_s)
+            served = None if name is None else served_name(name, self._service)
+            await _within(self._service.ready(served), visit.time_left_s)
         except ServeAppError:
             return False
         return True
@@ -162,6 +164,8 @@ class OpenInference:
         if asked.ByteSize() > most:
             raise BodyTooLargeError(f"the message is larger than the {most} bytes that one request may have; split it")
         check_version(asked.model_version)
+        for described in (*asked.inputs, *asked.outputs):
+            refuse_extensions(_parameters(described.parameters))
         model = self._model(asked.model_name)
         call = Call(_parameters(asked.parameters), _inputs(asked), tuple(output.name for output in asked.outputs))
         return call, call.request(visit.id, await _within(self._service.card(model), visit.time_left_s))
@@ -171,8 +175,7 @@ class OpenInference:
         models = self._service.models
         if name == "" and len(models) == 1:
             return models[0]
-        check_model(name, models)
-        return name
+        return served_name(name, self._service)
 
 
 async def _whole(visit: Visit, asked: Any, call: Call, request: Request) -> tuple[Any, tuple[Header, ...]]:

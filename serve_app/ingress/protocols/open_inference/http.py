@@ -11,14 +11,22 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field
 
 from serve_app import __version__
-from serve_app.errors import InvalidInputError, MalformedRequestError, ServeAppError
+from serve_app.errors import MalformedRequestError, ServeAppError
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.depth import check_depth
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import JSON, Exchange, Header, Reply, while_connected
 from serve_app.ingress.inference import choose_model, compute
 from serve_app.ingress.protocols.fields import Body, documented
-from serve_app.ingress.protocols.open_inference.call import EXTENSIONS, VERSION, Call, headers_of, metadata
+from serve_app.ingress.protocols.open_inference.call import (
+    EXTENSIONS,
+    VERSION,
+    Call,
+    headers_of,
+    metadata,
+    refuse_extensions,
+)
 from serve_app.ingress.protocols.open_inference.tensors import (
     InputTensor,
     OutputTensor,
@@ -26,7 +34,7 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     from_list,
     from_raw,
 )
-from serve_app.ingress.routes import COMPUTE_FAILURES, Dialect, Route
+from serve_app.ingress.routes import COMPUTE_FAILURES, Route
 from serve_app.ingress.statuses import ErrorKind
 
 T = TypeVar("T")
@@ -106,7 +114,7 @@ class InferBody(Body):
     def call(self, binary: bytes) -> Call:
         """`binary` is what follows the JSON. Raises RequestError."""
         for described in (*self.inputs, *(self.outputs or ())):
-            _refuse_unsupported(described.parameters)
+            refuse_extensions({} if described.parameters is None else described.parameters.model_dump())
         headers = headers_of([(each.name, each.datatype, each.shape) for each in self.inputs])
         tensors = _tensors(self.inputs, headers, binary)
         parameters = {name: value for name, value in (self.parameters or {}).items() if value is not None}
@@ -169,11 +177,6 @@ class Ready(BaseModel):
 
     name: str | None = None
     ready: bool
-
-
-def _refuse_unsupported(parameters: TensorParameters | None) -> None:
-    if parameters is not None and (parameters.shared_memory_region is not None or parameters.classification):
-        raise InvalidInputError("shared memory and the classification extension are not supported here; leave them out")
 
 
 def _tensors(bodies: Sequence[TensorBody], headers: Sequence[TensorHeader], binary: bytes) -> tuple[InputTensor, ...]:

@@ -29,7 +29,7 @@ class EmbeddingParameters(LongTextFields):
 
 
 class PromptParameters(LongTextFields):
-    """Of similarity and token embedding."""
+    """Of similarity, token embedding and sparse embedding."""
 
     prompt_name: PromptName = None
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from serve_app.errors import EmptyInputError, InvalidInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
-from serve_app.ingress.protocols.fields import LongTextFields
+from serve_app.ingress.protocols.fields import LongTextFields, check_query
 from serve_app.ingress.protocols.open_inference.parameters import (
     ClassificationParameters,
     EmbeddingParameters,
@@ -33,6 +33,7 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     array,
     texts,
     token_ids,
+    without_padding,
 )
 from serve_app.options import (
     ClassificationOptions,
@@ -70,36 +71,57 @@ class Inputs:
 
     def texts(self, name: str) -> tuple[str, ...]:
         """Raises RequestError if the tensor is missing, not of texts, or has an empty one."""
+        found = self.any_texts(name)
+        if "" in found:
+            raise EmptyInputError(f"input {name} has an empty text; leave it out")
+        return found
+
+    def any_texts(self, name: str) -> tuple[str, ...]:
+        """Some of them may be empty, but there must be one."""
         tensor = self._tensors.get(name)
         if tensor is None:
             raise MalformedRequestError(f"input {name} is missing")
         found = tuple(value for value in tensor.values if isinstance(value, str))
         if len(found) != len(tensor.values):
             raise InvalidInputError(f"input {name} takes texts, whose datatype is BYTES")
-        if not found or "" in found:
-            raise EmptyInputError(f"input {name} has no text or an empty one; leave it out")
+        if not found:
+            raise EmptyInputError(f"input {name} has no text; send at least one")
         return found
 
     def one_text(self, name: str) -> str:
-        found = self.texts(name)
+        (found,) = self._one(name, self.texts(name))
+        return found
+
+    def _one(self, name: str, found: tuple[str, ...]) -> tuple[str, ...]:
         if len(found) != 1:
             raise InvalidInputError(f"input {name} takes one text, and there are {len(found)}")
-        return found[0]
+        return found
+
+    def query_and(self, name: str) -> tuple[str, ...]:
+        """`query` and then the texts `name`; either side of a pair may be empty, but not both."""
+        (query,), documents = self._one("query", self.any_texts("query")), self.any_texts(name)
+        check_query(query, documents, name)
+        return query, *documents
 
     def texts_or_ids(self) -> tuple[TextInput, ...]:
-        """`text`, or in its place `input_ids`."""
+        """`text`, or in its place `input_ids`, those that an `attention_mask` leaves."""
         if "input_ids" not in self:
             return self.texts("text")
         if "text" in self:
             raise InvalidInputError("send either text or input_ids")
-        return token_ids(self._tensors["input_ids"])
+        tensor, mask = self._tensors["input_ids"], self._tensors.get("attention_mask")
+        rows = token_ids(tensor)
+        return rows if mask is None else without_padding(rows, mask, tensor.shape)
 
     def pairs(self, first: str, second: str) -> tuple[TextInput, ...]:
-        left, right = self.texts(first), self.texts(second)
+        """Either text of a pair may be empty, but not both."""
+        left, right = self.any_texts(first), self.any_texts(second)
         if len(left) != len(right):
             raise InvalidInputError(
                 f"inputs {first} and {second} have {len(left)} and {len(right)} texts; send as many"
             )
+        if ("", "") in zip(left, right, strict=True):
+            raise EmptyInputError(f"inputs {first} and {second} have a pair of empty texts; leave it out")
         return tuple(zip(left, right, strict=True))
 
 
@@ -121,6 +143,8 @@ class TaskTensors(Generic[ParametersT]):
         taken = [*(tensor.name for tensor in self.inputs), *self.optional]
         if not inputs.names <= set(taken):
             raise MalformedRequestError(f"`inputs` has one that this task does not take; it takes: {', '.join(taken)}")
+        if "attention_mask" in inputs and "input_ids" not in inputs:
+            raise InvalidInputError("input attention_mask goes with input_ids; leave it out")
 
 
 def _bytes(*names: str) -> tuple[TensorType, ...]:
@@ -144,8 +168,8 @@ def _token_embedding(inputs: Inputs, chosen: PromptParameters) -> tuple[tuple[Te
     return inputs.texts_or_ids(), TokenEmbeddingOptions(chosen.prompt_name)
 
 
-def _sparse(inputs: Inputs, chosen: LongTextFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    return inputs.texts_or_ids(), SparseEmbeddingOptions()
+def _sparse(inputs: Inputs, chosen: PromptParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
+    return inputs.texts_or_ids(), SparseEmbeddingOptions(chosen.prompt_name)
 
 
 def _classification(inputs: Inputs, chosen: ClassificationParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
@@ -154,7 +178,7 @@ def _classification(inputs: Inputs, chosen: ClassificationParameters) -> tuple[t
 
 
 def _rerank(inputs: Inputs, chosen: RerankParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    return (inputs.one_text("query"), *inputs.texts("documents")), RerankOptions(bool(chosen.raw_scores))
+    return inputs.query_and("documents"), RerankOptions(bool(chosen.raw_scores))
 
 
 def _zero_shot(inputs: Inputs, chosen: ZeroShotParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
@@ -184,6 +208,7 @@ def _questions(inputs: Inputs, chosen: QuestionParameters) -> tuple[tuple[TextIn
         max_question_len=chosen.max_question_len or usual.max_question_len,
         handle_impossible_answer=bool(chosen.handle_impossible_answer),
     )
+    inputs.texts("question"), inputs.texts("context")
     return inputs.pairs("question", "context"), options
 
 
@@ -235,6 +260,7 @@ def generated(told: Sequence[str], reasons: Sequence[str]) -> tuple[OutputTensor
 
 
 _LABELS = (TensorType("label", "BYTES", (-1, -1)), TensorType("score", "FP32", (-1, -1)))
+_IDS = ("input_ids", "attention_mask")
 _OFFSETS = TensorType("offsets", "INT32", (-1,))
 _GENERATED = TaskTensors(
     _bytes("text"),
@@ -242,7 +268,7 @@ _GENERATED = TaskTensors(
     GenerationParameters,
     _generation,
     _write_generated,
-    ("input_ids",),
+    _IDS,
 )
 
 TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
@@ -252,7 +278,7 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
         EmbeddingParameters,
         _embedding,
         _numbers("embedding"),
-        ("input_ids",),
+        _IDS,
     ),
     "similarity": TaskTensors(
         (_one("source_sentence"), *_bytes("sentences")),
@@ -267,18 +293,18 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
         PromptParameters,
         _token_embedding,
         _write_tokens,
-        ("input_ids",),
+        _IDS,
     ),
     "sparse-embedding": TaskTensors(
         _bytes("text"),
         (TensorType("indices", "INT32", (-1,)), TensorType("values", "FP32", (-1,)), _OFFSETS),
-        LongTextFields,
+        PromptParameters,
         _sparse,
         _write_sparse,
-        ("input_ids",),
+        _IDS,
     ),
     "text-classification": TaskTensors(
-        _bytes("text"), _LABELS, ClassificationParameters, _classification, _write_labels, ("text_pair", "input_ids")
+        _bytes("text"), _LABELS, ClassificationParameters, _classification, _write_labels, ("text_pair", *_IDS)
     ),
     "rerank": TaskTensors(
         (_one("query"), *_bytes("documents")),

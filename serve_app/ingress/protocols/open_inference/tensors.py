@@ -144,6 +144,30 @@ def token_ids(tensor: InputTensor) -> tuple[TokenIds, ...]:
     return tuple(tuple(values[start : start + width]) for start in range(0, len(values), width))
 
 
+def without_padding(rows: Sequence[TokenIds], mask: InputTensor, shape: tuple[int, ...]) -> tuple[TokenIds, ...]:
+    """Each of `rows`, of a tensor of that shape, without the ids at its ends where `mask` is 0. Raises RequestError."""
+    if mask.shape != shape:
+        raise InvalidInputError(f"input {mask.name} has another shape than input_ids; make them the same")
+    if any(value not in (0, 1) or type(value) is not int for value in mask.values):
+        raise InvalidInputError(f"input {mask.name} takes 0 and 1 only, as INT32 or INT64")
+    masks: Any = mask.values
+    width = shape[-1]
+    return tuple(
+        _kept(row, masks[index * width : (index + 1) * width], f"input {mask.name}: row {index}")
+        for index, row in enumerate(rows)
+    )
+
+
+def _kept(row: TokenIds, mask: Sequence[int], where: str) -> TokenIds:
+    count = sum(mask)
+    if not count:
+        raise EmptyInputError(f"{where} masks every token; leave the row out")
+    first = list(mask).index(1)
+    if sum(mask[first : first + count]) != count:
+        raise InvalidInputError(f"{where} has a 0 between two 1; only padding at the ends can be left out")
+    return row[first : first + count]
+
+
 def _integers(header: TensorHeader) -> str:
     dtype = INTEGERS.get(header.datatype)
     if dtype is None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
-from serve_app.errors import InvalidInputError
+from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Streaming
-from serve_app.ingress.protocols.fields import Body, documented
-from serve_app.ingress.protocols.generation import MOST_LOGPROBS, NewTokens, refuse_unsupported
+from serve_app.ingress.protocols.fields import Body, any_text, documented, kind
+from serve_app.ingress.protocols.generation import MOST_LOGPROBS, UNSUPPORTED, NewTokens, refuse_unsupported
 from serve_app.ingress.protocols.openai.dialect import DIALECT
 from serve_app.ingress.protocols.openai.generated import GeneratedUsage, SamplingBody, check_top, envelope, usage
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
@@ -24,22 +24,58 @@ def _nameless(value: object) -> object:
     return None if value == "dummy" else value
 
 
-class TextPart(Body):
-    """A part of a message."""
+_OTHER_PARTS = ("image_url", "input_audio", "audio_url", "video_url", "file", "refusal")
+_TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}
 
-    type: Literal["text"]
-    text: str
+
+def read_content(value: Any, info: ValidationInfo) -> str | None:
+    """A text, or a list of parts that are texts, which are joined; null where there is none.
+
+    Raises MalformedRequestError, or InvalidInputError where a part is not a text.
+    """
+    if value is None or type(value) is str:
+        return value
+    if type(value) is not list:
+        raise MalformedRequestError(f"`content` is {kind(value)}; send a text or a list of parts")
+    return "".join(_part(part, f"content[{index}]") for index, part in enumerate(value))
+
+
+def _part(part: Any, where: str) -> str:
+    if type(part) is not dict:
+        raise MalformedRequestError(f"`{where}` is {kind(part)}; send an object of type and text")
+    if part.get("type") == "text":
+        return any_text(part.get("text"), f"{where}.text")
+    told = f"is of type {part['type']}" if part.get("type") in _OTHER_PARTS else "is no text"
+    raise InvalidInputError(f"`{where}` {told}; models here read parts of type text only")
+
+
+Content = Annotated[
+    str | None,
+    PlainValidator(read_content),
+    WithJsonSchema(
+        {
+            "description": "A text or parts of type text; null in a turn of the assistant's that called a tool.",
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {**_TEXT_PART, "required": ["type", "text"]}},
+                {"type": "null"},
+            ],
+        }
+    ),
+]
 
 
 class Message(Body):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: Content = None
 
     def turn(self) -> ChatMessage:
-        parts = self.content
-        return ChatMessage(self.role, parts if isinstance(parts, str) else "".join(part.text for part in parts))
+        """Raises MalformedRequestError where another than the assistant says nothing."""
+        if self.content is None and self.role != "assistant":
+            raise MalformedRequestError("`messages`: a turn has no `content`, which only the assistant's may leave out")
+        return ChatMessage(self.role, self.content or "")
 
 
 class ResponseFormat(Body):
@@ -55,18 +91,24 @@ class ChatBody(SamplingBody):
 
     model: Annotated[str | None, BeforeValidator(_nameless)] = Field(
         None,
-        description="Name of the model. May be left out where the path names it or only one is served; so may `dummy`, "
-        "which is what huggingface_hub sends to a URL.",
+        description="Name of the model, or one of its aliases. May be left out as for other paths; `dummy`, which is "
+        "what huggingface_hub sends to a URL, is as good as none.",
     )
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
     max_completion_tokens: NewTokens = None
     logprobs: bool | None = Field(None, description="Tell each token's log probability.")
     top_logprobs: int | None = Field(None, description="And those of so many likely tokens at its place: 0 to 20.")
     response_format: ResponseFormat | None = Field(None, description="Only text is supported.")
-    tools: list[Any] | None = Field(None, description="Not supported but for an empty list.")
+    tools: list[Any] | None = Field(None, description="Not supported, but for an empty list or `tool_choice` none.")
+    tool_choice: Any = Field(None, description="Only none and auto are supported.")
+    functions: list[Any] | None = Field(None, description="Not supported, but for an empty list.")
+    function_call: Any = Field(None, description="Only none and auto are supported.")
+    modalities: list[str] | None = Field(None, description="Only text is supported.")
+    audio: dict[str, Any] | None = Field(None, description=UNSUPPORTED)
 
     def to_request(self, request_id: str, model: str) -> Request:
-        refuse_unsupported(self, {"tools": ([],)})
+        self._refuse_tools()
+        refuse_unsupported(self, {"modalities": ([], ["text"]), "audio": ()})
         if self.response_format is not None and self.response_format.type != "text":
             raise InvalidInputError("`response_format`: this server does not support it but for text; leave it out")
         check_top(self.top_logprobs, MOST_LOGPROBS, "top_logprobs")
@@ -74,6 +116,14 @@ class ChatBody(SamplingBody):
         options = self.options(self.max_completion_tokens or self.max_tokens, logprobs)
         chat = Chat(tuple(message.turn() for message in self.messages))
         return Request(request_id, model, "text-generation", (chat,), options)
+
+    def _refuse_tools(self) -> None:
+        """Raises InvalidInputError; what may not be called may be listed."""
+        refuse_unsupported(self, {"tool_choice": ("none", "auto"), "function_call": ("none", "auto")})
+        if self.tool_choice != "none":
+            refuse_unsupported(self, {"tools": ([],)})
+        if self.function_call != "none":
+            refuse_unsupported(self, {"functions": ([],)})
 
 
 class ChatTopLogprob(BaseModel):

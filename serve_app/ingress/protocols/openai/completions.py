@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, Field
 
+from serve_app.errors import InvalidInputError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Streaming
 from serve_app.ingress.protocols.fields import Inputs, documented
@@ -29,14 +30,20 @@ class CompletionBody(SamplingBody):
     model_config = documented(prompt="Once upon a time", max_tokens=20, temperature=0)
 
     prompt: Inputs
-    logprobs: int | None = Field(None, description="Log probabilities of so many likely tokens at each place: 0 to 5.")
-    echo: bool | None = Field(None, description="Put the prompt before the answer.")
+    logprobs: int | None = Field(
+        None, description="Log probabilities of so many likely tokens at each place of the answer: 0 to 5."
+    )
+    echo: bool | None = Field(None, description="Put the prompt before the answer. Not with `logprobs`.")
     best_of: int | None = Field(None, description="Not supported but for 1.")
     suffix: str | None = Field(None, description="Not supported but for an empty text.")
 
     def to_request(self, request_id: str, model: str) -> Request:
         refuse_unsupported(self, {"best_of": (1,), "suffix": ("",)})
         check_top(self.logprobs, _MOST_LOGPROBS, "logprobs")
+        if self.echo and self.logprobs is not None:
+            raise InvalidInputError(
+                "`echo` with `logprobs`: this server tells no log probabilities of prompts; leave one of them out"
+            )
         options = self.options(self.max_tokens or _NEW_TOKENS, self.logprobs, bool(self.echo))
         return Request(request_id, model, "text-generation", self.prompt, options)
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from serve_app.errors import ServeAppError
-from serve_app.ingress.routes import Dialect
+from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.statuses import ErrorKind
 
 

@@ -1,4 +1,4 @@
-"""`/v1/embeddings`.
+"""`/v1/embeddings`, and as in Text Embeddings Inference `/embeddings`.
 
 Embeddings have length 1 whatever the model's files say, as OpenAI's and TEI's do under this path, because clients take
 their dot products for cosines.
@@ -80,7 +80,7 @@ def routes() -> tuple[Route, ...]:
     return tuple(
         Route(
             "POST",
-            f"{place}/v1/embeddings",
+            f"{place}{path}",
             embeddings,
             DIALECT,
             "Embed texts",
@@ -89,4 +89,5 @@ def routes() -> tuple[Route, ...]:
             failures=COMPUTE_FAILURES,
         )
         for place in ANY_MODEL
+        for path in ("/v1/embeddings", "/embeddings")
     )

@@ -12,7 +12,7 @@ from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply
 from serve_app.ingress.protocols.openai.dialect import DIALECT
 from serve_app.ingress.routes import Route
-from serve_app.ingress.service import check_model
+from serve_app.ingress.service import served_name
 
 
 class Model(BaseModel):
@@ -38,14 +38,15 @@ class Models:
         self._created = int(time.time())
 
     async def all(self, exchange: Exchange) -> Reply:
-        return Reply(encode({"object": "list", "data": [self._model(name) for name in exchange.service.models]}))
+        """Below a model's own path that one alone."""
+        in_path, service = exchange.path_model, exchange.service
+        names = service.models if in_path is None else (served_name(in_path, service),)
+        return Reply(encode({"object": "list", "data": [self._model(name) for name in names]}))
 
     async def one(self, exchange: Exchange) -> Reply:
-        name, models = exchange.path_model, exchange.service.models
-        check_model(name, models)
-        return Reply(encode(self._model(name)))
+        return Reply(encode(self._model(served_name(exchange.path_model or "", exchange.service))))
 
-    def _model(self, name: str | None) -> Mapping[str, Any]:
+    def _model(self, name: str) -> Mapping[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "serve-app"}
 
 
@@ -53,5 +54,8 @@ def routes() -> tuple[Route, ...]:
     models = Models()
     return (
         Route("GET", "/v1/models", models.all, DIALECT, "List the models", answer=ModelList),
+        Route(
+            "GET", "/models/{name}/v1/models", models.all, DIALECT, "List the model", answer=ModelList, failures=(404,)
+        ),
         Route("GET", "/v1/models/{name}", models.one, DIALECT, "Describe a model", answer=Model, failures=(404,)),
     )

@@ -1,4 +1,4 @@
-"""`/v1/rerank`, in the shape that Cohere and Jina made usual."""
+"""`/v1/rerank`, and `/v2/rerank` as Cohere's newer client posts it, in the shape that Cohere and Jina made usual."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
-from serve_app.errors import EmptyInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
-from serve_app.ingress.protocols.fields import TEXT_SCHEMA, InferenceBody, Text, documented, kind, text
+from serve_app.ingress.protocols.fields import InferenceBody, any_text, check_query, documented, some_list
 from serve_app.ingress.protocols.openai.dialect import DIALECT
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.options import RerankOptions
@@ -20,23 +19,20 @@ from serve_app.types import Answer, Request
 def read_documents(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     """A list of texts, or of objects with a `text`. Raises EmptyInputError or MalformedRequestError."""
     name = info.field_name or "documents"
-    if type(value) is not list:
-        raise MalformedRequestError(f"`{name}` is {kind(value)}; send a list of texts")
-    if not value:
-        raise EmptyInputError(f"`{name}` is empty; send at least one text")
-    return tuple(_document(item, f"{name}[{index}]") for index, item in enumerate(value))
+    return tuple(_document(item, f"{name}[{index}]") for index, item in enumerate(some_list(value, name)))
 
 
 def _document(value: Any, where: str) -> str:
-    return text(value.get("text"), f"{where}.text") if type(value) is dict else text(value, where)
+    return any_text(value.get("text"), f"{where}.text") if type(value) is dict else any_text(value, where)
 
 
-_OBJECT = {"type": "object", "properties": {"text": TEXT_SCHEMA}, "required": ["text"]}
+_TEXT = {"type": "string"}
+_OBJECT = {"type": "object", "properties": {"text": _TEXT}, "required": ["text"]}
 
 Documents = Annotated[
     tuple[str, ...],
     PlainValidator(read_documents),
-    WithJsonSchema({"type": "array", "items": {"anyOf": [TEXT_SCHEMA, _OBJECT]}, "minItems": 1}),
+    WithJsonSchema({"type": "array", "items": {"anyOf": [_TEXT, _OBJECT]}, "minItems": 1}),
 ]
 
 
@@ -45,12 +41,13 @@ class RerankBody(InferenceBody):
 
     model_config = documented(query="What is Deep Learning?", documents=["Deep Learning is…", "A cheese."], top_n=1)
 
-    query: Text
+    query: str = Field(description="May be empty where no document is.")
     documents: Documents
     top_n: int | None = Field(None, ge=1, description="Only so many documents, the best; all where it is left out.")
     return_documents: bool | None = Field(None, description="Answer with the documents too.")
 
     def to_request(self, request_id: str, model: str) -> Request:
+        check_query(self.query, self.documents, "documents")
         return Request(request_id, model, "rerank", (self.query, *self.documents), RerankOptions())
 
 
@@ -102,7 +99,7 @@ def routes() -> tuple[Route, ...]:
     return tuple(
         Route(
             "POST",
-            f"{place}/v1/rerank",
+            f"{place}/{version}/rerank",
             endpoint,
             DIALECT,
             "Order documents by relevance",
@@ -111,4 +108,5 @@ def routes() -> tuple[Route, ...]:
             failures=COMPUTE_FAILURES,
         )
         for place in ANY_MODEL
+        for version in ("v1", "v2")
     )

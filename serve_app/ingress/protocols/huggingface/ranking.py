@@ -1,0 +1,26 @@
+"""What Text Embeddings Inference takes at the root of a model that reranks: a query and texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.ingress.protocols.fields import Body, documented
+from serve_app.ingress.protocols.huggingface.body import TaskBody
+from serve_app.ingress.protocols.ranks import RankFields, write_ranks
+from serve_app.types import Answer, Request
+
+
+class QueryBody(Body):
+    """Tells a ranking from the other bodies for models that rerank."""
+
+    query: Any = None
+
+
+class RankingBody(RankFields, TaskBody):
+    """A query, and texts to put in order by their relevance to it."""
+
+    model_config = documented(query="What is Deep Learning?", texts=["Deep Learning is…", "A cheese."])
+
+    def write(self, request: Request, answer: Answer) -> bytes:
+        """`[{index, score, text?}]`, best first."""
+        return write_ranks(self, request, answer)

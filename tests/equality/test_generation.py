@@ -18,7 +18,7 @@ from serve_app.config import ModelConfig
 from serve_app.options import GenerationOptions
 from tests.equality.matrix import TOLERANCE, ask, refusal
 from tests.inprocess import served
-from tests.model.generation.models import WINDOW, reference, tiny
+from tests.model.generation.models import WINDOW, configured, reference, tiny
 from tests.tasks.families import TEXTS
 from tests.tokenizer.kinds import byte_level, qwen
 
@@ -37,6 +37,10 @@ PREFIXES = {
 CONFIGURED: dict[str, dict[str, Any]] = {
     "gpt2-configured": {"max_new_tokens": 7, "do_sample": True, "top_k": 5, "temperature": 0.8},
     "bart-configured": {"max_new_tokens": 9, "num_beams": 2, "repetition_penalty": 1.2},
+    "gpt2-lengths": {"max_length": 30, "min_length": 25, "do_sample": False},
+    "bart-lengths": {"max_length": 12, "min_length": 8},
+    "t5-lengths": {"max_length": 11, "min_length": 6},
+    "marian-lengths": {"max_length": 10, "num_beams": 2},
 }
 """What the generation config of each model says."""
 
@@ -203,8 +207,12 @@ def test_a_translation_begins_with_the_prefix_of_its_languages(url: str, models:
 
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_what_is_not_said_is_as_the_models_generation_config_says(name: str, url: str, models: Generators) -> None:
-    [got] = ask(f"{url}/{name}", [{"inputs": "one two", "parameters": {"seed": 9}}])
-    assert got == [{"generated_text": models[name].answer("one two", seed=9, **CONFIGURED[name])}]
+    given, text = models[name], "small words of one line"
+    bodies = [{"inputs": text, "parameters": {"seed": 9, **chosen}} for chosen in ({}, {"min_new_tokens": 5})]
+    plain, longer = ask(f"{url}/{name}", bodies)
+    with configured(given.model, **CONFIGURED[name]):
+        assert plain == [{"generated_text": given.answer(text, seed=9)}]
+        assert longer == [{"generated_text": given.answer(text, seed=9, min_new_tokens=5)}]
 
 
 @pytest.mark.parametrize("name", DECODERS)

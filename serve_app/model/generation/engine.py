@@ -177,11 +177,11 @@ class StepEngine:
         prompt = len(job.input_ids)
         if not prompt:
             raise InvalidInputError("inputs: a prompt has at least one token")
-        config = generation_config(self._decoding.model, job.options, prompt)
+        size = Size(1, prompt) if self._decoding.encodes else Size(prompt, 0)
+        config = generation_config(self._decoding.model, job.options, size.own)
         config.max_new_tokens = self._bounded(prompt, int(config.max_new_tokens))
         if _beams(config) > 1 and job.options.logprobs is not None:
             raise InvalidInputError("logprobs: are not given with beams; set num_beams to 1")
-        size = Size(1, prompt) if self._decoding.encodes else Size(prompt, 0)
         size = replace(size, own=size.own + config.max_new_tokens)
         if _beams(config) * size.total > self.limits.max_kv_tokens:
             raise InputTooLongError(

@@ -25,9 +25,10 @@ DEFAULT_NEW_TOKENS = 256
 _SAME_NAMES = ("min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams")
 
 
-def generation_config(model: Any, options: GenerationOptions, prompt_tokens: int) -> Any:
+def generation_config(model: Any, options: GenerationOptions, decoder_tokens: int) -> Any:
     """The model's generation config with the request's options; `max_new_tokens` is always set.
 
+    `decoder_tokens` are those that the decoder starts from: the prompt's, or an encoder-decoder's one start token.
     Raises InvalidInputError for values that transformers refuses.
     """
     config = copy.deepcopy(model.generation_config)
@@ -39,19 +40,22 @@ def generation_config(model: Any, options: GenerationOptions, prompt_tokens: int
         prepared, _ = model._prepare_generation_config(config)
     except ValueError as error:
         raise InvalidInputError(f"options: {error}") from error
-    prepared.max_new_tokens = new_tokens(model, options, prompt_tokens)
+    prepared.max_new_tokens = new_tokens(model, options, decoder_tokens)
     return prepared
 
 
-def new_tokens(model: Any, options: GenerationOptions, prompt_tokens: int) -> int:
-    """The limit of new tokens: the request's, else the generation config's, else DEFAULT_NEW_TOKENS."""
+def new_tokens(model: Any, options: GenerationOptions, decoder_tokens: int) -> int:
+    """The limit of new tokens: the request's, else the generation config's, else DEFAULT_NEW_TOKENS.
+
+    `max_length` counts all that the decoder holds, and never what an encoder read.
+    """
     own = model.generation_config
     if options.max_new_tokens is not None:
         return options.max_new_tokens
     if own.max_new_tokens is not None:
         return int(own.max_new_tokens)
     if own.max_length is not None:
-        return max(1, int(own.max_length) - prompt_tokens)
+        return max(1, int(own.max_length) - decoder_tokens)
     return DEFAULT_NEW_TOKENS
 
 

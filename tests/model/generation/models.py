@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -42,6 +42,17 @@ def tiny(model_type: str) -> Any:
             if weight.dim() > 1 and "embed_positions" not in name:
                 weight.normal_(0.0, 0.25)
     return model
+
+
+@contextmanager
+def configured(model: Any, **keys: Any) -> Iterator[None]:
+    """The model with these keys in its generation config."""
+    before = {key: getattr(model.generation_config, key) for key in keys}
+    model.generation_config.update(**keys)
+    try:
+        yield
+    finally:
+        model.generation_config.update(**before)
 
 
 @cache

@@ -9,7 +9,7 @@ import pytest
 from serve_app.errors import DeadlineExceededError
 from serve_app.model.generation.job import GenerationJob
 from serve_app.options import GenerationOptions
-from tests.model.generation.models import answer, prompts, reference, running, text_of, tiny, tokenizer, tokens_of
+from tests.model.generation.models import answer, configured, prompts, reference, running, text_of, tiny, tokenizer, tokens_of
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "t5", "bart", "marian"])
@@ -30,13 +30,10 @@ async def test_beams_are_those_of_generate_beside_answers_by_steps(model_type: s
 async def test_the_number_of_beams_is_by_default_the_models_own() -> None:
     model, [prompt] = tiny("t5"), prompts([9])
     options = GenerationOptions(max_new_tokens=12)
-    model.generation_config.num_beams = 3
-    try:
+    with configured(model, num_beams=3):
         expected = reference(model, prompt, options)
         async with running(model) as engine:
             assert tokens_of(await answer(engine, prompt, options)) == expected
-    finally:
-        model.generation_config.num_beams = None
 
 
 async def test_a_model_without_steps_samples_as_generate_does() -> None:

@@ -206,6 +206,8 @@ class Ingress(OpenInferenceMethods):
         vocabulary = self._vocabularies.get(model)
         if vocabulary is None:
             definition = await self._ask(self._handles[model].tokenizer.definition, model)
+            if not definition:
+                raise InvalidInputError(f"the tokenizer of model {model} has no fast form, which this needs")
             vocabulary = await asyncio.to_thread(Vocabulary.read, definition)
             self._vocabularies[model] = vocabulary
         return vocabulary

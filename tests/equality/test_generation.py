@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tests.inprocess import served
 from tests.model.generation.models import WINDOW, configured, reference, tiny
 from tests.tasks.families import TEXTS
 from tests.tokenizer.kinds import byte_level, qwen
+from tests.tokenizer.sentencepieces import save_marian, save_t5
 
 DECODERS = ("gpt2", "llama", "qwen2")
 NEW_TOKENS = 12
@@ -95,6 +96,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Generators:
     made["bart-summarization"] = generator(root / "bart-summarization", "bart", "summarization")
     made["t5-summarization"] = generator(root / "t5-summarization", "t5", "summarization", PREFIXES)
     made["marian-translation"] = generator(root / "marian-translation", "marian", "translation")
+    made["marian-pieces"] = piecewise(root / "marian-pieces", "marian", "translation", save_marian)
+    made["t5-pieces"] = piecewise(root / "t5-pieces", "t5", "text2text-generation", save_t5)
     made["t5-translation"] = generator(root / "t5-translation", "t5", "translation", PREFIXES)
     return made
 
@@ -120,6 +123,17 @@ def generator(folder: Path, model_type: str, task: str, prefixes: Any = None) ->
     words.chat_template = CHAT_TEMPLATE
     words.save_pretrained(folder)
     return Generator(folder, task, model, AutoTokenizer.from_pretrained(str(folder)))
+
+
+def piecewise(folder: Path, model_type: str, task: str, save: Callable[[Path, int], None]) -> Generator:
+    """With a tokenizer of SentencePiece alone, without a tokenizer.json."""
+    folder.mkdir()
+    save(folder, WINDOW)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    words = AutoTokenizer.from_pretrained(str(folder))
+    model = tiny(model_type, len(words))
+    model.save_pretrained(folder)
+    return Generator(folder, task, model, words)
 
 
 def edit(file: Path, keys: Mapping[str, Any]) -> None:
@@ -181,6 +195,8 @@ def test_generated_tokens_are_those_of_generate_where_a_prompt_is_cut_too(
         ("bart-summarization", "summary_text", ""),
         ("t5-summarization", "summary_text", "summarize: "),
         ("marian-translation", "translation_text", ""),
+        ("marian-pieces", "translation_text", ""),
+        ("t5-pieces", "generated_text", ""),
     ],
 )
 def test_texts_of_texts_are_those_of_generate(name: str, key: str, prefix: str, url: str, models: Generators) -> None:
@@ -203,6 +219,19 @@ def test_a_translation_begins_with_the_prefix_of_its_languages(url: str, models:
         assert got == [{"translation_text": given.answer(prefix + text, **chosen)}]
     unknown = {"inputs": text, "parameters": {"src_lang": "en", "tgt_lang": "tlh"}}
     assert "en to fr" in refusal(f"{url}/t5-translation", unknown)[1]
+
+
+def test_a_language_of_marian_goes_before_the_text(url: str, models: Generators) -> None:
+    given, text, chosen = models["marian-pieces"], "the model reads", {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    bodies = [{"inputs": text, "parameters": {**chosen, "tgt_lang": to}} for to in ("fra", "deu")]
+    for got, to in zip(ask(f"{url}/marian-pieces", bodies), ("fra", "deu"), strict=True):
+        assert got == [{"translation_text": given.answer(f">>{to}<< {text}", **chosen)}]
+
+
+def test_the_words_of_a_tokenizer_without_a_fast_form_are_refused(url: str) -> None:
+    status, why = refusal(f"{url}/marian-pieces/tokenize", {"inputs": "the model"})
+    assert status == 422
+    assert "fast form" in why
 
 
 @pytest.mark.parametrize("name", CONFIGURED)

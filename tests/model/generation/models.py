@@ -28,12 +28,12 @@ ENCODER_DECODERS = ("t5", "mt5", "bart", "marian", "mbart", "pegasus")
 
 
 @cache
-def tiny(model_type: str) -> Any:
+def tiny(model_type: str, vocabulary: int = VOCABULARY) -> Any:
     """A random float32 model, with weights large enough that a wrong position or neighbour shows."""
     torch.manual_seed(0)
-    sizes = {**_OWN.get(model_type, _COMMON), "vocab_size": VOCABULARY}
+    sizes = {**_OWN.get(model_type, _COMMON), "vocab_size": vocabulary}
     if model_type == "marian":
-        sizes["decoder_vocab_size"] = VOCABULARY
+        sizes["decoder_vocab_size"] = vocabulary
     config = AutoConfig.for_model(model_type, **sizes)
     cls = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = cls.from_config(config, dtype=torch.float32).eval()

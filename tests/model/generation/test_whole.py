@@ -9,7 +9,17 @@ import pytest
 from serve_app.errors import DeadlineExceededError
 from serve_app.model.generation.job import GenerationJob
 from serve_app.options import GenerationOptions
-from tests.model.generation.models import answer, configured, prompts, reference, running, text_of, tiny, tokenizer, tokens_of
+from tests.model.generation.models import (
+    answer,
+    configured,
+    prompts,
+    reference,
+    running,
+    text_of,
+    tiny,
+    tokenizer,
+    tokens_of,
+)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "t5", "bart", "marian"])

@@ -161,6 +161,12 @@ class ModelConfig(_Frozen):
         description="What becomes of inputs that are too long where a request does not say: cut, refused with the "
         "number of tokens, or read in overlapping windows whose results are put together as suits the task.",
     )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None,
+        description="The side on which inputs that are too long are cut where a request does not say; by default "
+        "`truncation_side` in tokenizer_config.json, else right, and left for prompts of `text-generation`, whose end "
+        "is what an answer goes on from.",
+    )
     stride: NonNegativeInt | None = Field(
         None,
         description="Tokens that neighbouring windows share where a request does not say; by default an eighth of the "

@@ -15,7 +15,7 @@ import numpy as np
 from serve_app.errors import EmptyInputError, InvalidInputError
 from serve_app.options import QuestionAnsweringOptions
 from serve_app.outputs import Span
-from serve_app.tasks.inputs import options_of, pairs_of
+from serve_app.tasks.inputs import options_of, pairs_of, truncation_side_of
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, Int32Array, LongTexts, ModelCard, Request, TokenizeRequest
 
@@ -36,7 +36,7 @@ class QuestionAnswering:
         return TokenizeRequest(
             inputs=request.inputs,
             long_texts=_long_texts(request, card),
-            truncation_side=request.truncation_side,
+            truncation_side=truncation_side_of(request, card),
             stride=_stride(request, options, longest),
             cut="only_second",
             max_tokens=longest,

@@ -7,7 +7,7 @@ import numpy as np
 from serve_app.errors import EmptyInputError, InvalidInputError
 from serve_app.options import ZeroShotOptions
 from serve_app.outputs import LabelScore
-from serve_app.tasks.inputs import long_texts_of, options_of, stride_of, texts_of
+from serve_app.tasks.inputs import long_texts_of, options_of, stride_of, texts_of, truncation_side_of
 from serve_app.tasks.scores import labelled, softmax
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, ModelCard, Request, TextPair, TokenizeRequest
@@ -26,7 +26,7 @@ class ZeroShotClassification:
         return TokenizeRequest(
             inputs=tuple(_pairs(texts_of(request), options)),
             long_texts=long_texts_of(request, card),
-            truncation_side=request.truncation_side,
+            truncation_side=truncation_side_of(request, card),
             stride=stride_of(request, card),
             cut="only_first",
         )

@@ -29,7 +29,7 @@ def models() -> Models:
             ("masks", "AutoModelForMaskedLM", {"limit": 96}),
             ("questions", "AutoModelForQuestionAnswering", {}),
         )
-    }
+    } | {"bert-left": family("bert", "AutoModelForTokenClassification", side="left", labels=LABELS)}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,20 @@ def test_entities_are_the_pipelines(name: str, url: str, models: Models) -> None
     for answer, chosen in zip(got, options, strict=True):
         pipe = given.pipe("token-classification", **chosen)
         assert_same(answer, [pipe(text) for text in texts])
+
+
+def test_a_long_text_is_cut_where_the_models_tokenizer_cuts_it(url: str, models: Models) -> None:
+    given, texts = models["bert-left"], [LONG, *texts_of(models["bert-left"])]
+    pipe = given.pipe("token-classification")
+    assert given.tokenizer.truncation_side == "left"
+    plain, right = ask(
+        f"{url}/bert-left",
+        [{"inputs": texts}, {"inputs": texts, "parameters": {"truncation_direction": "right"}}],
+    )
+    assert_same(plain, [pipe(text) for text in texts])
+    given.tokenizer.truncation_side = "right"
+    assert_same(right, [pipe(text) for text in texts])
+    assert plain != right
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -193,3 +193,15 @@ def test_broken_config_is_an_incomplete_model(tmp_path: Path, broken: str) -> No
 def test_missing_config_is_an_incomplete_model(tmp_path: Path) -> None:
     with pytest.raises(IncompleteModelError, match=r"config\.json is missing"):
         read_card(tmp_path, config(), "")
+
+
+@pytest.mark.parametrize(
+    ("configured", "file", "expected"),
+    [(None, None, None), (None, "left", "left"), ("right", "left", "right"), ("left", None, "left")],
+)
+def test_the_side_that_is_cut_is_the_configurations_else_the_tokenizers(
+    tmp_path: Path, configured: str | None, file: str | None, expected: str | None
+) -> None:
+    tokenizer = {"model_max_length": 64, **({} if file is None else {"truncation_side": file})}
+    card = read_card(write(tmp_path, {"tokenizer_config.json": tokenizer}), config(truncation_side=configured), "")
+    assert card.truncation_side == expected

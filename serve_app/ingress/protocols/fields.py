@@ -210,7 +210,7 @@ def long_texts(truncate: bool | None) -> LongTexts | None:
 
 
 TruncationDirection = Annotated[
-    Direction | None, Field(description="The side that is cut off; right where it is left out.")
+    Direction | None, Field(description="The side that is cut off; as the model is configured where it is left out.")
 ]
 
 
@@ -226,8 +226,7 @@ class LongTextFields(Body):
         return self.long_texts or long_texts(self.truncate)
 
     def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
-        side = self.truncation_direction or "right"
-        return Request(id, model, task, inputs, options, self.choice(), side, self.stride)
+        return Request(id, model, task, inputs, options, self.choice(), self.truncation_direction, self.stride)
 
 
 PromptName = Annotated[

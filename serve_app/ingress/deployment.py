@@ -139,6 +139,8 @@ class Ingress(OpenInferenceMethods):
         try:
             async with aclosing(self._pieces(request)) as pieces:
                 async for piece in pieces:
+                    if piece.truncated:
+                        self._metrics.truncated_inputs.inc(1, {"model": request.model})
                     if piece.finish_reason is not None:
                         code = "ok"
                     yield piece

@@ -261,6 +261,15 @@ def test_streamed_pieces_are_the_whole_answer(name: str, url: str, models: Gener
         assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole
 
 
+@pytest.mark.parametrize("text", ["small", "small words " * 100])
+def test_a_stream_tells_that_its_prompt_was_cut_as_a_whole_answer_does(text: str, url: str) -> None:
+    for path, key in (("", "inputs"), ("/v1/completions", "prompt")):
+        body = {key: text, "max_tokens": 2, "parameters": {"max_new_tokens": 2}}
+        whole, pieces = (httpx.post(f"{url}/gpt2{path}", json={**body, "stream": stream}) for stream in (False, True))
+        assert "event-stream" in pieces.headers["content-type"]
+        assert whole.headers["x-truncated-inputs"] == pieces.headers["x-truncated-inputs"] == str(int(len(text) > 9))
+
+
 def streamed(url: str, body: dict[str, Any]) -> list[Any]:
     with httpx.stream("POST", url, json=body, timeout=60) as response:
         assert response.status_code == 200

@@ -31,6 +31,7 @@ from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenI
 from serve_app.ingress.reach import serves_this_machine_alone
 from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken, check_model
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
+from serve_app.logs import show_log
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece
@@ -70,6 +71,7 @@ class Ingress(OpenInferenceMethods):
     """Implements `serve_app.ingress.service.Service` on deployment handles, for HTTP and gRPC."""
 
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
+        show_log()
         self._handles = dict(handles)
         self._cache = config.cache
         self._door = Door(None if config.api_keys is None else Guard(KeyRing(config.api_keys)))

@@ -11,6 +11,7 @@ from typing import Any
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.config import CacheConfig, ModelConfig, ModelSettings, parse
 from serve_app.errors import ConfigError
+from serve_app.logs import show_log
 from serve_app.metrics import ModelMetrics, ReplicaMetrics
 from serve_app.model import memory
 from serve_app.model.engine import BatchReport, Engine
@@ -26,6 +27,7 @@ class ModelReplica:
     """Loads from this node's disk, offline, and computes on one device thread; the event loop never does."""
 
     async def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        show_log()
         os.environ.update(replica_environment(cache))
         memory.configure_allocator()
         self._config = model

@@ -13,6 +13,7 @@ from typing import Any
 
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.config import CacheConfig, ModelConfig, ModelSettings, parse
+from serve_app.logs import show_log
 from serve_app.metrics import ModelMetrics, ReplicaMetrics
 from serve_app.model import memory
 from serve_app.model.deployment import EXIT_AFTER_S
@@ -24,6 +25,7 @@ class GenerationReplica:
     """Loads from this node's disk, offline, and computes on its device thread; the event loop never does."""
 
     async def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        show_log()
         os.environ.update(replica_environment(cache))
         memory.configure_allocator()
         self._config = model

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.config import CacheConfig, ModelConfig
+from serve_app.logs import show_log
 from serve_app.metrics import ReplicaMetrics
 from serve_app.tasks.card import read_card
 from serve_app.tokenizer.encoder import Encoder
@@ -21,6 +23,7 @@ class TokenizerReplica:
     """Tokenizes in threads of its own (Rust releases the GIL there), so that its event loop always answers."""
 
     async def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        show_log(logging.INFO)  # the task that a model is found to be for is said here, once a replica
         os.environ.update(replica_environment(cache))
         # Read once by Rust's thread pool: one call is one thread, and calls run side by side.
         os.environ["RAYON_NUM_THREADS"] = "1"

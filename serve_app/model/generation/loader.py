@@ -96,7 +96,7 @@ def load(path: Path, config: ModelConfig) -> LoadedGenerator:
         mode = _mode(model, device, precision)
         bytes_per_token = Decoding(model, device).bytes_per_token() if mode == "by steps" else 1
     if mode != "by steps":
-        logger.warning("models.%s: answers are generated one at a time: %s", config.name, mode)
+        logger.warning("models.%s: answers are generated each by itself, not in a batch: %s", config.name, mode)
     decoder = load_decoder(folder)
     return LoadedGenerator(
         model=model,

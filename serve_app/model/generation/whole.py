@@ -27,12 +27,9 @@ from serve_app.outputs import FinishReason
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 64
-"""Answers that wait for a thread; beyond it the replica is overloaded."""
+"""Answers that wait to begin; beyond it the replica is overloaded."""
 
-MOST_THREADS = 16
-
-LOOK_AGAIN_S = 1.0
-"""Whether what waits is late by now."""
+MOST_AT_ONCE = 8
 
 
 class Room(Protocol):
@@ -61,7 +58,7 @@ class _BetweenSteps(StoppingCriteria):  # type: ignore[misc]  # transformers is 
 
 
 class WholeAnswers:
-    """`submit` belongs to the event loop; threads start as they are needed."""
+    """`submit` belongs to the event loop; each answer has a thread, which begins the next ones when it ends."""
 
     def __init__(
         self,
@@ -76,11 +73,10 @@ class WholeAnswers:
         self._decoder, self._special = decoder, special
         self._computing, self._prepare_thread, self._room = computing, prepare_thread, room
         self._turns = Turns()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._waiting: deque[Answering] = deque()
-        self._begun: list[Answering] = []
+        self._begun: dict[Answering, threading.Thread] = {}
         self._closed = threading.Event()
-        self._threads: list[threading.Thread] = []
 
     @property
     def active(self) -> int:
@@ -89,64 +85,59 @@ class WholeAnswers:
 
     def submit(self, answering: Answering) -> None:
         """Raises OverloadedError where too many wait."""
-        with self._changed:
+        with self._lock:
             self._drop()
             if len(self._waiting) >= MAX_WAITING:
                 raise OverloadedError("this replica's queue is full; try again later", retry_after_s=1.0)
             self._waiting.append(answering)
-            if len(self._threads) < min(MOST_THREADS, len(self._waiting) + len(self._begun)):
-                self._threads.append(threading.Thread(target=self._serve, name="whole-answers", daemon=True))
-                self._threads[-1].start()
-            self._changed.notify()
+            self._begin()
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed.set()
-            self._changed.notify_all()
-        for thread in self._threads:
+            waiting, threads = [*self._waiting], [*self._begun.values()]
+            self._waiting.clear()
+        for answering in waiting:
+            answering.fail(_ending())
+        for thread in threads:
             thread.join()
-        for answering in self._waiting:
-            answering.fail(UnavailableError("the replica that computed this answer is ending", retry_after_s=1.0))
 
     def _drop(self) -> None:
         """Of those that wait, what was given up or is late."""
         self._waiting = deque(answering for answering in self._waiting if not gone(answering))
 
-    def _serve(self) -> None:
-        self._prepare_thread()
-        while (answering := self._next()) is not None:
-            self._answer(answering)
-            with self._changed:
-                self._begun.remove(answering)
-                self._changed.notify_all()
-
-    def _next(self) -> Answering | None:
-        """The oldest, once there is room for it; None when closed."""
-        with self._changed:
-            while not self._closed.is_set():
-                self._drop()
-                if self._waiting and self._fits(self._waiting[0]):
-                    self._begun.append(self._waiting.popleft())
-                    return self._begun[-1]
-                self._changed.wait(LOOK_AGAIN_S if self._waiting else None)
-            return None
+    def _begin(self) -> None:
+        """The oldest, as long as there is room for them."""
+        while self._waiting and self._fits(self._waiting[0]):
+            answering = self._waiting.popleft()
+            thread = threading.Thread(target=self._serve, args=(answering,), name="whole-answer", daemon=True)
+            self._begun[answering] = thread
+            thread.start()
 
     def _fits(self, answering: Answering) -> bool:
         room = self._room()
         tokens = sum(map(kv_tokens, self._begun)) + kv_tokens(answering)
-        return not self._begun or (len(self._begun) < room.max_sequences and tokens <= room.max_kv_tokens)
+        most = min(MOST_AT_ONCE, room.max_sequences)
+        return not self._begun or (len(self._begun) < most and tokens <= room.max_kv_tokens)
+
+    def _serve(self, answering: Answering) -> None:
+        self._prepare_thread()
+        self._answer(answering)
+        with self._lock:
+            del self._begun[answering]
+            self._drop()
+            self._begin()
 
     def _answer(self, answering: Answering) -> None:
         try:
             tokens, ends = self._generate(answering)
+            if self._closed.is_set():
+                answering.fail(_ending())
+            elif not gone(answering):
+                self._tell(answering, tokens, ends)
         except Exception as error:
             logger.warning("an answer failed", exc_info=True)
             answering.fail(failure(error))
-            return
-        if self._closed.is_set():
-            answering.fail(UnavailableError("the replica that computed this answer is ending", retry_after_s=1.0))
-        elif not gone(answering):
-            self._tell(answering, tokens, ends)
 
     def _generate(self, answering: Answering) -> tuple[list[int], frozenset[int]]:
         """New tokens, and which tokens end an answer."""
@@ -171,6 +162,10 @@ class WholeAnswers:
             answering.take(Choice(token), self._decoder, self._special, reason)
             if answering.finished:
                 return
+
+
+def _ending() -> UnavailableError:
+    return UnavailableError("the replica that computed this answer is ending", retry_after_s=1.0)
 
 
 def kv_tokens(answering: Answering) -> int:

@@ -158,3 +158,9 @@ def test_what_is_no_source_is_refused_with_the_three_kinds(source: str) -> None:
 
 def test_a_model_needs_a_name_and_a_source() -> None:
     assert {"name", "source"} == {key for key, field in ModelConfig.model_fields.items() if field.is_required()}
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text2text-generation", "summarization", "translation"])
+def test_windows_are_refused_for_a_task_that_generates(task: str) -> None:
+    with pytest.raises(ValueError, match=f"windows is not for task {task}"):
+        ModelConfig(name="m", source="./m", task=task, long_texts="windows")  # type: ignore[arg-type]

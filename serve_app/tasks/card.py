@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from serve_app.config import ModelConfig, TaskName
+from serve_app.config import GENERATING_TASKS, ModelConfig, TaskName
 from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.tasks.architectures import architectures_of, check_task, labels_of, task_of
 from serve_app.tasks.special_tokens import SpecialTokens, has_chat_template
@@ -132,6 +132,8 @@ def _task(path: Path, modules: Mapping[str, str], model: Json, config: ModelConf
         task = task_of(architectures_of(model), len(labels_of(model)))
         named = ", ".join(architectures_of(model)) or "no architecture"
         logger.info("models.%s.task: %s, because config.json names %s", config.name, task, named)
+    if task in GENERATING_TASKS and config.long_texts == "windows":
+        raise ConfigError(f"models.{config.name}.long_texts: windows is not for {task}, which reads a text at once")
     if task == "sparse-embedding":
         _check_splade(path, modules, config)
     if task == "rerank" and len(labels_of(model)) != 1:

@@ -73,11 +73,11 @@ def _check_model(card: ModelCard) -> None:
 
 
 def _pairs(texts: tuple[str, ...], options: ZeroShotOptions) -> list[TextPair]:
-    """Texts and hypotheses, a text's together. Only a `{}` is filled in: `format` would run what it is sent."""
+    """Texts and hypotheses, a text's together."""
     if not options.labels:
         raise EmptyInputError("candidate_labels: send at least one label")
     for index, text in enumerate(texts):
         if not text:
             raise EmptyInputError(f"inputs[{index}]: is empty; send a text")
-    hypotheses = [options.template.replace("{}", label) for label in options.labels]
+    hypotheses = [options.hypothesis(label) for label in options.labels]
     return [(text, hypothesis) for text in texts for hypothesis in hypotheses]

@@ -225,6 +225,14 @@ class LongTextFields(Body):
     def choice(self) -> LongTexts | None:
         return self.long_texts or long_texts(self.truncate)
 
+    def over(self, nested: LongTextFields) -> LongTextFields:
+        """These, which stand beside the inputs; where they say nothing, those of `nested`."""
+        return LongTextFields(
+            long_texts=self.choice() or nested.choice(),
+            stride=nested.stride if self.stride is None else self.stride,
+            truncation_direction=self.truncation_direction or nested.truncation_direction,
+        )
+
     def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
         return Request(id, model, task, inputs, options, self.choice(), self.truncation_direction, self.stride)
 

@@ -53,11 +53,7 @@ class FeatureBody(FeatureParameters, TaskBody):
     def to_request(self, request_id: str, model: str) -> Request:
         nested = self.parameters or FeatureParameters()
         prompt_name = _first(self.prompt_name, nested.prompt_name)
-        texts = LongTextFields(
-            long_texts=self.choice() or nested.choice(),
-            stride=_first(self.stride, nested.stride),
-            truncation_direction=_first(self.truncation_direction, nested.truncation_direction),
-        )
+        texts = self.over(nested)
         if isinstance(self.inputs, SimilarityInputs):
             inputs = (self.inputs.source_sentence, *self.inputs.sentences)
             return texts.request(request_id, model, "similarity", inputs, SimilarityOptions(prompt_name))
@@ -79,7 +75,7 @@ class SparseBody(LongTextFields, TaskBody):
     parameters: LongTextFields | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        texts = self.parameters or self
+        texts = self.over(self.parameters or LongTextFields())
         return texts.request(request_id, model, "sparse-embedding", self.inputs, SparseEmbeddingOptions())
 
     def write(self, request: Request, answer: Answer) -> bytes:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.cache.prewarm import warmer_actors
-from serve_app.cache.resolve import source_folder
-from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse, source_kind
-from serve_app.errors import SourceNotFoundError
+from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse
 from serve_app.ingress.deployment import Ingress, ModelHandles
 from serve_app.model.deployment import ModelReplica
-from serve_app.model.generation_deployment import GenerationReplica
-from serve_app.tasks.architectures import architectures_of, task_of
-from serve_app.tasks.generation import GENERATING
 from serve_app.tokenizer.deployment import TokenizerReplica
 
 MAX_ONGOING_REQUESTS = 1024
@@ -67,7 +60,7 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
     tier = serve.deployment(
-        GenerationReplica if generates(model) else ModelReplica,
+        ModelReplica,
         name=f"{model.name}-model",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         deployment_actors=warm,
@@ -78,20 +71,3 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         ray_actor_options={"num_cpus": model.num_threads, "num_gpus": 1 if model.device == "cuda" else 0},
     )
     return ModelHandles(tokenizer.bind(model, config.cache), tier.bind(model, config.cache))
-
-
-def generates(model: ModelConfig) -> bool:
-    """Whether the model's task is one that generates, by the configuration or by config.json where that is at hand.
-
-    A model on the Hub whose task is not configured is taken for one that does not; its replica refuses the other kind.
-    """
-    if model.task is not None:
-        return model.task in GENERATING
-    if source_kind(model.source) == "hub":
-        return False
-    try:
-        folder = source_folder(model.source)
-        files = json.loads((folder / "config.json").read_text("utf-8"))
-    except (SourceNotFoundError, OSError, ValueError):
-        return False  # the warmer, which looks on each node, tells what is wrong with the source
-    return not (folder / "modules.json").exists() and task_of(architectures_of(files), 0) in GENERATING

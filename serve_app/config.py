@@ -35,6 +35,9 @@ TaskName = Literal[
     "translation",
 ]
 
+GENERATING_TASKS: tuple[TaskName, ...] = ("text-generation", "text2text-generation", "summarization", "translation")
+"""Tasks whose answers are generated: they read a text at once, and never in windows."""
+
 MOST_JSON_DEPTH = 190
 """The parser's own bound is 200, and a body stands in itself."""
 
@@ -165,7 +168,14 @@ class ModelConfig(_Frozen):
     long_texts: Literal["truncate", "error", "windows"] = Field(
         "truncate",
         description="What becomes of inputs that are too long where a request does not say: cut, refused with the "
-        "number of tokens, or read in overlapping windows whose results are put together as suits the task.",
+        "number of tokens, or read in overlapping windows whose results are put together as suits the task (not for "
+        "tasks that generate).",
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None,
+        description="The side on which inputs that are too long are cut where a request does not say; by default "
+        "`truncation_side` in tokenizer_config.json, else right, and left for prompts of `text-generation`, whose end "
+        "is what an answer goes on from.",
     )
     stride: NonNegativeInt | None = Field(
         None,
@@ -203,6 +213,12 @@ class ModelConfig(_Frozen):
             )
         if kind != "hub" and self.revision is not None:
             raise ValueError(f"revision is for Hub sources only; remove it for {self.source!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_go_with_the_task(self) -> ModelConfig:
+        if self.long_texts == "windows" and self.task in GENERATING_TASKS:
+            raise ValueError(f"long_texts: windows is not for task {self.task}, which reads a text at once")
         return self
 
     @model_validator(mode="after")

@@ -58,7 +58,7 @@ class RerankOptions:
 
 @dataclass(frozen=True, slots=True)
 class ZeroShotOptions:
-    """Labels for texts by entailment; `template` has one `{}`, the label's place."""
+    """Labels for texts by entailment; `template` has the label's place: one `{}`, or `{0}` as often as it likes."""
 
     labels: tuple[str, ...]
     multi_label: bool = False
@@ -66,8 +66,18 @@ class ZeroShotOptions:
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError for a template without one place for the label, or with other braces."""
-        if self.template.count("{}") != 1 or set(self.template.replace("{}", "")) & set("{}"):
+        place = self._place
+        one = self.template.count(place) == 1 or place == "{0}"
+        if not one or set(self.template.replace(place, "")) & set("{}"):
             raise InvalidInputError("`hypothesis_template` must have one {}, where the label goes, and no other braces")
+
+    @property
+    def _place(self) -> str:
+        return "{0}" if "{0}" in self.template else "{}"
+
+    def hypothesis(self, label: str) -> str:
+        """The template with the label in its place. Nothing else is filled in: `format` would run what it is sent."""
+        return self.template.replace(self._place, label)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,7 @@ class QuestionAnsweringOptions:
     max_answer_len: int = 15
     max_question_len: int = 64
     handle_impossible_answer: bool = False
+    align_to_words: bool = True
 
 
 @dataclass(frozen=True, slots=True)

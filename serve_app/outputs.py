@@ -100,6 +100,8 @@ class GeneratedPiece:
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
+    truncated: bool = False
+    """Whether the prompt was cut, which the first piece tells."""
 
 
 TaskOutput: TypeAlias = (

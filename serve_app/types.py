@@ -63,7 +63,8 @@ class Request:
     options: TaskOptions
     long_texts: LongTexts | None = None
     """What becomes of inputs that are too long; None: as the model is configured."""
-    truncation_side: Side = "right"
+    truncation_side: Side | None = None
+    """Where inputs are cut; None: as the model is configured."""
     stride: int | None = None
     """Tokens that neighbouring windows share; None: as the model is configured."""
     priority: Priority = "interactive"
@@ -373,6 +374,8 @@ class ModelCard:
     normalize: bool
     long_texts: LongTexts = "truncate"
     """Where a request does not say."""
+    truncation_side: Side | None = None
+    """Where a request does not say; None where neither the configuration nor the tokenizer's files do."""
     stride: int = 0
     """Tokens that neighbouring windows share where a request does not say."""
     labels: tuple[str, ...] = ()

@@ -26,12 +26,10 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.app import generates
 from serve_app.config import AppConfig, CacheConfig, IngressSettings, ModelConfig, ModelSettings
 from serve_app.ingress.deployment import Ingress, ModelHandles
 from serve_app.ingress.front import Front
 from serve_app.model.deployment import ModelReplica
-from serve_app.model.generation_deployment import GenerationReplica
 from serve_app.tokenizer.deployment import TokenizerReplica
 
 T = TypeVar("T")
@@ -186,7 +184,7 @@ class TellsRequestId:
 
 async def _tiers(model: ModelConfig, cache: CacheConfig, replicas: list[Any]) -> ModelHandles:
     tokenizer = await _replica(TokenizerReplica, model, cache)
-    tier = await _replica(GenerationReplica if generates(model) else ModelReplica, model, cache)
+    tier = await _replica(ModelReplica, model, cache)
     tier.reconfigure(ModelSettings().model_dump())
     replicas.append(tier)
     return ModelHandles(Handle(tokenizer), Handle(tier))

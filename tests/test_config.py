@@ -181,3 +181,9 @@ def test_an_alias_that_cannot_be_seen_is_refused(alias: str) -> None:
 def test_an_alias_leads_to_one_model(alias: str) -> None:
     models = ({**PACKAGED, "aliases": [alias]}, {**PACKAGED, "name": "other", "aliases": ["shared"]})
     assert alias in message_of(*models)
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text2text-generation", "summarization", "translation"])
+def test_windows_are_refused_for_a_task_that_generates(task: str) -> None:
+    with pytest.raises(ValueError, match=f"windows is not for task {task}"):
+        ModelConfig(name="m", source="./m", task=task, long_texts="windows")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import serve_app
 PACKAGE = Path(serve_app.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors"},
+    {"errors", "logs"},
     {"options", "outputs"},
     {"types", "config", "metrics"},
     {"tasks", "cache"},
@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
 ]
 """From the ground up; `errors` is below the rest of the ground floor, which raises them."""
 
-RAY_FREE = {"errors", "options", "outputs", "types", "config", "tasks", "model"}
+RAY_FREE = {"errors", "logs", "options", "outputs", "types", "config", "tasks", "model"}
 
 
 class Import(NamedTuple):

@@ -31,6 +31,7 @@ from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenI
 from serve_app.ingress.reach import serves_this_machine_alone
 from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken, check_model
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
+from serve_app.logs import show_log
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece
@@ -71,6 +72,7 @@ class Ingress(OpenInferenceMethods):
     """Implements `serve_app.ingress.service.Service` on deployment handles, for HTTP and gRPC."""
 
     def __init__(self, config: AppConfig, handles: Mapping[str, ModelHandles]) -> None:
+        show_log()
         self._handles = dict(handles)
         self._aliases = config.aliases()
         self._cache = config.cache
@@ -145,6 +147,8 @@ class Ingress(OpenInferenceMethods):
         try:
             async with aclosing(self._pieces(request)) as pieces:
                 async for piece in pieces:
+                    if piece.truncated:
+                        self._metrics.truncated_inputs.inc(1, {"model": request.model})
                     if piece.finish_reason is not None:
                         code = "ok"
                     yield piece
@@ -212,6 +216,8 @@ class Ingress(OpenInferenceMethods):
         vocabulary = self._vocabularies.get(model)
         if vocabulary is None:
             definition = await self._ask(self._handles[model].tokenizer.definition, model)
+            if not definition:
+                raise InvalidInputError(f"the tokenizer of model {model} has no fast form, which this needs")
             vocabulary = await asyncio.to_thread(Vocabulary.read, definition)
             self._vocabularies[model] = vocabulary
         return vocabulary

@@ -95,13 +95,15 @@ class GenerationPath:
         """The first input's answer, piece by piece, after `echo`. Closing it cancels the work."""
         deadline = time.monotonic() + timeout_s
         prompts = await self._prompts(request, card, deadline)
-        ids = prompts.input_ids[0]
+        ids, untold = prompts.input_ids[0], bool(prompts.truncated)
         if echo:
-            yield GeneratedPiece(echo, prompt_tokens=len(ids))
+            yield GeneratedPiece(echo, prompt_tokens=len(ids), truncated=untold)
+            untold = False
         async with aclosing(self._pieces(ids, _options(request, card), request.priority, deadline)) as lists:
             async for some in lists:
                 for piece in some:
-                    yield piece
+                    yield replace(piece, truncated=True) if untold else piece
+                    untold = False
 
     async def probe(self, timeout_s: float) -> None:
         """One token through the whole graph. Raises ServeAppError."""

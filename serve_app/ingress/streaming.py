@@ -45,16 +45,18 @@ async def stream_reply(
     pieces = _counted(exchange, stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s))
     events = _closing(pieces, write(pieces))
     first = await anext(events, b"")
-    return Reply(_framed(first, events, dialect, exchange), content_type=EVENT_STREAM, headers=_HEADERS + headers)
+    told = (*_HEADERS, *headers, (b"x-truncated-inputs", b"%d" % exchange.truncated))
+    return Reply(_framed(first, events, dialect, exchange), content_type=EVENT_STREAM, headers=told)
 
 
 async def _counted(
     exchange: Exchange, pieces: AsyncGenerator[GeneratedPiece, None]
 ) -> AsyncGenerator[GeneratedPiece, None]:
-    """`pieces`, each counted with the request's tokens, the prompt's with the first."""
+    """`pieces`, each counted with the request's tokens, the prompt's (and whether it was cut) with the first."""
     async with aclosing(pieces):
         async for piece in pieces:
             exchange.tokens += (piece.token is not None) + (0 if exchange.tokens else piece.prompt_tokens)
+            exchange.truncated += piece.truncated
             yield piece
 
 

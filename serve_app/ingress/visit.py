@@ -31,6 +31,8 @@ class Visit:
     """Of the API key, where keys are on."""
     tokens: int = 0
     """Tokens that it has cost so far."""
+    truncated: int = 0
+    """Inputs that were cut, of an answer in pieces."""
     counted: bool = False
     """Whether it is among the requests under way, of which there may be only so many."""
     route: tuple[str, str] | None = None

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from serve_app.config import ModelConfig, TaskName
+from serve_app.config import GENERATING_TASKS, ModelConfig, TaskName
 from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.tasks.architectures import architectures_of, check_task, labels_of, task_of
 from serve_app.tasks.special_tokens import SpecialTokens, has_chat_template
-from serve_app.types import ModelCard
+from serve_app.types import ModelCard, Side
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
         pooling=config.pooling or (_pooling(path, modules, prompts, config) if task in _POOLED_TASKS else "mean"),
         normalize="Normalize" in modules if config.normalize is None else config.normalize,
         long_texts=config.long_texts,
+        truncation_side=config.truncation_side or _truncation_side(folder),
         stride=max_input_tokens // 8 if config.stride is None else config.stride,
         labels=labels_of(model) if task in _CLASSIFYING_TASKS else (),
         problem_type=model.get("problem_type"),
@@ -132,6 +133,8 @@ def _task(path: Path, modules: Mapping[str, str], model: Json, config: ModelConf
         task = task_of(architectures_of(model), len(labels_of(model)))
         named = ", ".join(architectures_of(model)) or "no architecture"
         logger.info("models.%s.task: %s, because config.json names %s", config.name, task, named)
+    if task in GENERATING_TASKS and config.long_texts == "windows":
+        raise ConfigError(f"models.{config.name}.long_texts: windows is not for {task}, which reads a text at once")
     if task == "sparse-embedding":
         _check_splade(path, modules, config)
     if task == "rerank" and len(labels_of(model)) != 1:
@@ -238,6 +241,11 @@ def _max_seq_length(folder: Path) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def _truncation_side(folder: Path) -> Side | None:
+    side = _json(folder / "tokenizer_config.json").get("truncation_side")
+    return side if side in ("left", "right") else None
 
 
 def _tokenizer_limit(folder: Path) -> int | None:

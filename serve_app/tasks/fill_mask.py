@@ -41,6 +41,8 @@ class FillMask:
         targets = tuple(dict.fromkeys(target for target in found if target is not None))
         if not targets:
             raise InvalidInputError("targets: at least one must have a token")
+        if vocabulary.model_ids is not None and max(targets) >= vocabulary.model_ids:
+            raise InvalidInputError("targets: one is a token of the tokenizer alone, which the model does not know")
         return MaskArguments(options.top_k, targets)
 
     def postprocess(
@@ -56,8 +58,7 @@ class FillMask:
             ids = features.tokens.input_ids[places]
             masks = np.flatnonzero(ids == card.mask_token_id)
             if not len(masks):
-                token = vocabulary.token(card.mask_token_id)
-                raise InvalidInputError(f"inputs[{index}]: no mask token ({token}) found; mark what is to be filled")
+                raise _without_mask(request, index, vocabulary.token(card.mask_token_id), features)
             rows = _rows_of(features, card.mask_token_id, sequences)
             candidates = [rows[place] for place in places[masks].tolist()]
             answers.append(
@@ -67,6 +68,16 @@ class FillMask:
                 )
             )
         return tuple(answers)
+
+
+def _without_mask(request: Request, index: int, token: str, features: Features) -> InvalidInputError:
+    sequences = features.windows()[index]
+    if features.tokens.truncated[sequences].any() and token in str(request.inputs[index]):
+        return InvalidInputError(
+            f"inputs[{index}]: its mask token ({token}) was lost where the text was cut; shorten the text, or ask for "
+            "windows (long_texts: windows)"
+        )
+    return InvalidInputError(f"inputs[{index}]: no mask token ({token}) found; mark what is to be filled")
 
 
 def _target(target: str, vocabulary: Vocabulary) -> int | None:

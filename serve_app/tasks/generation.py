@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.options import GenerationOptions
 from serve_app.outputs import Generated, GeneratedPiece
+from serve_app.tasks.inputs import truncation_side_of
 from serve_app.types import Chat, ModelCard, Request, TokenizeRequest
 
 DEFAULT_NEW_TOKENS = 256
@@ -35,7 +36,7 @@ class Generation:
         return TokenizeRequest(
             inputs=request.inputs,
             long_texts=long_texts,
-            truncation_side=request.truncation_side if self.encodes else "left",
+            truncation_side=truncation_side_of(request, card, "right" if self.encodes else "left"),
             prompt=self._prefix(card, options),
             max_tokens=self._prompt_limit(card, options, long_texts == "truncate"),
         )

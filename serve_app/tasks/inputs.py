@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 
 from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.options import TaskOptions
-from serve_app.types import LongTexts, ModelCard, Request, TextPair, TokenizeRequest
+from serve_app.types import LongTexts, ModelCard, Request, Side, TextPair, TokenizeRequest
 
 OptionsT = TypeVar("OptionsT", bound=TaskOptions)
 
@@ -38,6 +38,11 @@ def long_texts_of(request: Request, card: ModelCard) -> LongTexts:
     return request.long_texts or card.long_texts
 
 
+def truncation_side_of(request: Request, card: ModelCard, otherwise: Side = "right") -> Side:
+    """The request's, else the configuration's or the tokenizer's, which the card has, else `otherwise`."""
+    return request.truncation_side or card.truncation_side or otherwise
+
+
 def stride_of(request: Request, card: ModelCard) -> int:
     return card.stride if request.stride is None else request.stride
 
@@ -47,7 +52,7 @@ def tokenize_request(request: Request, card: ModelCard, prompt: str = "") -> Tok
     return TokenizeRequest(
         inputs=request.inputs,
         long_texts=long_texts_of(request, card),
-        truncation_side=request.truncation_side,
+        truncation_side=truncation_side_of(request, card),
         prompt=prompt,
         stride=stride_of(request, card),
     )

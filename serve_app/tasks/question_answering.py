@@ -15,7 +15,7 @@ import numpy as np
 from serve_app.errors import EmptyInputError, InvalidInputError
 from serve_app.options import QuestionAnsweringOptions
 from serve_app.outputs import Span
-from serve_app.tasks.inputs import options_of, pairs_of
+from serve_app.tasks.inputs import options_of, pairs_of, truncation_side_of
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, Int32Array, LongTexts, ModelCard, Request, TokenizeRequest
 
@@ -36,7 +36,7 @@ class QuestionAnswering:
         return TokenizeRequest(
             inputs=request.inputs,
             long_texts=_long_texts(request, card),
-            truncation_side=request.truncation_side,
+            truncation_side=truncation_side_of(request, card),
             stride=_stride(request, options, longest),
             cut="only_second",
             max_tokens=longest,
@@ -114,7 +114,7 @@ def _answers(context: str, windows: list[_Window], options: QuestionAnsweringOpt
     found: dict[str, Span] = {}
     for window in windows:
         for start, end, score in _best_spans(window, options):
-            first, last = _characters(window, start, end)
+            first, last = _characters(window, start, end, options.align_to_words)
             answer = context[first:last]
             same = found.get(answer.lower(), Span(answer, 0.0, first, last))
             found[answer.lower()] = Span(same.answer, same.score + score, same.start, same.end)
@@ -141,10 +141,10 @@ def _best_spans(window: _Window, options: QuestionAnsweringOptions) -> Iterator[
             yield start, end, float(scores[place])
 
 
-def _characters(window: _Window, start: int, end: int) -> tuple[int, int]:
-    """First and last-plus-one character of the words that a span of tokens touches, as far as this window has them."""
+def _characters(window: _Window, start: int, end: int, align_to_words: bool) -> tuple[int, int]:
+    """First and last-plus-one character of a span of tokens, or of the words it touches, as far as this window goes."""
     words, first, last = window.words, start, end
-    if words[start] >= 0 and words[end] >= 0:
+    if align_to_words and words[start] >= 0 and words[end] >= 0:
         first = words.index(words[start])
         last = len(words) - 1 - words[::-1].index(words[end])
     return int(window.offsets[first, 0]), int(window.offsets[last, 1])

@@ -6,7 +6,7 @@ import numpy as np
 
 from serve_app.errors import EmptyInputError, InvalidInputError
 from serve_app.options import RerankOptions
-from serve_app.tasks.inputs import long_texts_of, options_of, stride_of, texts_of
+from serve_app.tasks.inputs import long_texts_of, options_of, stride_of, texts_of, truncation_side_of
 from serve_app.tasks.scores import sigmoid
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, ModelCard, Request, TokenizeRequest
@@ -33,7 +33,7 @@ class Rerank:
         return TokenizeRequest(
             inputs=tuple((query, document) for document in documents),
             long_texts=long_texts,
-            truncation_side=request.truncation_side,
+            truncation_side=truncation_side_of(request, card),
             stride=stride_of(request, card),
             cut="only_second" if long_texts == "windows" else "longest_first",
         )

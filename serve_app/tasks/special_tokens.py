@@ -17,10 +17,18 @@ Json: TypeAlias = Mapping[str, Any]
 
 _USUAL: Mapping[str, tuple[str, ...]] = {
     "mask_token": ("[MASK]", "<mask>"),
-    "cls_token": ("[CLS]", "<s>"),
+    "cls_token": ("[CLS]",),
     "unk_token": ("[UNK]", "<unk>"),
     "pad_token": ("[PAD]", "<pad>"),
 }
+
+
+_BEGIN_WITH_S = (
+    *("roberta", "robertaprelayernorm", "xlmroberta", "xlmrobertaxl", "camembert", "data2vectext", "ibert", "xmod"),
+    *("longformer", "led", "mpnet", "bart", "mbart", "mbart50", "mvp", "barthez", "bartpho", "plbart", "blenderbot"),
+    *("luke", "mluke"),
+)
+"""Kinds of tokenizers whose `cls_token` is `<s>` where their files do not say; of others (Llama) it is none."""
 
 
 class SpecialTokens:
@@ -30,6 +38,7 @@ class SpecialTokens:
         """Raises IncompleteModelError if a file is no JSON object."""
         self._names = {**_read(folder / "special_tokens_map.json"), **_read(folder / "tokenizer_config.json")}
         self._ids = dict(_added(folder))
+        self._model = _read(folder / "config.json")
 
     @property
     def cleans_up(self) -> bool:
@@ -46,8 +55,23 @@ class SpecialTokens:
         """The id of `mask_token`, `cls_token`, `unk_token` or `pad_token`; None if there is none."""
         named = self._names.get(role)
         content = named.get("content") if isinstance(named, dict) else named
-        names = (content,) if isinstance(content, str) else _USUAL[role]
+        names = (content,) if isinstance(content, str) else self._usual(role)
         return next((self._ids[name] for name in names if name in self._ids), None)
+
+    def _usual(self, role: str) -> tuple[str, ...]:
+        return (*_USUAL[role], "<s>") if role == "cls_token" and self._kind in _BEGIN_WITH_S else _USUAL[role]
+
+    @property
+    def _kind(self) -> str:
+        """The tokenizer's, as its class is called in transformers; by the model's where its files name no class."""
+        named = str(self._names.get("tokenizer_class") or self._model.get("model_type") or "").lower()
+        return named.removesuffix("fast").removesuffix("tokenizer").replace("-", "").replace("_", "")
+
+    @property
+    def model_ids(self) -> int | None:
+        """How many ids the model knows; the tokenizer may have more."""
+        size = self._model.get("vocab_size")
+        return size if isinstance(size, int) else None
 
 
 def has_chat_template(folder: Path) -> bool:

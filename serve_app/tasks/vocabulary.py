@@ -29,11 +29,14 @@ class Vocabulary:
         clean_up: bool = False,
         unknown_id: int | None = None,
         pad_id: int | None = None,
+        model_ids: int | None = None,
     ) -> None:
+        """`model_ids`: how many ids the model knows, where its files say."""
         self._tokenizer = tokenizer
         self._cleans_up = clean_up and type(tokenizer.model).__name__ != "BPE"
         self.unknown_id = unknown_id
         self.pad_id = pad_id
+        self.model_ids = model_ids
 
     @classmethod
     def read(cls, definition: str) -> Vocabulary:
@@ -42,7 +45,7 @@ class Vocabulary:
 
         parts = json.loads(definition)
         tokenizer = Tokenizer.from_str(parts["tokenizer"])
-        return cls(tokenizer, parts["clean_up"], parts["unknown_id"], parts["pad_id"])
+        return cls(tokenizer, parts["clean_up"], parts["unknown_id"], parts["pad_id"], parts["model_ids"])
 
     @staticmethod
     def define(tokenizer: Tokenizer, special: SpecialTokens) -> str:
@@ -52,6 +55,7 @@ class Vocabulary:
             "clean_up": special.cleans_up,
             "unknown_id": special.id_of("unk_token"),
             "pad_id": special.id_of("pad_token"),
+            "model_ids": special.model_ids,
         }
         return json.dumps(parts)
 

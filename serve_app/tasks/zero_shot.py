@@ -7,7 +7,7 @@ import numpy as np
 from serve_app.errors import EmptyInputError, InvalidInputError
 from serve_app.options import ZeroShotOptions
 from serve_app.outputs import LabelScore
-from serve_app.tasks.inputs import long_texts_of, options_of, stride_of, texts_of
+from serve_app.tasks.inputs import long_texts_of, options_of, stride_of, texts_of, truncation_side_of
 from serve_app.tasks.scores import labelled, softmax
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, ModelCard, Request, TextPair, TokenizeRequest
@@ -26,7 +26,7 @@ class ZeroShotClassification:
         return TokenizeRequest(
             inputs=tuple(_pairs(texts_of(request), options)),
             long_texts=long_texts_of(request, card),
-            truncation_side=request.truncation_side,
+            truncation_side=truncation_side_of(request, card),
             stride=stride_of(request, card),
             cut="only_first",
         )
@@ -73,11 +73,11 @@ def _check_model(card: ModelCard) -> None:
 
 
 def _pairs(texts: tuple[str, ...], options: ZeroShotOptions) -> list[TextPair]:
-    """Texts and hypotheses, a text's together. Only a `{}` is filled in: `format` would run what it is sent."""
+    """Texts and hypotheses, a text's together."""
     if not options.labels:
         raise EmptyInputError("candidate_labels: send at least one label")
     for index, text in enumerate(texts):
         if not text:
             raise EmptyInputError(f"inputs[{index}]: is empty; send a text")
-    hypotheses = [options.template.replace("{}", label) for label in options.labels]
+    hypotheses = [options.hypothesis(label) for label in options.labels]
     return [(text, hypothesis) for text in texts for hypothesis in hypotheses]

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from serve_app.cache.prewarm import ensure_local, replica_environment
 from serve_app.config import CacheConfig, ModelConfig
+from serve_app.logs import show_log
 from serve_app.metrics import ReplicaMetrics
 from serve_app.tasks.card import read_card
 from serve_app.tokenizer.encoder import Encoder
+from serve_app.tokenizer.loader import slow_tokenizer
+from serve_app.tokenizer.slow import SlowEncoder
 from serve_app.types import ModelCard, TokenBatch, TokenizeRequest
 
 
@@ -18,13 +23,14 @@ class TokenizerReplica:
     """Tokenizes in threads of its own (Rust releases the GIL there), so that its event loop always answers."""
 
     async def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        show_log(logging.INFO)  # the task that a model is found to be for is said here, once a replica
         os.environ.update(replica_environment(cache))
         # Read once by Rust's thread pool: one call is one thread, and calls run side by side.
         os.environ["RAYON_NUM_THREADS"] = "1"
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         path = await ensure_local(model, cache)
         self._card = await asyncio.to_thread(read_card, path, model, path.name)
-        self._encoder = await asyncio.to_thread(Encoder, path, self._card.max_input_tokens)
+        self._encoder = await asyncio.to_thread(encoder_of, path, self._card.max_input_tokens)
         if self._card.can_chat and self._card.task == "text-generation":
             await asyncio.to_thread(self._encoder.load_chat_template)
         self._metrics = ReplicaMetrics()
@@ -36,7 +42,10 @@ class TokenizerReplica:
         return await loop.run_in_executor(self._threads, self._encoder.encode, requests)
 
     async def definition(self) -> str:
-        """The tokenizer as the JSON of a `tokenizer.json`; an ingress asks once, for tasks that answer with words."""
+        """The tokenizer as the JSON of a `tokenizer.json`; an ingress asks once, for tasks that answer with words.
+
+        Empty where the tokenizer has no fast form.
+        """
         return self._encoder.definition
 
     async def check_health(self) -> None:
@@ -46,3 +55,9 @@ class TokenizerReplica:
     async def card(self) -> ModelCard:
         """What the model's files say; the ingress asks once."""
         return self._card
+
+
+def encoder_of(path: Path, max_input_tokens: int) -> Encoder | SlowEncoder:
+    """What encodes for the model in `path`. Raises IncompleteModelError if no tokenizer can be made, ConfigError."""
+    slow = slow_tokenizer(path)
+    return Encoder(path, max_input_tokens) if slow is None else SlowEncoder(path, slow, max_input_tokens)

@@ -104,7 +104,12 @@ class FramedTokenizer:
     def _needed(self, request: TokenizeRequest) -> int:
         """Tokens of a text of which it is enough to know that there are more."""
         limit = self.limit_of(request)
-        return limit * (1 + request.max_windows) if request.long_texts == "windows" else limit
+        if request.long_texts != "windows":
+            return limit
+        pairs = any(isinstance(value, tuple) and value and isinstance(value[0], str) for value in request.inputs)
+        # What a window adds to the one before it; of a pair that leaves little room, half a window.
+        most_new = max(limit - request.stride, limit - limit // 2) if pairs else limit - request.stride
+        return limit + request.max_windows * most_new
 
     def _read(self, request: TokenizeRequest, texts: Sequence[Text], frames: bool, characters: int) -> list[Reading]:
         """Releases the GIL while it tokenizes."""
@@ -167,10 +172,11 @@ class FramedTokenizer:
         if request.long_texts == "error":
             raise _too_long(index, layout.length, reading.whole, limit)
         stride = self._check_other_text(request, index, layout, limit)
+        if request.long_texts == "windows":
+            self._count_windows(request, reading, limit, stride, windowed)
         columns = _Columns.of(request, index, reading)
         if request.long_texts == "truncate":
             return [columns.take(kept(layout, limit, request.cut, request.truncation_side), truncated=True)]
-        self._count_windows(request, reading, limit, stride, windowed)
         return [columns.take(places, truncated=False) for places in windows(layout, limit, request.cut, stride)]
 
     def _check_other_text(self, request: TokenizeRequest, index: int, layout: Layout, limit: int) -> int:

@@ -1,4 +1,4 @@
-"""A model's fast (Rust) tokenizer, from the model's files.
+"""A model's tokenizer, from the model's files: the fast one (Rust), or transformers' own where there is no other.
 
 `tokenizer.json` says what the tokens are. Where `tokenizer_config.json` names a class of its own and contradicts it,
 the latter wins, as in transformers (tokenization_bert.py and tokenization_roberta.py).
@@ -25,6 +25,9 @@ _NORMALIZER_KEYS = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
+
+_MOST_REASON = 300
+"""Characters of what went wrong that are told."""
 
 
 def load(path: Path) -> Tokenizer:
@@ -63,19 +66,39 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", json.loads(file.read_text("utf-8"))) if file.is_file() else {}
 
 
+def slow_tokenizer(path: Path) -> Any | None:
+    """The tokenizer in `path`, as transformers has it, if transformers has none in Rust for its kind (Marian).
+
+    None where `load` makes one. Raises IncompleteModelError if none at all can be made.
+    """
+    folder = transformer_folder(path)
+    if (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = _from_files(folder)
+    return None if hasattr(tokenizer, "backend_tokenizer") else tokenizer
+
+
 def _converted(folder: Path) -> Tokenizer:
     """A tokenizer that ships without tokenizer.json, converted by transformers."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True).backend_tokenizer
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        raise _impossible(folder) from error
+    found = _from_files(folder)
+    tokenizer = getattr(found, "backend_tokenizer", None)
+    if tokenizer is None:
+        raise _impossible(folder, f"transformers has {type(found).__name__} in Python only")
     # Without any vocabulary file transformers makes a tokenizer that knows its special tokens only.
     if tokenizer.get_vocab_size() <= len(tokenizer.get_added_tokens_decoder()):
-        raise _impossible(folder)
+        raise _impossible(folder, "no vocabulary is among them")
     return cast("Tokenizer", tokenizer)
 
 
-def _impossible(folder: Path) -> IncompleteModelError:
-    return IncompleteModelError(f"{folder.name}: no fast tokenizer can be made from the model's files")
+def _from_files(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
+    except Exception as error:  # transformers reads files of many kinds, and raises what their readers raise
+        raise _impossible(folder, f"{type(error).__name__}: {error}") from error
+
+
+def _impossible(folder: Path, reason: str) -> IncompleteModelError:
+    why = " ".join(reason.split())[:_MOST_REASON]
+    return IncompleteModelError(f"{folder.name}: no tokenizer can be made from the model's files: {why}")

@@ -102,6 +102,8 @@ def test_zero_shot_labels_are_the_pipelines(name: str, url: str, models: Models)
         {"candidate_labels": ["small", "words", "a long line"], "multi_label": True},
         {"candidate_labels": "one, two", "hypothesis_template": "{} it's"},
         {"candidate_labels": ["one"]},
+        {"candidate_labels": ["small", "one", "small"]},
+        {"candidate_labels": ["small", "one"], "hypothesis_template": "{0}, or not {0}."},
     ]
     answers = ask(f"{url}/{name}-nli", [{"inputs": texts, "parameters": chosen} for chosen in options])
     for got, chosen in zip(answers, options, strict=True):
@@ -164,7 +166,7 @@ def test_what_the_pipeline_refuses_is_refused_with_the_reason(url: str, models: 
     zero_shot = {"candidate_labels": ["one"]}
     status, why = refusal(f"{url}/bert-nli", {"inputs": "", "parameters": zero_shot})
     assert (status, "empty" in why) == (400, True)
-    for template in ("no place", "{} and {}"):
+    for template in ("no place", "{} and {}", "{0} and {}", "{0.__class__}", "{1}"):
         body = {"inputs": "a", "parameters": {**zero_shot, "hypothesis_template": template}}
         assert "hypothesis_template" in refusal(f"{url}/bert-nli", body)[1]
     compared = {"source_sentence": "small words", "sentences": ["a", ""]}
@@ -183,3 +185,14 @@ def test_a_text_that_may_not_be_cut_is_refused_with_its_tokens_and_the_limit(
     assert status == 422
     assert str(LIMIT + 1) in why
     assert str(LIMIT) in why
+
+
+def test_options_beside_the_inputs_count_as_those_among_the_parameters(url: str, models: Models) -> None:
+    given, long = models["bert-classes"], "The model reads small words. " * 40
+    pipe = given.pipe("text-classification", truncation=True, max_length=LIMIT, top_k=None)
+    for more in ({}, {"parameters": {}}):
+        assert refusal(f"{url}/bert-classes", {"inputs": long, "truncate": False, **more})[0] == 422
+        given.tokenizer.truncation_side = "left"
+        wanted = pipe([long])
+        given.tokenizer.truncation_side = "right"
+        assert_same(ask(f"{url}/bert-classes", [{"inputs": [long], "truncation_direction": "left", **more}])[0], wanted)

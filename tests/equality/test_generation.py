@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from serve_app.config import ModelConfig
 from serve_app.options import GenerationOptions
 from tests.equality.matrix import TOLERANCE, ask, refusal
 from tests.inprocess import served
-from tests.model.generation.models import WINDOW, reference, tiny
+from tests.model.generation.models import WINDOW, configured, reference, tiny
 from tests.tasks.families import TEXTS
 from tests.tokenizer.kinds import byte_level, qwen
+from tests.tokenizer.sentencepieces import save_marian, save_t5
 
 DECODERS = ("gpt2", "llama", "qwen2")
 NEW_TOKENS = 12
@@ -38,6 +39,10 @@ CONFIGURED: dict[str, dict[str, Any]] = {
     "gpt2-configured": {"max_new_tokens": 7, "do_sample": True, "top_k": 5, "temperature": 0.8},
     "bart-configured": {"max_new_tokens": 9, "num_beams": 2, "repetition_penalty": 1.2},
     "bart-of-a-length": {"max_length": 14, "min_length": 6, "no_repeat_ngram_size": 2},
+    "gpt2-lengths": {"max_length": 30, "min_length": 25, "do_sample": False},
+    "bart-lengths": {"max_length": 12, "min_length": 8},
+    "t5-lengths": {"max_length": 11, "min_length": 6},
+    "marian-lengths": {"max_length": 10, "num_beams": 2},
 }
 """What the generation config of each model says."""
 
@@ -92,6 +97,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Generators:
     made["bart-summarization"] = generator(root / "bart-summarization", "bart", "summarization")
     made["t5-summarization"] = generator(root / "t5-summarization", "t5", "summarization", PREFIXES)
     made["marian-translation"] = generator(root / "marian-translation", "marian", "translation")
+    made["marian-pieces"] = piecewise(root / "marian-pieces", "marian", "translation", save_marian)
+    made["t5-pieces"] = piecewise(root / "t5-pieces", "t5", "text2text-generation", save_t5)
     made["t5-translation"] = generator(root / "t5-translation", "t5", "translation", PREFIXES)
     return made
 
@@ -117,6 +124,17 @@ def generator(folder: Path, model_type: str, task: str, prefixes: Any = None) ->
     words.chat_template = CHAT_TEMPLATE
     words.save_pretrained(folder)
     return Generator(folder, task, model, AutoTokenizer.from_pretrained(str(folder)))
+
+
+def piecewise(folder: Path, model_type: str, task: str, save: Callable[[Path, int], None]) -> Generator:
+    """With a tokenizer of SentencePiece alone, without a tokenizer.json."""
+    folder.mkdir()
+    save(folder, WINDOW)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    words = AutoTokenizer.from_pretrained(str(folder))
+    model = tiny(model_type, len(words))
+    model.save_pretrained(folder)
+    return Generator(folder, task, model, words)
 
 
 def edit(file: Path, keys: Mapping[str, Any]) -> None:
@@ -178,6 +196,8 @@ def test_generated_tokens_are_those_of_generate_where_a_prompt_is_cut_too(
         ("bart-summarization", "summary_text", ""),
         ("t5-summarization", "summary_text", "summarize: "),
         ("marian-translation", "translation_text", ""),
+        ("marian-pieces", "translation_text", ""),
+        ("t5-pieces", "generated_text", ""),
     ],
 )
 def test_texts_of_texts_are_those_of_generate(name: str, key: str, prefix: str, url: str, models: Generators) -> None:
@@ -273,10 +293,27 @@ def test_a_translation_begins_with_the_prefix_of_its_languages(url: str, models:
     assert "en to fr" in refusal(f"{url}/t5-translation", unknown)[1]
 
 
+def test_a_language_of_marian_goes_before_the_text(url: str, models: Generators) -> None:
+    given, text, chosen = models["marian-pieces"], "the model reads", {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    bodies = [{"inputs": text, "parameters": {**chosen, "tgt_lang": to}} for to in ("fra", "deu")]
+    for got, to in zip(ask(f"{url}/marian-pieces", bodies), ("fra", "deu"), strict=True):
+        assert got == [{"translation_text": given.answer(f">>{to}<< {text}", **chosen)}]
+
+
+def test_the_words_of_a_tokenizer_without_a_fast_form_are_refused(url: str) -> None:
+    status, why = refusal(f"{url}/marian-pieces/tokenize", {"inputs": "the model"})
+    assert status == 422
+    assert "fast form" in why
+
+
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_what_is_not_said_is_as_the_models_generation_config_says(name: str, url: str, models: Generators) -> None:
-    [got] = ask(f"{url}/{name}", [{"inputs": "one two", "parameters": {"seed": 9}}])
-    assert got == [{"generated_text": models[name].answer("one two", seed=9, **CONFIGURED[name])}]
+    given, text = models[name], "small words of one line"
+    bodies = [{"inputs": text, "parameters": {"seed": 9, **chosen}} for chosen in ({}, {"min_new_tokens": 5})]
+    plain, longer = ask(f"{url}/{name}", bodies)
+    with configured(given.model, **CONFIGURED[name]):
+        assert plain == [{"generated_text": given.answer(text, seed=9)}]
+        assert longer == [{"generated_text": given.answer(text, seed=9, min_new_tokens=5)}]
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -294,6 +331,15 @@ def test_streamed_pieces_are_the_whole_answer(name: str, url: str, models: Gener
         body |= {key: chosen[key] for key in ("seed", "top_k", "top_p") if key in chosen}
         pieces = streamed(f"{url}/{name}/v1/completions", body)
         assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole
+
+
+@pytest.mark.parametrize("text", ["small", "small words " * 100])
+def test_a_stream_tells_that_its_prompt_was_cut_as_a_whole_answer_does(text: str, url: str) -> None:
+    for path, key in (("", "inputs"), ("/v1/completions", "prompt")):
+        body = {key: text, "max_tokens": 2, "parameters": {"max_new_tokens": 2}}
+        whole, pieces = (httpx.post(f"{url}/gpt2{path}", json={**body, "stream": stream}) for stream in (False, True))
+        assert "event-stream" in pieces.headers["content-type"]
+        assert whole.headers["x-truncated-inputs"] == pieces.headers["x-truncated-inputs"] == str(int(len(text) > 9))
 
 
 def streamed(url: str, body: dict[str, Any]) -> list[Any]:

@@ -4,11 +4,15 @@ that answered questions.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from serve_app.config import ModelConfig
 from serve_app.options import QuestionAnsweringOptions
 from tests.equality.matrix import TOGETHER, Models, ask, assert_same, attentions, configs, refusal, texts_of
 from tests.inprocess import served
@@ -29,7 +33,7 @@ def models() -> Models:
             ("masks", "AutoModelForMaskedLM", {"limit": 96}),
             ("questions", "AutoModelForQuestionAnswering", {}),
         )
-    }
+    } | {"bert-left": family("bert", "AutoModelForTokenClassification", side="left", labels=LABELS)}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def test_entities_are_the_pipelines(name: str, url: str, models: Models) -> None
     texts = texts_of(given)
     options: list[dict[str, Any]] = [
         {},
-        *({"aggregation_strategy": strategy} for strategy in ("none", "simple", "first", "average", "max")),
+        *({"aggregation_strategy": strategy} for strategy in ("none", "simple", "first", "average", "max", "FIRST")),
         {"aggregation_strategy": "simple", "ignore_labels": []},
         {"ignore_labels": ["B-PER", "MISC"]},
     ]
@@ -52,6 +56,20 @@ def test_entities_are_the_pipelines(name: str, url: str, models: Models) -> None
     for answer, chosen in zip(got, options, strict=True):
         pipe = given.pipe("token-classification", **chosen)
         assert_same(answer, [pipe(text) for text in texts])
+
+
+def test_a_long_text_is_cut_where_the_models_tokenizer_cuts_it(url: str, models: Models) -> None:
+    given, texts = models["bert-left"], [LONG, *texts_of(models["bert-left"])]
+    pipe = given.pipe("token-classification")
+    assert given.tokenizer.truncation_side == "left"
+    plain, right = ask(
+        f"{url}/bert-left",
+        [{"inputs": texts}, {"inputs": texts, "parameters": {"truncation_direction": "right"}}],
+    )
+    assert_same(plain, [pipe(text) for text in texts])
+    given.tokenizer.truncation_side = "right"
+    assert_same(right, [pipe(text) for text in texts])
+    assert plain != right
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -101,6 +119,7 @@ def test_fills_are_the_pipelines(name: str, url: str, models: Models) -> None:
         {"top_k": 2},
         {"top_k": 3, "targets": ["the", "model", "reads"]},
         {"targets": ["unheard-of", "words"]},
+        {"targets": "small"},
     ]
     pipe = given.pipe("fill-mask", tokenizer_kwargs={"truncation": True, "max_length": 96})
     got = ask(f"{url}/{name}-masks", [{"inputs": texts, "parameters": chosen} for chosen in options])
@@ -116,6 +135,12 @@ def test_a_text_without_a_mask_is_refused_as_by_the_pipeline(url: str, models: M
         assert "no mask token" in refusal(f"{url}/bert-masks", {"inputs": ["[MASK]", text]})[1]
 
 
+def test_a_mask_that_was_cut_off_is_told(url: str) -> None:
+    text = f"{'the ' * 200} [MASK]"
+    assert "was lost where the text was cut" in refusal(f"{url}/bert-masks", {"inputs": text})[1]
+    assert "no mask token" in refusal(f"{url}/bert-masks", {"inputs": "the " * 200})[1]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_are_those_of_the_last_pipelines_rules(name: str, url: str, models: Models) -> None:
     given = models[f"{name}-questions"]
@@ -128,6 +153,7 @@ def test_answers_are_those_of_the_last_pipelines_rules(name: str, url: str, mode
         {"top_k": 3, "max_answer_len": 1},
         {"top_k": 2, "doc_stride": 3, "max_answer_len": 40},
         {"top_k": 2, "doc_stride": 0, "max_seq_len": 40},
+        {"top_k": 5, "align_to_words": False},
     ]
     got = ask(f"{url}/{name}-questions", [{"inputs": asked, "parameters": chosen} for chosen in options])
     for answer, chosen in zip(got, options, strict=True):
@@ -149,3 +175,24 @@ def test_a_text_that_may_not_be_cut_is_refused_with_its_tokens_and_the_limit(kin
     status, why = refusal(f"{url}/bert-{kind}", {"inputs": inputs, "parameters": {"truncate": False}})
     assert status == 422
     assert str(96 if kind == "masks" else LIMIT) in why
+
+
+@pytest.mark.parametrize("kind", ["entities", "masks", "questions"])
+def test_options_beside_the_inputs_count_as_those_among_the_parameters(kind: str, url: str) -> None:
+    text = f"[MASK] {'the ' * 500}"
+    inputs = {"question": "who?", "context": text} if kind == "questions" else text
+    for more in ({}, {"parameters": {}}):
+        assert refusal(f"{url}/bert-{kind}", {"inputs": inputs, "truncate": False, **more})[0] == 422
+
+
+def test_a_target_that_the_model_does_not_know_is_the_clients_fault(tmp_path: Path) -> None:
+    given = family("bert", "AutoModelForMaskedLM", limit=96)
+    folder = Path(shutil.copytree(given.folder, tmp_path / "model"))
+    words = AutoTokenizer.from_pretrained(str(folder))
+    words.add_tokens(["beyond"])
+    words.save_pretrained(folder)
+    with served([ModelConfig(name="masks", source=str(folder), max_input_tokens=96)], tmp_path / "cache") as base:
+        asked = {"inputs": "the [MASK] reads", "parameters": {"targets": ["the", "beyond"]}}
+        status, why = refusal(f"{base}/models/masks", asked)
+    assert status == 422
+    assert "does not know" in why

@@ -59,6 +59,7 @@ async def test_a_stream_says_at_its_start_what_is_known_then(route: Route, lines
         response = await client.post(route.path.replace("{name}", "tiny"), json=body)
     assert response.headers["content-type"].startswith("text/event-stream")
     assert {"x-compute-type", "x-compute-characters"} <= set(response.headers)
+    assert response.headers["x-truncated-inputs"] == "0"
     assert lines.entries()[0]["tokens"] == 11
 
 

@@ -103,6 +103,15 @@ async def test_prompts_are_repeated_where_that_is_wanted() -> None:
     assert [whole.text for whole in answer.output] == ["hello abc"]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("echo", ["", "hello "])
+async def test_the_first_piece_tells_that_the_prompt_was_cut(echo: str) -> None:
+    for text, cut in (("hello", False), ("hello!", True)):
+        async with aclosing(path_to(Model(ANSWER)).stream(request(text), CARD, 60.0, echo)) as pieces:
+            first, *others = [piece.truncated async for piece in pieces]
+        assert first is cut
+        assert not any(others)
+
+
 async def test_a_replica_lost_before_anything_came_is_asked_again_once() -> None:
     assert await streamed(path_to(Model([RayActorError()], ANSWER))) == ["a", "b", "c"]
     with pytest.raises(UnavailableError):

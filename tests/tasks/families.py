@@ -103,8 +103,8 @@ def tokenizer_of(family: str) -> Tokenizer:
 
 
 @functools.cache
-def family(name: str, auto_class: str, limit: int = LIMIT, **config: Any) -> Family:
-    """One model of each kind; `config` may hold tuples for lists."""
+def family(name: str, auto_class: str, limit: int = LIMIT, side: str | None = None, **config: Any) -> Family:
+    """One model of each kind; `config` may hold tuples for lists, `side` is the tokenizer's."""
     import transformers
 
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
@@ -120,6 +120,7 @@ def family(name: str, auto_class: str, limit: int = LIMIT, **config: Any) -> Fam
         if typed
         else ["input_ids", "attention_mask"],
         **roles,
+        **({} if side is None else {"truncation_side": side}),
     ).save_pretrained(folder)
     sizes: dict[str, Any] = {
         "vocab_size": backend.get_vocab_size(),

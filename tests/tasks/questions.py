@@ -44,14 +44,16 @@ def answers(given: Family, question: str, context: str, options: QuestionAnsweri
             first, last = (int(i) for i in np.unravel_index(place, products.shape))
             if not (allowed[first] and allowed[last] and products[first, last] > 0.0):
                 continue
-            a, b = characters(encoded[window], first, last)
+            a, b = characters(encoded[window], first, last, options.align_to_words)
             add(found, context[a:b], a, b, float(products[first, last]))
     if options.handle_impossible_answer:
         found.append({"score": least_null, "start": 0, "end": 0, "answer": ""})
     return sorted(found, key=lambda each: each["score"], reverse=True)[: options.top_k]
 
 
-def characters(encoding: Any, first: int, last: int) -> tuple[int, int]:
+def characters(encoding: Any, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
+    if not align_to_words:
+        return encoding.offsets[first][0], encoding.offsets[last][1]
     try:
         return (
             encoding.word_to_chars(encoding.token_to_word(first), sequence_index=1)[0],

@@ -149,7 +149,7 @@ def test_special_tokens_without_names_are_the_usual_ones(tmp_path: Path) -> None
     tokenizer: Tokenizer = byte_level()
     save(tokenizer, tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    read = card(tmp_path)
+    read = card(tmp_path, model_type="roberta")
     assert (read.mask_token_id, read.cls_token_id) == (tokenizer.token_to_id("<mask>"), tokenizer.token_to_id("<s>"))
     assert not read.can_chat
 

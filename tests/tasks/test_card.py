@@ -193,3 +193,44 @@ def test_broken_config_is_an_incomplete_model(tmp_path: Path, broken: str) -> No
 def test_missing_config_is_an_incomplete_model(tmp_path: Path) -> None:
     with pytest.raises(IncompleteModelError, match=r"config\.json is missing"):
         read_card(tmp_path, config(), "")
+
+
+@pytest.mark.parametrize(
+    ("configured", "file", "expected"),
+    [(None, None, None), (None, "left", "left"), ("right", "left", "right"), ("left", None, "left")],
+)
+def test_the_side_that_is_cut_is_the_configurations_else_the_tokenizers(
+    tmp_path: Path, configured: str | None, file: str | None, expected: str | None
+) -> None:
+    tokenizer = {"model_max_length": 64, **({} if file is None else {"truncation_side": file})}
+    card = read_card(write(tmp_path, {"tokenizer_config.json": tokenizer}), config(truncation_side=configured), "")
+    assert card.truncation_side == expected
+
+
+def test_windows_are_refused_where_the_files_say_that_the_model_generates(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"config.json": {**BERT, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}})
+    with pytest.raises(ConfigError, match="windows is not for text-generation"):
+        read_card(folder, config(long_texts="windows"), "")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer", "expected"),
+    [
+        ("roberta", {}, 0),
+        ("xlm-roberta", {}, 0),
+        ("llama", {}, None),
+        ("roberta", {"tokenizer_class": "PreTrainedTokenizerFast"}, None),
+        ("llama", {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>"}, None),
+        ("mistral", {"tokenizer_class": "RobertaTokenizer"}, 0),
+        ("llama", {"cls_token": "<s>"}, 0),
+    ],
+)
+def test_a_begin_token_is_a_cls_token_only_where_the_tokenizers_class_says_so(
+    tmp_path: Path, model_type: str, tokenizer: dict[str, Any], expected: int | None
+) -> None:
+    files = {
+        "config.json": {**BERT, "model_type": model_type},
+        "tokenizer.json": {"added_tokens": [{"id": 0, "content": "<s>"}]},
+        "tokenizer_config.json": {"model_max_length": 64, **tokenizer},
+    }
+    assert read_card(write(tmp_path, files), config(), "").cls_token_id == expected

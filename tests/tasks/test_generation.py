@@ -47,6 +47,14 @@ def test_a_prompt_that_is_cut_is_cut_on_the_left_and_leaves_room_for_the_answer(
     assert (asked.long_texts, asked.truncation_side, asked.max_tokens) == ("truncate", "left", 900)
 
 
+@pytest.mark.parametrize("task", GENERATING)
+@pytest.mark.parametrize(("asked", "own"), [("left", "right"), ("right", "left"), (None, "left"), (None, "right")])
+def test_the_side_of_a_prompt_that_is_cut_is_the_requests_else_the_models(task: str, asked: Any, own: Any) -> None:
+    request = Request("id", "tiny", task, ("hello",), GenerationOptions(source_language="en", target_language="de"))
+    tokenize = GENERATING[task].prepare(replace(request, truncation_side=asked), replace(T5, truncation_side=own))
+    assert tokenize.truncation_side == (asked or own)
+
+
 def test_room_for_an_answer_is_at_most_a_quarter_of_the_window() -> None:
     assert prepare("text-generation", CARD, max_new_tokens=5000).max_tokens == 750
     assert prepare("text-generation", CARD).max_tokens == 750

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from serve_app.config import ModelConfig
 from serve_app.errors import EmptyInputError, InputTooLongError, InvalidInputError
 from serve_app.options import QuestionAnsweringOptions
+from serve_app.tasks.card import read_card
 from serve_app.types import Request
 from tests.tasks.families import FAMILIES, LIMIT, TEXTS, Family, family, with_card
 from tests.tasks.questions import answers
@@ -30,8 +37,9 @@ def spans(given: Family, pairs: Any, options: QuestionAnsweringOptions, **keys: 
         QuestionAnsweringOptions(top_k=3, max_answer_len=1),
         QuestionAnsweringOptions(top_k=2, doc_stride=3, max_answer_len=40),
         QuestionAnsweringOptions(top_k=2, doc_stride=0, max_seq_len=40),
+        QuestionAnsweringOptions(top_k=6, align_to_words=False),
     ],
-    ids=["default", "several", "impossible", "one token", "stride", "short windows"],
+    ids=["default", "several", "impossible", "one token", "stride", "short windows", "parts of words"],
 )
 def test_answers_are_the_pipelines(name: str, options: QuestionAnsweringOptions) -> None:
     given = family(name, "AutoModelForQuestionAnswering")
@@ -43,6 +51,21 @@ def test_answers_are_the_pipelines(name: str, options: QuestionAnsweringOptions)
             (each["answer"], each["start"], each["end"]) for each in wanted
         ]
         np.testing.assert_allclose([span.score for span in got], [each["score"] for each in wanted], atol=1e-5)
+
+
+def test_a_tokenizer_without_a_cls_token_has_none_that_may_begin_an_answer(tmp_path: Path) -> None:
+    given = family("roberta", "AutoModelForQuestionAnswering")
+    folder = Path(shutil.copytree(given.folder, tmp_path / "model"))
+    file = folder / "tokenizer_config.json"
+    named = {key: value for key, value in json.loads(file.read_text()).items() if key != "cls_token"}
+    file.write_text(json.dumps({**named, "bos_token": "<s>"}))
+    card = read_card(folder, ModelConfig(name="llama", source="./tiny", max_input_tokens=LIMIT), "")
+    bare = replace(given, folder=folder, card=card, tokenizer=AutoTokenizer.from_pretrained(str(folder)))
+    assert bare.tokenizer.cls_token_id is None
+    options = QuestionAnsweringOptions(top_k=3, handle_impossible_answer=True)
+    [got], wanted = spans(bare, [("who?", LONG)], options), answers(bare, "who?", LONG, options)
+    np.testing.assert_allclose([span.score for span in got], [each["score"] for each in wanted], atol=1e-5)
+    assert [span.start for span in got] == [each["start"] for each in wanted]
 
 
 def test_a_long_context_is_read_in_several_windows() -> None:

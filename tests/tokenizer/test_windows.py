@@ -189,6 +189,16 @@ def test_of_a_text_with_far_too_many_windows_only_a_part_is_read(words: Encoder)
         one(words, "the model " * 100_000, max_windows=2)
 
 
+def test_of_a_text_whose_windows_share_nearly_all_even_less_is_read(words: Encoder) -> None:
+    text = "the " * 250_000
+    with pytest.raises(InputTooLongError, match="at least") as refused:
+        one(words, text, stride=21, max_windows=512, align=True)
+    told = int(refused.value.message.split("at least ")[1].split()[0])
+    assert 512 < told < 20_000
+    with pytest.raises(InputTooLongError, match="at least"):
+        one(words, ("who?", text), cut="only_second", stride=20, max_windows=512)
+
+
 def test_no_room_for_text_is_refused(words: Encoder) -> None:
     with pytest.raises(InvalidInputError, match="2 tokens leave no room"):
         one(words, "the", max_tokens=2)

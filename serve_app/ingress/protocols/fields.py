@@ -239,7 +239,7 @@ def long_texts(truncate: bool | None) -> LongTexts | None:
 
 
 TruncationDirection = Annotated[
-    Direction | None, Field(description="The side that is cut off; right where it is left out.")
+    Direction | None, Field(description="The side that is cut off; as the model is configured where it is left out.")
 ]
 
 
@@ -254,9 +254,16 @@ class LongTextFields(Body):
     def choice(self) -> LongTexts | None:
         return self.long_texts or long_texts(self.truncate)
 
+    def over(self, nested: LongTextFields) -> LongTextFields:
+        """These, which stand beside the inputs; where they say nothing, those of `nested`."""
+        return LongTextFields(
+            long_texts=self.choice() or nested.choice(),
+            stride=nested.stride if self.stride is None else self.stride,
+            truncation_direction=self.truncation_direction or nested.truncation_direction,
+        )
+
     def request(self, id: str, model: str, task: str, inputs: tuple[TextInput, ...], options: TaskOptions) -> Request:
-        side = self.truncation_direction or "right"
-        return Request(id, model, task, inputs, options, self.choice(), side, self.stride)
+        return Request(id, model, task, inputs, options, self.choice(), self.truncation_direction, self.stride)
 
 
 PromptName = Annotated[

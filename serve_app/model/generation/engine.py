@@ -96,7 +96,7 @@ class StepEngine:
     ) -> None:
         """`window` is how many positions the decoder has, None for no end. `computing` wraps all use of the model.
 
-        `by_steps` False sends every job to `generate`, one at a time, for models that cannot be batched by steps.
+        `by_steps` False sends every job to `generate`, for models that cannot be batched by steps.
         """
         self._decoding, self._decoder, self._special, self._window = decoding, decoder, special, window
         self._computing, self._prepare_thread = computing, prepare_thread
@@ -114,7 +114,7 @@ class StepEngine:
         self._pieces: dict[Answering, asyncio.Queue[Item]] = {}
         self._outbox: list[tuple[Answering, Item]] = []
         self._thread = threading.Thread(target=self._serve, name="device", daemon=True)
-        self._whole = WholeAnswers(decoding, decoder, special, computing, prepare_thread)
+        self._whole = WholeAnswers(decoding, decoder, special, computing, prepare_thread, lambda: self.limits)
 
     # --- the event loop's side
 
@@ -138,7 +138,7 @@ class StepEngine:
 
     @property
     def active(self) -> int:
-        """Sequences that hold memory for keys and values, or are about to."""
+        """Sequences that are made by steps and hold memory for keys and values, or are about to."""
         return len(self._rows) + len(self._filling)
 
     @property
@@ -177,11 +177,11 @@ class StepEngine:
         prompt = len(job.input_ids)
         if not prompt:
             raise InvalidInputError("inputs: a prompt has at least one token")
-        config = generation_config(self._decoding.model, job.options, 1 if self._decoding.encodes else prompt)
+        size = Size(1, prompt) if self._decoding.encodes else Size(prompt, 0)
+        config = generation_config(self._decoding.model, job.options, size.own)
         config.max_new_tokens = self._bounded(prompt, int(config.max_new_tokens))
         if _beams(config) > 1 and job.options.logprobs is not None:
             raise InvalidInputError("logprobs, details of tokens: are not given with beams; set num_beams to 1")
-        size = Size(1, prompt) if self._decoding.encodes else Size(prompt, 0)
         size = replace(size, own=size.own + config.max_new_tokens)
         if _beams(config) * size.total > self.limits.max_kv_tokens:
             raise InputTooLongError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,18 +37,22 @@ CPU_SHARE, CUDA_SHARE = 0.25, 0.6
 
 
 class SlowDecoder:
-    """A tokenizer of transformers without a fast form, seen as a fast one."""
+    """A tokenizer of transformers without a fast form, seen as a fast one; threads take turns."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._size = len(tokenizer)
+        self._turn = threading.Lock()
         self.special = frozenset(int(i) for i in tokenizer.all_special_ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with self._turn:
+            known = [i for i in ids if i < self._size]  # a model may have more ids, which fast ones leave out too
+            text: str = self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
         return text
 
     def id_to_token(self, id: int) -> str | None:
-        token: str | None = self._tokenizer.convert_ids_to_tokens(id)
+        token: str | None = self._tokenizer.convert_ids_to_tokens(id) if id < self._size else None
         return token
 
     def token_to_id(self, token: str) -> int | None:
@@ -91,7 +96,7 @@ def load(path: Path, config: ModelConfig) -> LoadedGenerator:
         mode = _mode(model, device, precision)
         bytes_per_token = Decoding(model, device).bytes_per_token() if mode == "by steps" else 1
     if mode != "by steps":
-        logger.warning("models.%s: answers are generated one at a time: %s", config.name, mode)
+        logger.warning("models.%s: answers are generated each by itself, not in a batch: %s", config.name, mode)
     decoder = load_decoder(folder)
     return LoadedGenerator(
         model=model,
@@ -156,8 +161,9 @@ def load_decoder(folder: Path) -> Tokenizer | SlowDecoder:
         return Tokenizer.from_file(str(file))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise IncompleteModelError(f"{folder.name}: no tokenizer can be made from the model's files") from error
+    except Exception as error:  # transformers reads files of many kinds, and raises what their readers raise
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise IncompleteModelError(f"{folder.name}: no tokenizer can be made from the model's files: {why}") from error
     return getattr(tokenizer, "backend_tokenizer", None) or SlowDecoder(tokenizer)
 
 

@@ -44,11 +44,10 @@ _SAME_NAMES = (
 )
 
 
-def generation_config(model: Any, options: GenerationOptions, prompt_tokens: int) -> Any:
+def generation_config(model: Any, options: GenerationOptions, decoder_tokens: int) -> Any:
     """The model's generation config with the request's options; `max_new_tokens` is always set.
 
-    `prompt_tokens` are those of the decoder: of an encoder-decoder the one that its answer starts from.
-
+    `decoder_tokens` are those that the decoder starts from: the prompt's, or an encoder-decoder's one start token.
     Raises InvalidInputError for values that transformers refuses.
     """
     config = copy.deepcopy(model.generation_config)
@@ -60,15 +59,16 @@ def generation_config(model: Any, options: GenerationOptions, prompt_tokens: int
         prepared, _ = model._prepare_generation_config(config)
     except ValueError as error:
         raise InvalidInputError(f"options: {error}") from error
-    prepared.max_new_tokens = new_tokens(model, options, prompt_tokens)
+    prepared.max_new_tokens = new_tokens(model, options, decoder_tokens)
     return prepared
 
 
-def new_tokens(model: Any, options: GenerationOptions, prompt_tokens: int) -> int:
+def new_tokens(model: Any, options: GenerationOptions, decoder_tokens: int) -> int:
     """The limit of new tokens: the request's, else the generation config's, else DEFAULT_NEW_TOKENS.
 
-    Either may say `max_new_tokens`, which wins as in `generate`, or `max_length`. Raises InvalidInputError where the
-    request's `max_length` leaves no room for an answer.
+    Either may say `max_new_tokens`, which wins as in `generate`, or `max_length`, which counts all that the decoder
+    holds, and never what an encoder read. Raises InvalidInputError where the request's `max_length` leaves no room for
+    an answer.
     """
     own = model.generation_config
     if options.max_new_tokens is not None:
@@ -76,14 +76,14 @@ def new_tokens(model: Any, options: GenerationOptions, prompt_tokens: int) -> in
     if own.max_new_tokens is not None:
         return int(own.max_new_tokens)
     if options.max_length is not None:
-        if options.max_length <= prompt_tokens:
+        if options.max_length <= decoder_tokens:
             raise InvalidInputError(
-                f"max_length: {options.max_length} leaves no room for an answer beside the {prompt_tokens} tokens "
+                f"max_length: {options.max_length} leaves no room for an answer beside the {decoder_tokens} tokens "
                 "before it, which it counts; ask for more, or for max_new_tokens"
             )
-        return options.max_length - prompt_tokens
+        return options.max_length - decoder_tokens
     if own.max_length is not None:
-        return max(1, int(own.max_length) - prompt_tokens)
+        return max(1, int(own.max_length) - decoder_tokens)
     return DEFAULT_NEW_TOKENS
 
 

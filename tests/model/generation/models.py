@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -29,12 +29,12 @@ ENCODER_DECODERS = ("t5", "mt5", "bart", "marian", "mbart", "pegasus")
 
 
 @cache
-def tiny(model_type: str) -> Any:
+def tiny(model_type: str, vocabulary: int = VOCABULARY) -> Any:
     """A random float32 model, with weights large enough that a wrong position or neighbour shows."""
     torch.manual_seed(0)
-    sizes = {**_OWN.get(model_type, _COMMON), "vocab_size": VOCABULARY}
+    sizes = {**_OWN.get(model_type, _COMMON), "vocab_size": vocabulary}
     if model_type == "marian":
-        sizes["decoder_vocab_size"] = VOCABULARY
+        sizes["decoder_vocab_size"] = vocabulary
     config = AutoConfig.for_model(model_type, **sizes)
     cls = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = cls.from_config(config, dtype=torch.float32).eval()
@@ -43,6 +43,17 @@ def tiny(model_type: str) -> Any:
             if weight.dim() > 1 and "embed_positions" not in name:
                 weight.normal_(0.0, 0.25)
     return model
+
+
+@contextmanager
+def configured(model: Any, **keys: Any) -> Iterator[None]:
+    """The model with these keys in its generation config."""
+    before = {key: getattr(model.generation_config, key) for key in keys}
+    model.generation_config.update(**keys)
+    try:
+        yield
+    finally:
+        model.generation_config.update(**before)
 
 
 @cache

@@ -25,6 +25,7 @@ from tests.model.generation.models import (
     ENCODER_DECODERS,
     WINDOW,
     answer,
+    configured,
     prompts,
     reference,
     running,
@@ -73,6 +74,34 @@ def test_a_family_is_found_to_be_the_same_in_a_batch(model_type: str) -> None:
         assert differs_in_a_batch(tiny(model_type), CPU, 1e-4) is None
 
 
+LENGTH_CONFIGS = {
+    "max_length": {"max_length": 24},
+    "min_length": {"max_length": 40, "min_length": 30},
+    "both in new tokens": {"max_new_tokens": 14, "min_new_tokens": 9},
+}
+LENGTHS_ASKED = {
+    "nothing": GenerationOptions(),
+    "max_new_tokens": GenerationOptions(max_new_tokens=17),
+    "min_new_tokens": GenerationOptions(min_new_tokens=12),
+    "beams": GenerationOptions(num_beams=2, min_new_tokens=5),
+}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "t5", "bart", "marian"])
+@pytest.mark.parametrize("keys", LENGTH_CONFIGS.values(), ids=LENGTH_CONFIGS)
+@pytest.mark.parametrize("options", LENGTHS_ASKED.values(), ids=LENGTHS_ASKED)
+async def test_lengths_that_the_models_config_names_are_counted_as_generate_counts_them(
+    model_type: str, keys: dict[str, int], options: GenerationOptions
+) -> None:
+    """Where tokens that would end the answer are likely, so that the least number of tokens shows."""
+    model, asked = tiny(model_type), prompts([12, 18])
+    with configured(model, **keys, eos_token_id=list(range(2, 400))):
+        expected = [reference(model, prompt, options) for prompt in asked]
+        async with running(model) as engine:
+            got = [tokens_of(await answer(engine, prompt, options)) for prompt in asked]
+    assert got == expected
+
+
 async def test_a_long_prompt_goes_through_in_parts_and_its_answer_stays_the_same() -> None:
     model, [prompt] = tiny("llama"), prompts([50])
     options = GenerationOptions(max_new_tokens=10)
@@ -93,13 +122,9 @@ async def test_pieces_together_are_the_decoded_answer(model_type: str) -> None:
 async def test_an_end_token_ends_the_answer() -> None:
     model, [prompt] = tiny("llama"), prompts([6])
     plain = reference(model, prompt, GenerationOptions(max_new_tokens=20))
-    before = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = [plain[4], 3]
-    try:
+    with configured(model, eos_token_id=[plain[4], 3]):
         async with running(model) as engine:
             pieces = await answer(engine, prompt, GenerationOptions(max_new_tokens=20))
-    finally:
-        model.generation_config.eos_token_id = before
     assert tokens_of(pieces) == plain[: plain.index(plain[4]) + 1]
     assert pieces[-1].finish_reason == "stop"
 

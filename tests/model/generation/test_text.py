@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
+from serve_app.model.generation.loader import SlowDecoder, load_decoder
 from serve_app.model.generation.text import Detokenizer, StopTexts
 from tests.tokenizer.kinds import CORPUS, KINDS
+from tests.tokenizer.sentencepieces import save_marian
 
 DECODERS: Mapping[str, Any] = {
     "byte-level": decoders.ByteLevel(),
@@ -118,3 +120,22 @@ def test_stopping_piece_by_piece_is_stopping_in_the_whole(text: str, stops: list
     else:
         assert text.startswith("".join(parts))
         assert not any(stop in "".join(parts) for stop in stops)
+
+
+@pytest.fixture(scope="module")
+def marian(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("marian")
+    save_marian(folder, 64)
+    (folder / "config.json").write_text('{"model_type": "marian"}')
+    return load_decoder(folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_pieces_of_a_slow_tokenizer_are_the_decoded_whole(marian: Any, data: st.DataObject) -> None:
+    assert isinstance(marian, SlowDecoder)
+    tokens = data.draw(st.lists(st.integers(0, 190), max_size=40))
+    detokenizer = Detokenizer(marian)
+    told = [*map(detokenizer.push, tokens), detokenizer.finish()]
+    assert "".join(told) == marian.decode(tokens, skip_special_tokens=True)
+    assert len(tokens) < 30 or sum(map(bool, told)) > 3

@@ -75,10 +75,7 @@ def read_labels(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
     name = info.field_name or "candidate_labels"
     if type(value) is str:
         value = [label.strip() for label in value.split(",") if label.strip()]
-    labels = texts(value, name)
-    if len(set(labels)) != len(labels):
-        raise MalformedRequestError(f"`{name}` has a label twice")
-    return labels
+    return texts(value, name)
 
 
 _PAIR = {
@@ -135,7 +132,7 @@ class ClassificationParameters(LongTextFields):
     raw_scores: bool | None = Field(None, description="For the relevance of sentences: the model's outputs themselves.")
 
 
-class ClassificationBody(TaskBody):
+class ClassificationBody(LongTextFields, TaskBody):
     """Texts to classify, or sentences to compare with the first one."""
 
     model_config = documented(inputs="I like you.", parameters={"top_k": 2})
@@ -145,14 +142,15 @@ class ClassificationBody(TaskBody):
 
     def to_request(self, request_id: str, model: str) -> Request:
         chosen = self.parameters or ClassificationParameters()
+        long = self.over(chosen)
         if isinstance(self.inputs, SimilarityInputs):
             inputs = (self.inputs.source_sentence, *self.inputs.sentences)
-            return chosen.request(request_id, model, "rerank", inputs, RerankOptions(bool(chosen.raw_scores)))
+            return long.request(request_id, model, "rerank", inputs, RerankOptions(bool(chosen.raw_scores)))
         if chosen.candidate_labels is not None:
             options = _zero_shot(self.inputs, chosen, chosen.candidate_labels)
-            return chosen.request(request_id, model, "zero-shot-classification", self.inputs.values, options)
+            return long.request(request_id, model, "zero-shot-classification", self.inputs.values, options)
         classes = ClassificationOptions(chosen.top_k, chosen.function_to_apply, chosen.over_windows)
-        return chosen.request(request_id, model, "text-classification", self.inputs.values, classes)
+        return long.request(request_id, model, "text-classification", self.inputs.values, classes)
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`[[{label, score}]]`; for zero-shot classification of one text `[{label, score}]`; `[f]` for sentences."""

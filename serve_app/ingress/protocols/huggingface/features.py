@@ -53,11 +53,7 @@ class FeatureBody(FeatureParameters, TaskBody):
     def to_request(self, request_id: str, model: str) -> Request:
         nested = self.parameters or FeatureParameters()
         prompt_name = _first(self.prompt_name, nested.prompt_name)
-        texts = LongTextFields(
-            long_texts=self.choice() or nested.choice(),
-            stride=_first(self.stride, nested.stride),
-            truncation_direction=_first(self.truncation_direction, nested.truncation_direction),
-        )
+        texts = self.over(nested)
         if isinstance(self.inputs, SimilarityInputs):
             inputs = (self.inputs.source_sentence, *self.inputs.sentences)
             return texts.request(request_id, model, "similarity", inputs, SimilarityOptions(prompt_name))
@@ -85,9 +81,9 @@ class SparseBody(SparseParameters, TaskBody):
     parameters: SparseParameters | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        chosen = self.parameters or self
-        options = SparseEmbeddingOptions(chosen.prompt_name)
-        return chosen.request(request_id, model, "sparse-embedding", self.inputs, options)
+        nested = self.parameters or SparseParameters()
+        options = SparseEmbeddingOptions(_first(self.prompt_name, nested.prompt_name))
+        return self.over(nested).request(request_id, model, "sparse-embedding", self.inputs, options)
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`[[{index, value}]]`, as Text Embeddings Inference does."""

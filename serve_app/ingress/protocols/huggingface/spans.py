@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from serve_app.errors import MalformedRequestError
-from serve_app.ingress.protocols.fields import TEXT_SCHEMA, LongTextFields, Stride, Texts, documented, kind
-from serve_app.ingress.protocols.generation import refuse_unsupported
+from serve_app.ingress.protocols.fields import (
+    TEXT_SCHEMA,
+    TEXTS_SCHEMA,
+    LongTextFields,
+    Stride,
+    documented,
+    kind,
+    texts,
+)
 from serve_app.ingress.protocols.huggingface.body import (
     AnyTexts,
     Several,
@@ -38,13 +45,17 @@ class EntityBody(BaseModel):
     end: int
 
 
-class EntityParameters(LongTextFields):
-    """As of transformers' pipeline."""
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) and value.isupper() else value
 
-    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = Field(
-        None, description="How tokens become entities; none where it is left out."
-    )
-    ignore_labels: list[str] | None = Field(None, description="Labels to leave out; O where it is left out.")
+
+Strategy = Annotated[Literal["none", "simple", "first", "average", "max"], BeforeValidator(_lower)]
+"""The pipeline takes them in capitals, too."""
+
+
+class EntityTexts(LongTextFields):
+    """What becomes of long texts; as in the pipeline, a stride asks for windows."""
+
     stride: Stride = Field(
         None, description="Tokens that neighbouring windows share. Given alone, it asks for windows, as the pipeline's."
     )
@@ -54,7 +65,16 @@ class EntityParameters(LongTextFields):
         return "windows" if chosen is None and self.stride is not None else chosen
 
 
-class TokenClassificationBody(TaskBody):
+class EntityParameters(EntityTexts):
+    """As of transformers' pipeline."""
+
+    aggregation_strategy: Strategy | None = Field(
+        None, description="How tokens become entities; none where it is left out."
+    )
+    ignore_labels: list[str] | None = Field(None, description="Labels to leave out; O where it is left out.")
+
+
+class TokenClassificationBody(EntityTexts, TaskBody):
     """Texts to find entities in."""
 
     model_config = documented(
@@ -68,7 +88,7 @@ class TokenClassificationBody(TaskBody):
         chosen = self.parameters or EntityParameters()
         ignored = ("O",) if chosen.ignore_labels is None else tuple(chosen.ignore_labels)
         options = TokenClassificationOptions(chosen.aggregation_strategy or "none", ignored)
-        return chosen.request(request_id, model, "token-classification", self.inputs.values, options)
+        return self.over(chosen).request(request_id, model, "token-classification", self.inputs.values, options)
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`[{entity or entity_group, score, word, start, end}]`, in a list where `inputs` is one."""
@@ -92,14 +112,33 @@ class FillBody(BaseModel):
     sequence: str
 
 
+def read_targets(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
+    """A text or a list of texts. Raises EmptyInputError or MalformedRequestError."""
+    if value is None:
+        return None
+    return texts([value] if type(value) is str else value, info.field_name or "targets")
+
+
+Targets = Annotated[
+    tuple[str, ...] | None,
+    PlainValidator(read_targets),
+    WithJsonSchema(
+        {
+            "description": "Score these alone, instead of the whole vocabulary: a text, or a list of texts.",
+            "anyOf": [TEXT_SCHEMA, TEXTS_SCHEMA, {"type": "null"}],
+        }
+    ),
+]
+
+
 class FillMaskParameters(LongTextFields):
     """As of transformers' pipeline."""
 
     top_k: int | None = Field(None, ge=1, description="So many tokens for each mask; 5 where it is left out.")
-    targets: Texts | str | None = Field(None, description="Score these alone, instead of the whole vocabulary.")
+    targets: Targets = None
 
 
-class FillMaskBody(TaskBody):
+class FillMaskBody(LongTextFields, TaskBody):
     """Texts with masks to fill."""
 
     model_config = documented(inputs="Paris is the [MASK] of France.", parameters={"top_k": 3})
@@ -109,9 +148,8 @@ class FillMaskBody(TaskBody):
 
     def to_request(self, request_id: str, model: str) -> Request:
         chosen = self.parameters or FillMaskParameters()
-        targets = (chosen.targets,) if isinstance(chosen.targets, str) else chosen.targets
-        options = FillMaskOptions(5 if chosen.top_k is None else chosen.top_k, targets)
-        return chosen.request(request_id, model, "fill-mask", self.inputs.values, options)
+        options = FillMaskOptions(5 if chosen.top_k is None else chosen.top_k, chosen.targets)
+        return self.over(chosen).request(request_id, model, "fill-mask", self.inputs.values, options)
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`[{score, token, token_str, sequence}]`, a list of these for several masks, in a list for several texts."""
@@ -169,10 +207,10 @@ class QuestionParameters(LongTextFields):
     max_question_len: Tokens = None
     max_seq_len: Tokens = None
     handle_impossible_answer: bool | None = Field(None, description="Whether an empty answer is one of the answers.")
-    align_to_words: bool | None = Field(None, description="Only true is supported.")
+    align_to_words: bool | None = Field(None, description="Whether answers are widened to words; true where left out.")
 
 
-class QuestionAnsweringBody(TaskBody):
+class QuestionAnsweringBody(LongTextFields, TaskBody):
     """Questions about texts."""
 
     model_config = documented(inputs={"question": "Where do I live?", "context": "My name is Sarah, I live in London."})
@@ -182,7 +220,6 @@ class QuestionAnsweringBody(TaskBody):
 
     def to_request(self, request_id: str, model: str) -> Request:
         chosen = self.parameters or QuestionParameters()
-        refuse_unsupported(chosen, {"align_to_words": (True,)})
         options = QuestionAnsweringOptions(
             top_k=chosen.top_k or 1,
             doc_stride=chosen.doc_stride,
@@ -190,8 +227,9 @@ class QuestionAnsweringBody(TaskBody):
             max_answer_len=chosen.max_answer_len or QuestionAnsweringOptions().max_answer_len,
             max_question_len=chosen.max_question_len or QuestionAnsweringOptions().max_question_len,
             handle_impossible_answer=bool(chosen.handle_impossible_answer),
+            align_to_words=chosen.align_to_words is not False,
         )
-        return chosen.request(request_id, model, "question-answering", self.inputs.values, options)
+        return self.over(chosen).request(request_id, model, "question-answering", self.inputs.values, options)
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`{answer, score, start, end}`, a list of these where `top_k` is above 1, in a list for several questions."""

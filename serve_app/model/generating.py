@@ -1,48 +1,41 @@
-"""The `<model>-model` deployment of a model that generates: a StepEngine behind a handle, answers in pieces."""
+"""A model that generates, as a replica serves it: loaded, and its StepEngine. Runs without Ray."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from serve_app.cache.prewarm import ensure_local, replica_environment
-from serve_app.config import CacheConfig, ModelConfig, ModelSettings, parse
-from serve_app.metrics import ModelMetrics, ReplicaMetrics
+from serve_app.config import ModelConfig, ModelSettings
+from serve_app.metrics import ModelMetrics
 from serve_app.model import memory
-from serve_app.model.deployment import EXIT_AFTER_S
+from serve_app.model.encoding import EXIT_AFTER_S
 from serve_app.outputs import GeneratedPiece
 from serve_app.types import GenerationCall, ModelState
 
 
-class GenerationReplica:
-    """Loads from this node's disk, offline, and computes on its device thread; the event loop never does."""
+class GeneratingModel:
+    """Computes on its device thread; the event loop never does."""
 
-    async def __init__(self, model: ModelConfig, cache: CacheConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        os.environ.update(replica_environment(cache))
-        memory.configure_allocator()
-        self._config = model
-        self._metrics = ModelMetrics()
-        self._loop_metrics = ReplicaMetrics()
-        path = await ensure_local(model, cache)
-        await asyncio.to_thread(self._load, path)
-        self._engine.start()
+    def __init__(self, path: Path, config: ModelConfig, metrics: ModelMetrics) -> None:
+        """Load from local files, off the event loop, after the environment is set.
 
-    def _load(self, path: Path) -> None:
-        # torch and transformers take seconds to import: here, off the event loop, after the environment is set.
+        Raises ConfigError or IncompleteModelError if the model cannot be served.
+        """
+        # torch and transformers take seconds to import.
         from serve_app.model.generation.decoding import Decoding
         from serve_app.model.generation.engine import StepEngine
         from serve_app.model.generation.loader import load
         from serve_app.model.host import govern_threads, keep_freed_memory
 
-        memory.limit_share(self._config.memory_fraction)
-        govern_threads(self._config.num_threads)
-        self._loaded = loaded = load(path, self._config)
+        self._config, self._metrics = config, metrics
+        memory.limit_share(config.memory_fraction)
+        govern_threads(config.num_threads)
+        self._loaded = loaded = load(path, config)
         keep_freed_memory()
         self._engine = StepEngine(
             Decoding(loaded.model, loaded.device),
@@ -51,11 +44,22 @@ class GenerationReplica:
             loaded.window,
             special=loaded.special,
             computing=lambda: loaded.precision.computing(loaded.device),
-            prepare_thread=lambda: govern_threads(self._config.num_threads),
+            prepare_thread=lambda: govern_threads(config.num_threads),
             observe=self._observe,
             on_broken=lambda: threading.Timer(EXIT_AFTER_S, os._exit, [1]).start(),
             by_steps=loaded.by_steps,
         )
+
+    def start(self) -> None:
+        """Start computing; call it on the event loop that `stream` is used on."""
+        self._engine.start()
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def check(self) -> None:
+        """Raises UnavailableError if this replica must be replaced."""
+        self._engine.check()
 
     def _limits(self, settings: ModelSettings) -> Any:
         from serve_app.model.generation.engine import GenerationLimits
@@ -70,11 +74,11 @@ class GenerationReplica:
             prefill_tokens=settings.prefill_tokens,
         )
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
+    def reconfigure(self, settings: ModelSettings) -> None:
         """Apply new settings from the next step on."""
-        self._engine.limits = self._limits(parse(ModelSettings, user_config, "user_config"))
+        self._engine.limits = self._limits(settings)
 
-    async def stream(self, call: GenerationCall) -> AsyncIterator[list[GeneratedPiece]]:
+    async def stream(self, call: GenerationCall) -> AsyncGenerator[list[GeneratedPiece], None]:
         """The answer's pieces, all that are there in one message; raises ServeAppError, before the first or later."""
         from serve_app.model.generation.job import GenerationJob
 
@@ -84,7 +88,7 @@ class GenerationReplica:
             async for pieces in lists:
                 yield pieces
 
-    async def describe(self) -> ModelState:
+    def describe(self) -> ModelState:
         return ModelState(
             dtype=self._loaded.precision.label,
             device=str(self._loaded.device),
@@ -93,19 +97,9 @@ class GenerationReplica:
             memory=memory.figures(self._loaded.device),
         )
 
-    async def memory_summary(self) -> str:
+    def memory_summary(self) -> str:
         """The allocator's own report (CUDA), or this process's memory, as text for a person."""
         return memory.summary(self._loaded.device)
-
-    async def check_health(self) -> None:
-        """Raises if this replica must be replaced."""
-        self._loop_metrics.look()
-        self._engine.check()
-
-    def __del__(self) -> None:
-        engine = getattr(self, "_engine", None)
-        if engine is not None:
-            engine.close()
 
     def _observe(self, report: Any) -> None:
         tags = {"model": self._config.name}

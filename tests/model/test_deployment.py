@@ -1,0 +1,78 @@
+"""A model replica finds in its model's files what it is for, wherever they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from serve_app.config import CacheConfig, ModelConfig, ModelSettings
+from serve_app.errors import ConfigError, InvalidInputError
+from serve_app.model.deployment import ModelReplica
+from serve_app.options import GenerationOptions
+from serve_app.types import Forget, ForwardCall, GenerationCall
+from tests.batches import NO_TOKENS
+from tests.hub.models import write_tiny_bert
+from tests.hub.server import local_hub
+from tests.inprocess import served
+from tests.model.generation.models import prompts, reference, tiny
+from tests.model.generation.test_loader import saved
+
+
+async def replica(folder: Path, tmp_path: Path) -> ModelReplica:
+    made = ModelReplica.__new__(ModelReplica)
+    model = ModelConfig(name="tiny", source=str(folder), max_input_tokens=64)
+    await made.__init__(model, CacheConfig(root=str(tmp_path / "cache"), directory_mode="direct"))  # type: ignore[misc]
+    return made
+
+
+def test_a_model_of_the_hub_is_served_for_what_its_files_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generating, embedding = tmp_path / "gpt2", tmp_path / "bert"
+    saved("gpt2", generating)
+    write_tiny_bert(embedding)
+    with local_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        configs = [
+            ModelConfig(name=folder.name, source=f"org/{folder.name}", revision=hub.add(f"org/{folder.name}", folder))
+            for folder in (generating, embedding)
+        ]
+        with served(configs, tmp_path / "cache") as base:
+            asked = {"inputs": "hello", "parameters": {"max_new_tokens": 3}}
+            text = httpx.post(f"{base}/models/gpt2", json=asked, timeout=60)
+            vector = httpx.post(f"{base}/models/bert/embed", json={"inputs": "hello"}, timeout=60)
+            told = httpx.get(f"{base}/info", timeout=60).json()
+    assert [*text.json()[0]] == ["generated_text"]
+    assert np.shape(vector.json()) == (1, 32)
+    tasks = {model["served_model_name"]: model["task"] for model in told["models"]}
+    assert tasks == {"gpt2": "text-generation", "bert": "embedding"}
+
+
+async def test_a_model_that_generates_takes_settings_and_streams(tmp_path: Path) -> None:
+    serving = await replica(saved("gpt2", tmp_path / "model"), tmp_path)
+    try:
+        serving.reconfigure(ModelSettings(max_kv_tokens=500).model_dump())
+        assert (await serving.describe()).max_batch_tokens == 500
+        [prompt] = prompts([5])
+        options = GenerationOptions(max_new_tokens=4)
+        call = GenerationCall(np.array(prompt, np.int32), options)
+        told = [piece.token async for pieces in serving.stream(call) for piece in pieces]
+        assert told == reference(tiny("gpt2"), prompt, options)
+        with pytest.raises(InvalidInputError):
+            await serving.forward(ForwardCall(NO_TOKENS, "pooled", ()))
+        assert not await serving.forget(Forget("call", (0,)))
+        await serving.check_health()
+    finally:
+        serving.__del__()
+
+
+async def test_a_model_that_answers_at_once_refuses_a_budget_below_its_longest_input(tmp_path: Path) -> None:
+    serving = await replica(write_tiny_bert(tmp_path / "model"), tmp_path)
+    try:
+        with pytest.raises(ConfigError, match="max_batch_tokens: 63"):
+            serving.reconfigure({"max_batch_tokens": 63})
+        with pytest.raises(InvalidInputError):
+            await anext(serving.stream(GenerationCall(np.array([1], np.int32), GenerationOptions())))
+    finally:
+        serving.__del__()

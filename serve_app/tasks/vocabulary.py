@@ -29,11 +29,13 @@ class Vocabulary:
         clean_up: bool = False,
         unknown_id: int | None = None,
         pad_id: int | None = None,
+        mask_id: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._cleans_up = clean_up and type(tokenizer.model).__name__ != "BPE"
         self.unknown_id = unknown_id
         self.pad_id = pad_id
+        self.mask_id = mask_id
 
     @classmethod
     def read(cls, definition: str) -> Vocabulary:
@@ -42,7 +44,7 @@ class Vocabulary:
 
         parts = json.loads(definition)
         tokenizer = Tokenizer.from_str(parts["tokenizer"])
-        return cls(tokenizer, parts["clean_up"], parts["unknown_id"], parts["pad_id"])
+        return cls(tokenizer, parts["clean_up"], parts["unknown_id"], parts["pad_id"], parts["mask_id"])
 
     @staticmethod
     def define(tokenizer: Tokenizer, special: SpecialTokens) -> str:
@@ -52,6 +54,7 @@ class Vocabulary:
             "clean_up": special.cleans_up,
             "unknown_id": special.id_of("unk_token"),
             "pad_id": special.id_of("pad_token"),
+            "mask_id": special.id_of("mask_token"),
         }
         return json.dumps(parts)
 

@@ -23,6 +23,7 @@ from serve_app.ingress.asgi import create_app
 from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.door import Door
+from serve_app.ingress.finishing import Finishing, steps_after, steps_before
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.haproxy_page import page_of, put_error_page
 from serve_app.ingress.keys import KeyRing
@@ -89,6 +90,7 @@ class Ingress(OpenInferenceMethods):
         self._states: dict[str, ModelState] = {}
         self._vocabularies: dict[str, Vocabulary] = {}
         self._answered_at: dict[str, float] = {}
+        self._finishing = Finishing()
 
     def __serve_build_asgi_app__(self) -> Any:
         self._put_error_page()
@@ -193,12 +195,17 @@ class Ingress(OpenInferenceMethods):
             return await self._generate(request, card)
         task = TASKS[request.task]
         vocabulary = await self._vocabulary(request.model) if task.needs_vocabulary else None
-        tokenize = replace(task.prepare(request, card), max_windows=self._settings.current.max_windows)
-        work = Work(tokenize, task.head, request.priority, task.arguments(request, vocabulary))
+        steps, run = steps_before(request), self._finishing.run
+        prepared = await run(steps, task.prepare, request, card)
+        tokenize = replace(prepared, max_windows=self._settings.current.max_windows)
+        arguments = await run(steps, task.arguments, request, vocabulary)
+        work = Work(tokenize, task.head, request.priority, arguments)
         with self._backlogs[request.model].admitted(tokens_in(tokenize, card)):
             computed = await self._coalescers[request.model].compute(work, self._timeout_s(request))
         self._answered_at[request.model] = time.monotonic()
-        output = task.postprocess(request, card, computed.features, vocabulary)
+        features = computed.features
+        steps = steps_after(request, features)
+        output = await run(steps, task.postprocess, request, card, features, vocabulary)
         timings = replace(computed.timings, total_s=time.perf_counter() - started)
         return Answer(output, computed.tokens, timings, computed.truncated, computed.windows)
 

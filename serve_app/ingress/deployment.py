@@ -78,14 +78,17 @@ class Ingress(OpenInferenceMethods):
         self.open_inference = OpenInference(self, self._settings, self._door)
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
+        self._backlogs = {name: Backlog(self._settings.current.max_queued_tokens) for name in self._handles}
         self._coalescers = {
-            name: Coalescer(name, h.tokenizer, h.model, self._settings.current, self._metrics)
+            name: Coalescer(
+                name, h.tokenizer, h.model, self._settings.current, self._metrics, self._backlogs[name].half_s
+            )
             for name, h in self._handles.items()
         }
         self._generating = {
-            name: GenerationPath(name, h.tokenizer, h.model, self._metrics) for name, h in self._handles.items()
+            name: GenerationPath(name, h.tokenizer, h.model, self._metrics, self._backlogs[name].half_s)
+            for name, h in self._handles.items()
         }
-        self._backlogs = {name: Backlog(self._settings.current.max_queued_tokens) for name in self._handles}
         self._cards: dict[str, ModelCard] = {}
         self._states: dict[str, ModelState] = {}
         self._vocabularies: dict[str, Vocabulary] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from serve_app.model.generation.answering import Answering, failure, gone
 from serve_app.model.generation.decoding import Decoding
 from serve_app.model.generation.sampling import Choice
 from serve_app.model.generation.text import Decoder
+from serve_app.model.speed import Speed
 from serve_app.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -52,12 +54,15 @@ class WholeAnswers:
         self._computing, self._prepare_thread = computing, prepare_thread
         self._waiting: queue.Queue[Answering | None] = queue.Queue()
         self._closed = threading.Event()
+        self._answers = Speed()
         self._thread: threading.Thread | None = None
 
     def submit(self, answering: Answering) -> None:
         """Raises OverloadedError where too many wait."""
-        if self._waiting.qsize() >= MAX_WAITING:
-            raise OverloadedError("this replica's queue is full; try again later", retry_after_s=1.0)
+        waiting = self._waiting.qsize()
+        if waiting >= MAX_WAITING:
+            wait_s = self._answers.wait_s(waiting / 2)
+            raise OverloadedError("this replica's queue is full; try again later", retry_after_s=wait_s)
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="whole-answers", daemon=True)
             self._thread.start()
@@ -78,8 +83,10 @@ class WholeAnswers:
                 self._answer(answering)
 
     def _answer(self, answering: Answering) -> None:
+        started = time.monotonic()
         try:
             tokens, ends = self._generate(answering)
+            self._answers.add(1, time.monotonic() - started)
         except Exception as error:
             logger.warning("an answer failed", exc_info=True)
             answering.fail(failure(error))

@@ -25,6 +25,7 @@ from serve_app.errors import (
     InputTooLongError,
     InvalidInputError,
     OverloadedError,
+    RequestError,
     ServeAppError,
     UnavailableError,
 )
@@ -278,7 +279,8 @@ class StepEngine:
             try:
                 self._filling.append(self._begin(answering))
             except Exception as error:
-                logger.warning("an answer could not be begun", exc_info=True)
+                if not isinstance(error, RequestError):
+                    logger.warning("an answer could not be begun", exc_info=True)
                 answering.fail(failure(error))
 
     def _first_waiting(self) -> Answering | None:
@@ -313,7 +315,8 @@ class StepEngine:
                 if not sequence.answering.finished:
                     self._join(sequence)
             except Exception as error:
-                logger.warning("a prompt of %d tokens failed", len(sequence.answering.job.input_ids), exc_info=True)
+                if not isinstance(error, RequestError):
+                    logger.warning("a prompt of %d tokens failed", len(sequence.answering.job.input_ids), exc_info=True)
                 if self._filling and self._filling[0] is sequence:
                     self._filling.popleft()
                 sequence.answering.fail(failure(error))

@@ -51,12 +51,13 @@ def check_before(
     _check(_expected(request, tokenize, card, vocabulary), most)
 
 
-def check_generated(request: Request, most: int | None) -> None:
-    """Raises BatchTooLargeError if answers as long as the request allows would have more than `most` bytes."""
+def check_generated(request: Request, card: ModelCard, most: int | None) -> None:
+    """Raises BatchTooLargeError if answers as long as the request and the model allow would have more than `most`."""
     options = request.options
     assert isinstance(options, GenerationOptions)
     token = _TOKEN + (1 + options.logprobs) * _LOGPROB if options.logprobs is not None else _TOKEN
-    _check(len(request.inputs) * (options.max_new_tokens or _NEW_TOKENS) * token, most)
+    tokens = min(options.max_new_tokens or _NEW_TOKENS, card.max_input_tokens)
+    _check(len(request.inputs) * tokens * token, most)
 
 
 def check_after(request: Request, features: Features, most: int | None) -> None:

@@ -173,7 +173,7 @@ class Ingress(OpenInferenceMethods):
         self._answered_at[request.model] = time.monotonic()
 
     async def _generate(self, request: Request, card: ModelCard) -> Answer:
-        check_generated(request, self._settings.current.max_answer_bytes)
+        check_generated(request, card, self._settings.current.max_answer_bytes)
         echoes = await self._echoes(request)
         path, timeout_s = self._generating[request.model], self._timeout_s(request)
         with self._backlogs[request.model].admitted(_tokens_to_generate(request, card)):

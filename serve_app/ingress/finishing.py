@@ -24,7 +24,7 @@ T = TypeVar("T")
 MOST_STEPS = 4000
 """Done on the event loop: a step is about a microsecond."""
 
-_CHARACTERS = 100
+_CHARACTERS = 4
 """Of a target, tokenized in one step."""
 
 _ELEMENTS = 1000

@@ -83,8 +83,8 @@ class Vocabulary:
         return text
 
     def first_id(self, text: str) -> int | None:
-        """The first token of a text without special tokens; None if it has none."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The first token of a text without special tokens; None if it has none. Releases the GIL."""
+        ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return int(ids[0]) if ids else None
 
 

@@ -103,9 +103,11 @@ def test_many_entities_may_be_too_large_too() -> None:
 
 
 def test_generated_texts_and_their_log_probabilities_count_as_long_as_they_may_become() -> None:
-    check_generated(asked(GenerationOptions(max_new_tokens=100), *["a"] * 100), MOST)
+    assert CARD.max_input_tokens == 64
+    check_generated(asked(GenerationOptions(max_new_tokens=50), *["a"] * 100), CARD, MOST)
+    check_generated(asked(GenerationOptions(max_new_tokens=2**31 - 1), *["a"] * 100), CARD, MOST)
     with pytest.raises(BatchTooLargeError):
-        check_generated(asked(GenerationOptions(max_new_tokens=100, logprobs=20), *["a"] * 100), MOST)
+        check_generated(asked(GenerationOptions(max_new_tokens=50, logprobs=20), *["a"] * 100), CARD, MOST)
 
 
 async def test_nothing_is_computed_for_an_answer_that_is_too_large() -> None:

@@ -324,6 +324,12 @@ class IngressSettings(_Frozen):
         512,
         description="Most windows that one request's long texts may be read in (`long_texts: windows`); beyond it 422.",
     )
+    max_answer_bytes: PositiveInt | None = Field(
+        64 << 20,
+        description="Largest answer, in bytes of JSON, as far as its size is known before it is written; beyond it "
+        "422, mostly before anything is computed. The default holds the embeddings of 2,048 texts in 2,730 "
+        "dimensions. null: no bound.",
+    )
     max_queued_tokens: PositiveInt = Field(
         262_144,
         description="Tokens of one model, estimated as a quarter of the characters, that wait or are under way in one "

@@ -69,10 +69,15 @@ class Backlog:
 
     def wait_s(self) -> float:
         """Seconds until half of the queue's room is free, at the measured speed."""
+        return self._seconds(self._tokens - self.max_tokens / 2)
+
+    def half_s(self) -> float:
+        """Seconds until half of what waits is done, for those that the replicas refuse before the queue is full."""
+        return self._seconds(self._tokens / 2)
+
+    def _seconds(self, tokens: float) -> float:
         speed = self.tokens_per_s
-        if not speed:
-            return LEAST_WAIT_S
-        return min(MOST_WAIT_S, max(LEAST_WAIT_S, (self._tokens - self.max_tokens / 2) / speed))
+        return min(MOST_WAIT_S, max(LEAST_WAIT_S, tokens / speed)) if speed else LEAST_WAIT_S
 
     def _look(self) -> None:
         """Count the time since the last look, if there was work in it."""
@@ -86,12 +91,36 @@ class Backlog:
 
 
 def tokens_in(request: TokenizeRequest, card: ModelCard) -> int:
-    """An estimate, at least 1. Of a text that will be cut only what is kept counts; a token id is one."""
-    most = card.max_input_tokens if request.long_texts == "truncate" else math.inf
-    return math.ceil(sum(min(most, _tokens(value)) for value in request.inputs)) or 1
+    """An estimate, at least 1, of what the model computes; a token id is one.
+
+    Of a text that will be cut only what is kept counts. In windows, what neighbours share counts in each, and so does
+    the other text of a pair; windows beyond those that a request may have will be refused, and count no more.
+    """
+    limit = min(card.max_input_tokens, request.max_tokens or card.max_input_tokens)
+    prompt = len(request.prompt) / CHARACTERS
+    lengths = [_lengths(value, prompt) for value in request.inputs]
+    if request.long_texts == "truncate":
+        return math.ceil(sum(min(limit, sum(parts)) for parts in lengths)) or 1
+    if request.long_texts == "error":
+        return math.ceil(sum(map(sum, lengths))) or 1
+    whole = sum(sum(parts) for parts in lengths if sum(parts) <= limit)
+    windowed = sum(_in_windows(parts, request, limit) for parts in lengths if sum(parts) > limit)
+    return math.ceil(whole + min(windowed, request.max_windows * limit)) or 1
 
 
-def _tokens(value: TextInput) -> float:
+def _lengths(value: TextInput, prompt: float) -> list[float]:
+    """Tokens of a text, or of both of a pair."""
     if isinstance(value, (str, Chat)):
-        return len(value) / CHARACTERS
-    return sum(len(part) / CHARACTERS if isinstance(part, str) else 1 for part in value)
+        return [prompt + len(value) / CHARACTERS]
+    texts = [len(part) / CHARACTERS for part in value if isinstance(part, str)]
+    return [prompt + texts[0], *texts[1:]] if texts else [len(value)]
+
+
+def _in_windows(parts: list[float], request: TokenizeRequest, limit: int) -> float:
+    """Tokens of all windows of an input that does not fit into one."""
+    place = {"only_first": 0, "only_second": len(parts) - 1, "longest_first": parts.index(max(parts))}[request.cut]
+    read, other = parts[place], sum(parts) - parts[place]
+    room = max(1.0, limit - other)
+    stride = request.stride if request.stride < room else room // 2
+    windows = max(1, math.ceil((read - room) / (room - stride)) + 1)
+    return read + (windows - 1) * stride + windows * other

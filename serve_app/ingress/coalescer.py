@@ -7,6 +7,7 @@ import itertools
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -79,12 +80,20 @@ class Coalescer:
     """Everything that one ingress replica sends to one model's replicas. Belongs to one event loop."""
 
     def __init__(
-        self, name: str, tokenizer: Any, model: Any, settings: IngressSettings, metrics: IngressMetrics
+        self,
+        name: str,
+        tokenizer: Any,
+        model: Any,
+        settings: IngressSettings,
+        metrics: IngressMetrics,
+        wait_s: Callable[[], float] = lambda: 1.0,
     ) -> None:
+        """`wait_s` is how long to stay away where no replica takes more."""
         self._name = name
         self._tokenizer = tokenizer
         self._model = model
         self._metrics = metrics
+        self._wait_s = wait_s
         self._gate = Gate(_gate_limits(settings))
         # Decorated here and not on the class, where all models would share one queue. The gate decides which requests
         # go together and how many batches are under way; these bounds are therefore wide and the wait is zero.
@@ -151,7 +160,10 @@ class Coalescer:
         try:
             return await self._through_the_tiers(head, items)
         except BackPressureError:
-            return [OverloadedError("every replica's queue is full; try again later", retry_after_s=1.0)] * len(items)
+            wait_s = self._wait_s()
+            return [OverloadedError("every replica's queue is full; try again later", retry_after_s=wait_s)] * len(
+                items
+            )
         except NobodyWaitsError:
             return [None] * len(items)
         except ServeAppError as error:

@@ -19,10 +19,12 @@ from serve_app.config import AppConfig, IngressSettings, parse
 from serve_app.errors import InvalidInputError, ServeAppError, UnavailableError
 from serve_app.ingress.access import Guard
 from serve_app.ingress.access_log import start_log
+from serve_app.ingress.answer_size import check_after, check_before, check_generated, check_made
 from serve_app.ingress.asgi import create_app
 from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.door import Door
+from serve_app.ingress.finishing import Finishing, steps_after, steps_before
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.haproxy_page import page_of, put_error_page
 from serve_app.ingress.keys import KeyRing
@@ -34,14 +36,16 @@ from serve_app.ingress.words import text_tokens, texts_of, whole_texts
 from serve_app.logs import show_log
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.options import GenerationOptions
-from serve_app.outputs import GeneratedPiece
+from serve_app.outputs import GeneratedPiece, TaskOutput
 from serve_app.tasks.generation import GENERATING
 from serve_app.tasks.inputs import prompt_of
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
+from serve_app.tasks.task import Task
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import (
     Answer,
     Chat,
+    Features,
     MaskArguments,
     ModelCard,
     ModelState,
@@ -81,18 +85,22 @@ class Ingress(OpenInferenceMethods):
         self.open_inference = OpenInference(self, self._settings, self._door)
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
+        self._backlogs = {name: Backlog(self._settings.current.max_queued_tokens) for name in self._handles}
         self._coalescers = {
-            name: Coalescer(name, h.tokenizer, h.model, self._settings.current, self._metrics)
+            name: Coalescer(
+                name, h.tokenizer, h.model, self._settings.current, self._metrics, self._backlogs[name].half_s
+            )
             for name, h in self._handles.items()
         }
         self._generating = {
-            name: GenerationPath(name, h.tokenizer, h.model, self._metrics) for name, h in self._handles.items()
+            name: GenerationPath(name, h.tokenizer, h.model, self._metrics, self._backlogs[name].half_s)
+            for name, h in self._handles.items()
         }
-        self._backlogs = {name: Backlog(self._settings.current.max_queued_tokens) for name in self._handles}
         self._cards: dict[str, ModelCard] = {}
         self._states: dict[str, ModelState] = {}
         self._vocabularies: dict[str, Vocabulary] = {}
         self._answered_at: dict[str, float] = {}
+        self._finishing = Finishing()
 
     def __serve_build_asgi_app__(self) -> Any:
         self._put_error_page()
@@ -175,6 +183,7 @@ class Ingress(OpenInferenceMethods):
         self._answered_at[request.model] = time.monotonic()
 
     async def _generate(self, request: Request, card: ModelCard) -> Answer:
+        check_generated(request, card, self._settings.current.max_answer_bytes)
         echoes = await self._echoes(request)
         path, timeout_s = self._generating[request.model], self._timeout_s(request)
         with self._backlogs[request.model].admitted(_tokens_to_generate(request, card)):
@@ -203,14 +212,31 @@ class Ingress(OpenInferenceMethods):
             return await self._generate(request, card)
         task = TASKS[request.task]
         vocabulary = await self._vocabulary(request.model) if task.needs_vocabulary else None
-        tokenize = replace(task.prepare(request, card), max_windows=self._settings.current.max_windows)
-        work = Work(tokenize, task.head, request.priority, task.arguments(request, vocabulary))
-        with self._backlogs[request.model].admitted(tokens_in(tokenize, card)):
+        work = await self._work(task, request, card, vocabulary)
+        with self._backlogs[request.model].admitted(tokens_in(work.tokenize, card)):
             computed = await self._coalescers[request.model].compute(work, self._timeout_s(request))
         self._answered_at[request.model] = time.monotonic()
-        output = task.postprocess(request, card, computed.features, vocabulary)
+        output = await self._output(task, request, card, computed.features, vocabulary)
         timings = replace(computed.timings, total_s=time.perf_counter() - started)
         return Answer(output, computed.tokens, timings, computed.truncated, computed.windows)
+
+    async def _work(self, task: Task, request: Request, card: ModelCard, vocabulary: Vocabulary | None) -> Work:
+        steps, settings = steps_before(request), self._settings.current
+        prepared = await self._finishing.run(steps, task.prepare, request, card)
+        tokenize = replace(prepared, max_windows=settings.max_windows)
+        arguments = await self._finishing.run(steps, task.arguments, request, vocabulary)
+        check_before(request, tokenize, card, vocabulary, settings.max_answer_bytes)
+        return Work(tokenize, task.head, request.priority, arguments)
+
+    async def _output(
+        self, task: Task, request: Request, card: ModelCard, features: Features, vocabulary: Vocabulary | None
+    ) -> TaskOutput:
+        most = self._settings.current.max_answer_bytes
+        check_after(request, features, most)
+        steps = steps_after(request, features)
+        output = await self._finishing.run(steps, task.postprocess, request, card, features, vocabulary)
+        check_made(request, output, most)
+        return output
 
     async def _vocabulary(self, model: str) -> Vocabulary:
         vocabulary = self._vocabularies.get(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,11 +53,15 @@ class Prompts:
 class GenerationPath:
     """Everything that one ingress replica sends to one generating model's replicas. Belongs to one event loop."""
 
-    def __init__(self, name: str, tokenizer: Any, model: Any, metrics: IngressMetrics) -> None:
+    def __init__(
+        self, name: str, tokenizer: Any, model: Any, metrics: IngressMetrics, wait_s: Callable[[], float] = lambda: 1.0
+    ) -> None:
+        """`wait_s` is how long to stay away where no replica takes more."""
         self._name = name
         self._tokenizer = tokenizer
         self._model = model
         self._metrics = metrics
+        self._wait_s = wait_s
 
     async def answer(
         self, request: Request, card: ModelCard, timeout_s: float, echoes: Sequence[str] | None = None
@@ -119,10 +123,10 @@ class GenerationPath:
 
     async def _tokenized(self, request: TokenizeRequest, deadline: float) -> Prompts:
         try:
-            tokens: TokenBatch = await _in_time(self._tokenizer.tokenize.remote([request]), deadline)
+            tokens: TokenBatch = await _in_time(self._tokenizer.tokenize.remote([request]), deadline, self._wait_s)
         except UnavailableError:
             self._again()
-            tokens = await _in_time(self._tokenizer.tokenize.remote([request]), deadline)
+            tokens = await _in_time(self._tokenizer.tokenize.remote([request]), deadline, self._wait_s)
         if tokens.failures:
             raise tokens.failures[0]
         ids = tuple(tokens.select(i, i + 1).input_ids for i in range(tokens.num_sequences))
@@ -159,7 +163,7 @@ class GenerationPath:
         ended = False
         try:
             while not ended:
-                some: list[GeneratedPiece] = await _in_time(anext(response), deadline)
+                some: list[GeneratedPiece] = await _in_time(anext(response), deadline, self._wait_s)
                 ended = some[-1].finish_reason is not None
                 yield some
         except StopAsyncIteration as error:
@@ -169,7 +173,7 @@ class GenerationPath:
                 response.cancel()
 
 
-async def _in_time(answer: Any, deadline: float) -> Any:
+async def _in_time(answer: Any, deadline: float, wait_s: Callable[[], float]) -> Any:
     """What a replica answers, with its errors as ours."""
     try:
         return await asyncio.wait_for(answer, max(0.0, deadline - time.monotonic()) + GRACE_S)
@@ -180,7 +184,7 @@ async def _in_time(answer: Any, deadline: float) -> Any:
             raise error.cause from None
         raise
     except BackPressureError as error:
-        raise OverloadedError("every replica's queue is full; try again later", retry_after_s=1.0) from error
+        raise OverloadedError("every replica's queue is full; try again later", retry_after_s=wait_s()) from error
     except REPLICA_LOST as error:
         logger.warning("a replica was lost: %s", str(error).split("\n")[0][:200])
         raise UnavailableError("the replica that computed this request was lost", retry_after_s=1.0) from error

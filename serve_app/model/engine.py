@@ -240,6 +240,7 @@ class Engine:
 
     def _report(self, batch: _UnderWay, outcome: Outcome, forward_s: float) -> None:
         tokens = batch.forward.work.tokens
+        self._scheduler.computed(int(tokens.cu_seqlens[-1]), forward_s)
         self._observe(
             BatchReport(
                 tokens=int(tokens.cu_seqlens[-1]),

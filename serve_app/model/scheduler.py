@@ -17,6 +17,7 @@ import numpy as np
 
 from serve_app.errors import DeadlineExceededError, InputTooLongError, OverloadedError, ServeAppError, UnavailableError
 from serve_app.model.rows import SequenceRows
+from serve_app.model.speed import Speed
 from serve_app.types import HeadArguments, Priority, TokenBatch
 
 BULK_EVERY = 4
@@ -102,6 +103,7 @@ class Scheduler:
         self._turns = itertools.count(1)
         self._closed: ServeAppError | None = None
         self._changed = threading.Condition()
+        self._speed = Speed()
 
     @property
     def limits(self) -> Limits:
@@ -131,11 +133,16 @@ class Scheduler:
                 raise self._too_long(job)
             if self._queued_tokens and self._queued_tokens + job.waiting_tokens > self._limits.max_queued_tokens:
                 raise OverloadedError(
-                    f"{self._queued_tokens} tokens are waiting in this replica; try again later", retry_after_s=1.0
+                    f"{self._queued_tokens} tokens are waiting in this replica; try again later",
+                    retry_after_s=self._speed.wait_s(self._queued_tokens - self._limits.max_queued_tokens / 2),
                 )
             self._queues[job.priority].append(job)
             self._queued_tokens += job.waiting_tokens
             self._changed.notify()
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """What a forward took, from which follows how long those wait who are refused: until half the room is free."""
+        self._speed.add(tokens, seconds)
 
     def _too_long(self, job: Job) -> InputTooLongError:
         return InputTooLongError(

@@ -13,7 +13,12 @@ from serve_app.tasks.inputs import options_of, stride_of, tokenize_request
 from serve_app.tasks.scores import best_first
 from serve_app.tasks.stitching import token_places
 from serve_app.tasks.vocabulary import Vocabulary
-from serve_app.types import Features, FloatArray, Int32Array, MaskArguments, ModelCard, Request, TokenizeRequest
+from serve_app.types import Chat, Features, FloatArray, Int32Array, MaskArguments, ModelCard, Request, TokenizeRequest
+
+MOST_FILLS = 20_000
+"""Masks of a request times fills of each. Every fill is a text."""
+
+MOST_TARGETS = 1000
 
 
 class FillMask:
@@ -27,6 +32,8 @@ class FillMask:
         options = options_of(request, FillMaskOptions)
         if options.top_k < 1:
             raise InvalidInputError("top_k: must be at least 1")
+        if options.targets is not None and len(options.targets) > MOST_TARGETS:
+            raise InvalidInputError(f"targets: has {len(options.targets)}, and {MOST_TARGETS} are allowed")
         if card.mask_token_id is None:
             raise InvalidInputError(f"model {card.name} has no mask token")
         tokenize = tokenize_request(request, card)
@@ -35,6 +42,7 @@ class FillMask:
     def arguments(self, request: Request, vocabulary: Vocabulary | None) -> MaskArguments:
         options = options_of(request, FillMaskOptions)
         assert vocabulary is not None
+        _check_fills(sum(masks_in(request, vocabulary)), options)
         if options.targets is None:
             return MaskArguments(options.top_k)
         found = [_target(target, vocabulary) for target in options.targets]
@@ -80,6 +88,26 @@ def _without_mask(request: Request, index: int, token: str, features: Features) 
     return InvalidInputError(f"inputs[{index}]: no mask token ({token}) found; mark what is to be filled")
 
 
+def masks_in(request: Request, vocabulary: Vocabulary) -> list[int]:
+    """How many masks each input has, before it is tokenized; windows may see some twice."""
+    mask = vocabulary.mask_id
+    written = "" if mask is None else vocabulary.token(mask)
+    if not written:
+        return [0] * len(request.inputs)
+    return [
+        value.count(written) if isinstance(value, str) else 0 if isinstance(value, Chat) else list(value).count(mask)
+        for value in request.inputs
+    ]
+
+
+def _check_fills(masks: int, options: FillMaskOptions) -> None:
+    name, each = ("top_k", options.top_k) if options.targets is None else ("targets", len(options.targets))
+    if masks * each > MOST_FILLS:
+        raise InvalidInputError(
+            f"{name}: {each} fills of {masks} masks are more than {MOST_FILLS}; ask for fewer, or send fewer texts"
+        )
+
+
 def _target(target: str, vocabulary: Vocabulary) -> int | None:
     known = vocabulary.token_id(target)
     return vocabulary.first_id(target) if known is None else known
@@ -100,11 +128,13 @@ def _rows_of(features: Features, mask_token_id: int, sequences: list[int]) -> di
 def _fills(
     ids: Int32Array, mask: int, candidates: FloatArray, top_k: int, vocabulary: Vocabulary, single: bool
 ) -> tuple[Fill, ...]:
-    filled, fills = ids.copy(), []
+    before = [i for i in ids[:mask].tolist() if i != vocabulary.pad_id]
+    after = [i for i in ids[mask + 1 :].tolist() if i != vocabulary.pad_id]
+    fills = []
     for row in best_first(candidates[:, 1])[:top_k]:
         token = int(candidates[row, 0])
-        filled[mask] = token
+        filled = [*before, *([] if token == vocabulary.pad_id else [token]), *after]
         # Special tokens stay where there are several masks, because the other masks are special too.
-        text = vocabulary.decode([i for i in filled.tolist() if i != vocabulary.pad_id], skip_special_tokens=single)
+        text = vocabulary.decode(filled, skip_special_tokens=single)
         fills.append(Fill(float(candidates[row, 1]), token, vocabulary.decode([token]), text))
     return tuple(fills)

@@ -7,10 +7,11 @@ of a span is the product of both; the best spans are widened to words, and the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from serve_app.errors import EmptyInputError, InvalidInputError
 from serve_app.options import QuestionAnsweringOptions
@@ -19,9 +20,20 @@ from serve_app.tasks.inputs import options_of, pairs_of, truncation_side_of
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, Int32Array, LongTexts, ModelCard, Request, TokenizeRequest
 
+Places: TypeAlias = npt.NDArray[np.intp]
+
 MAX_SEQ_LEN = 384
 MAX_STRIDE = 128
 _MASKED = np.float32(-10000.0)
+
+MOST_ANSWERS = 1000
+"""To one question."""
+
+MOST_CANDIDATES = 20_000
+"""`top_k` times the windows of a request: the spans that are looked at are about twice as many."""
+
+_MOST_PRODUCTS = 1 << 22
+"""Spans whose scores are computed at once, for one window: 16 MiB."""
 
 
 class QuestionAnswering:
@@ -31,8 +43,9 @@ class QuestionAnswering:
 
     def prepare(self, request: Request, card: ModelCard) -> TokenizeRequest:
         options = options_of(request, QuestionAnsweringOptions)
-        _check(request, options)
         longest = min(card.max_input_tokens, options.max_seq_len or MAX_SEQ_LEN)
+        _check(request, options)
+        _check_products(options, longest)
         return TokenizeRequest(
             inputs=request.inputs,
             long_texts=_long_texts(request, card),
@@ -51,6 +64,7 @@ class QuestionAnswering:
     ) -> tuple[tuple[Span, ...], ...]:
         """For each pair its answers, best first."""
         options = options_of(request, QuestionAnsweringOptions)
+        _check_candidates(options, features.tokens.num_sequences)
         return tuple(
             _answers(context, [_window(features, card, sequence) for sequence in sequences], options)
             for (_, context), sequences in zip(pairs_of(request), features.windows(), strict=True)
@@ -64,7 +78,7 @@ class _Window:
     start: FloatArray
     end: FloatArray
     no_answer: float
-    words: list[int]
+    words: Int32Array
     """The word of each token; -1 outside the context, and where a token is of no word."""
     offsets: Int32Array
 
@@ -76,8 +90,27 @@ def _check(request: Request, options: QuestionAnsweringOptions) -> None:
     for name in ("top_k", "max_answer_len"):
         if getattr(options, name) < 1:
             raise InvalidInputError(f"{name}: must be at least 1")
+    if options.top_k > MOST_ANSWERS:
+        raise InvalidInputError(f"top_k: must be at most {MOST_ANSWERS}")
     if options.max_seq_len is not None and options.max_seq_len < 1:
         raise InvalidInputError("max_seq_len: must be at least 1")
+    _check_candidates(options, len(request.inputs))
+
+
+def _check_products(options: QuestionAnsweringOptions, longest: int) -> None:
+    if longest * min(options.max_answer_len, longest) > _MOST_PRODUCTS:
+        raise InvalidInputError(
+            f"max_answer_len: must be at most {_MOST_PRODUCTS // longest} in windows of {longest} tokens; "
+            "lower it or max_seq_len"
+        )
+
+
+def _check_candidates(options: QuestionAnsweringOptions, windows: int) -> None:
+    if options.top_k * windows > MOST_CANDIDATES:
+        raise InvalidInputError(
+            f"top_k: {options.top_k} answers in each of {windows} windows are more than {MOST_CANDIDATES}; "
+            "ask for fewer answers, or send less text"
+        )
 
 
 def _long_texts(request: Request, card: ModelCard) -> LongTexts:
@@ -100,7 +133,7 @@ def _window(features: Features, card: ModelCard, sequence: int) -> _Window:
     start, end = (_softmax(np.where(allowed, logits[:, column], _MASKED)) for column in (0, 1))
     no_answer = float(start[0] * end[0])
     start[0] = end[0] = 0.0
-    words = np.where(tokens.alignment.text_ids == 1, tokens.alignment.word_ids, -1).tolist()
+    words = np.where(tokens.alignment.text_ids == 1, tokens.alignment.word_ids, np.int32(-1))
     return _Window(start, end, no_answer, words, tokens.alignment.offsets)
 
 
@@ -113,8 +146,9 @@ def _softmax(logits: FloatArray) -> FloatArray:
 def _answers(context: str, windows: list[_Window], options: QuestionAnsweringOptions) -> tuple[Span, ...]:
     found: dict[str, Span] = {}
     for window in windows:
-        for start, end, score in _best_spans(window, options):
-            first, last = _characters(window, start, end, options.align_to_words)
+        starts, ends, scores = _best_spans(window, options)
+        firsts, lasts = _characters(window, starts, ends, options.align_to_words)
+        for first, last, score in zip(firsts, lasts, scores.tolist(), strict=True):
             answer = context[first:last]
             same = found.get(answer.lower(), Span(answer, 0.0, first, last))
             found[answer.lower()] = Span(same.answer, same.score + score, same.start, same.end)
@@ -124,8 +158,8 @@ def _answers(context: str, windows: list[_Window], options: QuestionAnsweringOpt
     return tuple(sorted(spans, key=lambda span: -span.score)[: options.top_k])
 
 
-def _best_spans(window: _Window, options: QuestionAnsweringOptions) -> Iterator[tuple[int, int, float]]:
-    """Spans of tokens and their scores, best first; more than are asked for, because words make some of them equal.
+def _best_spans(window: _Window, options: QuestionAnsweringOptions) -> tuple[Places, Places, FloatArray]:
+    """First and last tokens of spans and their scores, best first; more than are asked for, as words make some equal.
 
     Spans are at most `max_answer_len` tokens, so a band of (k, max_answer_len) products holds all of them.
     """
@@ -135,16 +169,19 @@ def _best_spans(window: _Window, options: QuestionAnsweringOptions) -> Iterator[
     scores = (window.start[:, None] * ends).ravel()
     wanted = min(options.top_k * 2 + 10, len(scores))
     chosen = np.argpartition(-scores, wanted - 1)[:wanted]
-    for place in chosen[np.lexsort((chosen, -scores[chosen]))].tolist():
-        start, end = place // reach, place // reach + place % reach
-        if scores[place] > 0.0:  # which it is not where padding was, before or on a masked token
-            yield start, end, float(scores[place])
+    chosen = chosen[np.lexsort((chosen, -scores[chosen]))]
+    chosen = chosen[scores[chosen] > 0.0]  # which it is not where padding was, before or on a masked token
+    return chosen // reach, chosen // reach + chosen % reach, scores[chosen]
 
 
-def _characters(window: _Window, start: int, end: int, align_to_words: bool) -> tuple[int, int]:
-    """First and last-plus-one character of a span of tokens, or of the words it touches, as far as this window goes."""
-    words, first, last = window.words, start, end
-    if align_to_words and words[start] >= 0 and words[end] >= 0:
-        first = words.index(words[start])
-        last = len(words) - 1 - words[::-1].index(words[end])
-    return int(window.offsets[first, 0]), int(window.offsets[last, 1])
+def _characters(window: _Window, starts: Places, ends: Places, align_to_words: bool) -> tuple[list[int], list[int]]:
+    """First and last-plus-one characters of spans of tokens, or of the words they touch, as far as this window goes."""
+    firsts, lasts = starts, ends
+    if align_to_words:
+        words = window.words
+        _, first_of, word = np.unique(words, return_index=True, return_inverse=True)
+        last_of = len(words) - 1 - np.unique(words[::-1], return_index=True)[1]
+        whole = (words[starts] >= 0) & (words[ends] >= 0)
+        firsts = np.where(whole, first_of[word[starts]], starts)
+        lasts = np.where(whole, last_of[word[ends]], ends)
+    return window.offsets[firsts, 0].tolist(), window.offsets[lasts, 1].tolist()

@@ -30,6 +30,7 @@ class Vocabulary:
         unknown_id: int | None = None,
         pad_id: int | None = None,
         model_ids: int | None = None,
+        mask_id: int | None = None,
     ) -> None:
         """`model_ids`: how many ids the model knows, where its files say."""
         self._tokenizer = tokenizer
@@ -37,6 +38,7 @@ class Vocabulary:
         self.unknown_id = unknown_id
         self.pad_id = pad_id
         self.model_ids = model_ids
+        self.mask_id = mask_id
 
     @classmethod
     def read(cls, definition: str) -> Vocabulary:
@@ -45,7 +47,14 @@ class Vocabulary:
 
         parts = json.loads(definition)
         tokenizer = Tokenizer.from_str(parts["tokenizer"])
-        return cls(tokenizer, parts["clean_up"], parts["unknown_id"], parts["pad_id"], parts["model_ids"])
+        return cls(
+            tokenizer,
+            parts["clean_up"],
+            parts["unknown_id"],
+            parts["pad_id"],
+            model_ids=parts["model_ids"],
+            mask_id=parts["mask_id"],
+        )
 
     @staticmethod
     def define(tokenizer: Tokenizer, special: SpecialTokens) -> str:
@@ -56,6 +65,7 @@ class Vocabulary:
             "unknown_id": special.id_of("unk_token"),
             "pad_id": special.id_of("pad_token"),
             "model_ids": special.model_ids,
+            "mask_id": special.id_of("mask_token"),
         }
         return json.dumps(parts)
 
@@ -84,8 +94,8 @@ class Vocabulary:
         return text
 
     def first_id(self, text: str) -> int | None:
-        """The first token of a text without special tokens; None if it has none."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The first token of a text without special tokens; None if it has none. Releases the GIL."""
+        ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return int(ids[0]) if ids else None
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from serve_app.tokenizer.seams import Seams, seams_of
+from serve_app.tokenizer.windows import Layout, frame_of, kept
 from serve_app.types import Side, TextPair
 
 if TYPE_CHECKING:
@@ -20,25 +24,56 @@ _COUNTING_CHARACTERS = 32
 _GROWTH = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is left of an encoding; `truncated` if something was cut off."""
+
+    ids: list[int]
+    type_ids: list[int]
+    truncated: bool
+
+
 class BoundedTokenizer:
-    """Never changed after construction, so that threads may share it: truncation is a setting of the tokenizer."""
+    """Never changed after construction, so that threads may share it.
+
+    The tokenizer's own truncation is not used: it makes an encoding of everything that it cuts off, and of a pair one
+    for each combination of what is cut off its texts, which is memory in the square of their length.
+    """
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, cut: Side | None) -> None:
-        """A copy of `tokenizer` that cuts at `max_tokens` from that side, or does not cut (None)."""
+        """`tokenizer` neither truncates nor pads. What has more than `max_tokens` is cut at that side, or not."""
+        self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._seams: Seams | None = seams_of(tokenizer)
-        self._from_end = cut == "left"
-        self._tokenizer = type(tokenizer).from_str(tokenizer.to_str())
+        self._side: Side = cut or "right"
         self._characters = max_tokens * (_COUNTING_CHARACTERS if cut is None else _CUTTING_CHARACTERS)
-        if cut is not None:
-            self._tokenizer.enable_truncation(max_length=max_tokens, direction=cut)
+        self._single, self._pair = frame_of(tokenizer, "a"), frame_of(tokenizer, ("a", "a"))
+
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether special tokens leave room for a pair's texts."""
+        return self._pair.size < self._max_tokens
 
     def reads_all(self, characters: int) -> bool:
         """Whether a text of so many characters is sure to be tokenized in full. Pairs always are."""
         return self._seams is None or characters <= self._characters
 
+    def kept(self, encoding: Encoding) -> Kept:
+        """The encoding, cut to `max_tokens` as transformers' `longest_first` does; of a pair only if `takes_pairs`."""
+        ids, type_ids = encoding.ids, encoding.type_ids
+        if len(ids) <= self._max_tokens:
+            return Kept(ids, type_ids, truncated=False)
+        places = kept(self._layout(encoding), self._max_tokens, "longest_first", self._side)
+        return Kept(np.array(ids)[places].tolist(), np.array(type_ids)[places].tolist(), truncated=True)
+
+    def _layout(self, encoding: Encoding) -> Layout:
+        if encoding.n_sequences < 2:
+            return Layout(self._single, len(encoding) - self._single.size)
+        first = encoding.sequence_ids.count(0)
+        return Layout(self._pair, first, len(encoding) - self._pair.size - first)
+
     def encode(self, texts: Sequence[str | TextPair]) -> list[Encoding]:
-        """The encodings, as far as `max_tokens`; without truncation, what is longer may be the encoding of a part.
+        """The encodings, uncut; what is longer than `max_tokens` may be the encoding of a part.
 
         Releases the GIL. Raises TypeError or ValueError if a text is not valid Unicode.
         """
@@ -58,7 +93,7 @@ class BoundedTokenizer:
         if self._seams is None or isinstance(text, tuple):
             return text
         text.encode()  # what is not valid is refused, wherever it stands
-        return self._seams.end_of(text, characters) if self._from_end else self._seams.start_of(text, characters)
+        return self._seams.end_of(text, characters) if self._side == "left" else self._seams.start_of(text, characters)
 
     def _is_beyond_limit(self, encoding: Encoding) -> bool:
-        return len(encoding) > self._max_tokens or bool(encoding.overflowing)
+        return len(encoding) > self._max_tokens

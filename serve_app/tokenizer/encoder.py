@@ -67,13 +67,19 @@ class Encoder:
         return replace(batch, token_type_ids=None) if self._drops_token_types else batch
 
     def _is_plain(self, request: TokenizeRequest) -> bool:
-        """Whether the tokenizer's own truncation does, which is the quickest."""
+        """Whether all can go in one call with other requests, which is the quickest."""
         if request.long_texts == "windows" or request.align or request.max_tokens is not None:
             return False
         return all(
-            isinstance(value, str) or _is_ids(value) or (request.cut == "longest_first" and isinstance(value, tuple))
-            for value in request.inputs
+            isinstance(value, str) or _is_ids(value) or self._is_plain_pair(request, value) for value in request.inputs
         )
+
+    def _is_plain_pair(self, request: TokenizeRequest, value: TextInput) -> bool:
+        """Of longer ones only a part is read, which is not done here."""
+        if not isinstance(value, tuple) or request.cut != "longest_first":
+            return False
+        bounded, characters = self._tokenizer(request), sum(map(len, cast("TextPair", value)))
+        return bounded.takes_pairs and bounded.reads_all(len(request.prompt) + characters)
 
     def _encode_framed(self, request: TokenizeRequest) -> Outcome:
         try:
@@ -111,16 +117,14 @@ class Encoder:
             return error
 
     def _encoded(self, request: TokenizeRequest, index: int, encoding: Encoding) -> Encoded:
-        ids = encoding.ids
-        if len(ids) > self.max_input_tokens:
-            characters = len(request.prompt) + len(request.inputs[index])
-            exact = self._whole.reads_all(characters)
-            raise self._too_long(index, f"{len(ids)}" if exact else f"at least {len(ids)}")
-        if not ids:
+        length = len(encoding)
+        if length > self.max_input_tokens and request.long_texts != "truncate":
+            exact = self._whole.reads_all(len(request.prompt) + len(request.inputs[index]))
+            raise self._too_long(index, f"{length}" if exact else f"at least {length}")
+        if not length:
             raise InvalidInputError(f"inputs[{index}]: has no tokens; send a text that is not empty")
-        pair = isinstance(request.inputs[index], tuple)
-        cut = request.long_texts == "truncate" and len(ids) == self.max_input_tokens and bool(encoding.overflowing)
-        return Encoded(ids, encoding.type_ids if pair else None, cut)
+        kept = self._tokenizer(request).kept(encoding)
+        return Encoded(kept.ids, kept.type_ids if isinstance(request.inputs[index], tuple) else None, kept.truncated)
 
     def _given(self, request: TokenizeRequest, index: int, ids: TokenIds) -> Encoded:
         """Token ids that the client made, used as they are: no special tokens are added."""

@@ -16,7 +16,7 @@ from serve_app.errors import InputTooLongError, InvalidInputError
 from serve_app.tokenizer.chat import ChatTemplate
 from serve_app.tokenizer.encoded import Encoded
 from serve_app.tokenizer.seams import Seams, seams_of
-from serve_app.tokenizer.windows import Frame, Layout, Places, count_spans, kept, target_of, windows
+from serve_app.tokenizer.windows import Frame, Layout, Places, count_spans, frame_of, kept, target_of, windows
 from serve_app.types import Alignment, Chat, Int32Array, TextPair, TokenIds, TokenizeRequest
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class FramedTokenizer:
         self._limit = max_input_tokens
         self._seams: Seams | None = seams_of(tokenizer)
         self._vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
-        self._single, self._pair = _frame_of(tokenizer, "a"), _frame_of(tokenizer, ("a", "a"))
+        self._single, self._pair = frame_of(tokenizer, "a"), frame_of(tokenizer, ("a", "a"))
 
     def encode(self, request: TokenizeRequest) -> list[Encoded]:
         """One request's sequences. Raises RequestError; TypeError or ValueError if a text is not valid Unicode."""
@@ -132,6 +132,8 @@ class FramedTokenizer:
         if isinstance(text, str):
             return self._part_of_one(request, text, characters)
         target = _longest(request, text)
+        if request.cut == "longest_first":  # a part must have more tokens than the other text, all of which is read
+            characters = max(characters, 2 * len(text[1 - target]))
         part, skipped = self._part_of_one(request, text[target], characters)
         if part is text[target]:
             return text, 0
@@ -298,13 +300,6 @@ def _longest(request: TokenizeRequest, text: Text) -> int:
     if isinstance(text, str) or request.cut == "only_first":
         return 0
     return 1 if request.cut == "only_second" or len(text[1]) >= len(text[0]) else 0
-
-
-def _frame_of(tokenizer: Tokenizer, probe: Text) -> Frame:
-    texts = tokenizer.encode_batch([probe], add_special_tokens=True)[0].sequence_ids
-    last = 1 if isinstance(probe, tuple) else 0
-    before, after = texts.index(0), texts[::-1].index(last)
-    return Frame(before, texts.count(None) - before - after, after)
 
 
 def prompted(prompt: str, text: Text) -> Text:

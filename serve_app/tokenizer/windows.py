@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.types import Side
+from serve_app.types import Side, TextPair
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Places: TypeAlias = npt.NDArray[np.intp]
 Cut: TypeAlias = Literal["longest_first", "only_first", "only_second"]
@@ -30,6 +33,14 @@ class Frame:
     @property
     def size(self) -> int:
         return self.before + self.between + self.after
+
+
+def frame_of(tokenizer: Tokenizer, probe: str | TextPair) -> Frame:
+    """The frame that this tokenizer gives to texts like `probe`, each of which has a token."""
+    texts = tokenizer.encode_batch([probe], add_special_tokens=True)[0].sequence_ids
+    last = 1 if isinstance(probe, tuple) else 0
+    before, after = texts.index(0), texts[::-1].index(last)
+    return Frame(before, texts.count(None) - before - after, after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,31 @@ def test_tokens_are_estimated_from_what_will_be_computed(inputs: Any, long_texts
     assert tokens_in(TokenizeRequest(inputs, long_texts), CARD) == tokens
 
 
+WINDOWED = [
+    ("a" * 4 * 64, 60, {}, 64),
+    ("a" * 4 * 68, 60, {}, 68 + 60),
+    ("a" * 4 * 128, 60, {}, 128 + 16 * 60),
+    ("a" * 4 * 128, 60, {"max_windows": 3}, 3 * 64),
+    (("q" * 4 * 32, "a" * 4 * 128), 16, {"cut": "only_second"}, 128 + 6 * 16 + 7 * 32),
+    (("q" * 4 * 60, "a" * 4 * 128), 16, {"cut": "only_second"}, 128 + 62 * 2 + 63 * 60),
+    ("a" * 4 * 128, 8, {"max_tokens": 16}, 128 + 14 * 8),
+]
+
+
+@pytest.mark.parametrize(("value", "stride", "keys", "tokens"), WINDOWED)
+def test_what_windows_share_is_computed_in_each(value: Any, stride: int, keys: Any, tokens: int) -> None:
+    assert CARD.max_input_tokens == 64
+    assert tokens_in(TokenizeRequest((value,), "windows", stride=stride, **keys), CARD) == tokens
+
+
+def test_who_is_refused_by_the_replicas_waits_for_half_of_what_is_under_way(clock: Clock) -> None:
+    backlog = Backlog(1000, clock)
+    with backlog.admitted(1000):
+        clock.now += 10
+    with backlog.admitted(600):
+        assert backlog.half_s() == pytest.approx(3)
+
+
 class _Cards:
     def remote(self) -> Awaitable[Any]:
         async def answer() -> Any:

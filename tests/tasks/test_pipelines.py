@@ -202,6 +202,31 @@ def test_a_text_without_a_mask_is_refused(text: str, why: str) -> None:
         ask(given, "fill-mask", [given.tokenizer.mask_token, text.replace("{mask}", "[MASK]")], FillMaskOptions())
 
 
+@pytest.mark.parametrize(
+    "options", [FillMaskOptions(), FillMaskOptions(targets=("the",) * 5)], ids=["top_k", "targets"]
+)
+def test_more_fills_than_anybody_reads_are_refused(options: FillMaskOptions) -> None:
+    given = family("bert", "AutoModelForMaskedLM")
+    with pytest.raises(InvalidInputError, match=": 5 fills of 4001 masks are more than 20000; ask for fewer"):
+        ask(given, "fill-mask", ["[MASK] the [MASK]"] * 2000 + ["[MASK]"], options)
+    ids = (given.card.mask_token_id,) * 4001
+    with pytest.raises(InvalidInputError, match="4001 masks"):
+        ask(given, "fill-mask", [ids], options)
+
+
+def test_more_targets_than_anybody_has_are_refused() -> None:
+    options = FillMaskOptions(targets=("the",) * 1001)
+    with pytest.raises(InvalidInputError, match="targets: has 1001, and 1000 are allowed"):
+        ask(family("bert", "AutoModelForMaskedLM"), "fill-mask", ["[MASK]"], options)
+
+
+def test_more_labels_to_ignore_than_a_model_has_are_refused() -> None:
+    given = family("bert", "AutoModelForTokenClassification", labels=NER)
+    options = TokenClassificationOptions(ignore_labels=("O",) * 1001)
+    with pytest.raises(InvalidInputError, match="ignore_labels: has 1001 labels, and 1000 are allowed"):
+        ask(given, "token-classification", ["the model"], options)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_mask_of_a_text_in_windows_is_filled_once(name: str) -> None:
     given = family(name, "AutoModelForMaskedLM")

@@ -106,6 +106,26 @@ def test_numbers_that_make_no_sense_are_refused(options: QuestionAnsweringOption
         spans(family("bert", "AutoModelForQuestionAnswering"), [("who?", LONG)], options)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (QuestionAnsweringOptions(top_k=1001), "top_k: must be at most 1000"),
+        (QuestionAnsweringOptions(top_k=1000, doc_stride=0), "top_k: 1000 answers in each of [0-9]+ windows are more"),
+    ],
+    ids=["answers", "answers in windows"],
+)
+def test_more_answers_than_anybody_reads_are_refused(options: QuestionAnsweringOptions, told: str) -> None:
+    with pytest.raises(InvalidInputError, match=told):
+        spans(family("bert", "AutoModelForQuestionAnswering"), [("who?", LONG * 10)], options)
+
+
+def test_long_answers_in_very_long_windows_are_refused() -> None:
+    given = with_card(family("bert", "AutoModelForQuestionAnswering"), max_input_tokens=8192)
+    request = QuestionAnsweringOptions(max_seq_len=8192, max_answer_len=8192)
+    with pytest.raises(InvalidInputError, match="max_answer_len: must be at most 512 in windows of 8192 tokens"):
+        spans(given, [("who?", LONG)], request)
+
+
 def test_a_long_context_is_refused_or_cut_where_that_is_asked_for() -> None:
     given = family("bert", "AutoModelForQuestionAnswering")
     options = QuestionAnsweringOptions(top_k=50)

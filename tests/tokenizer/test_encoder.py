@@ -265,3 +265,23 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:
 def test_a_limit_without_room_for_a_text_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_input_tokens"):
         Encoder(minilm_folder(), 2)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("lengths", [(300, 300), (2000, 1999), (1999, 2000), (3, 2000), (2000, 3), (2000, 40)])
+def test_a_pair_of_long_texts_has_the_references_ids(
+    encoder: Encoder, reference: Any, lengths: tuple[int, int], side: Side
+) -> None:
+    first, second = ("the model reads " * (n // 3) for n in lengths)
+    reference.truncation_side = side
+    wanted = reference(first, second, truncation=True, max_length=LIMIT, return_token_type_ids=True)
+    batch = encode_one(encoder, (first, second), side=side)
+    assert sequences(batch) == [wanted["input_ids"]]
+    assert batch.token_type_ids is not None
+    assert batch.token_type_ids.tolist() == wanted["token_type_ids"]
+    assert batch.truncated.tolist() == [True]
+
+
+def test_a_pair_whose_special_tokens_leave_no_room_is_refused(tmp_path: Path) -> None:
+    batch = encode_one(Encoder(save(wordpiece(), tmp_path), 3), ("the model", "small words"))
+    assert isinstance(batch.failures[0], InvalidInputError)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from serve_app.errors import InputTooLongError, InvalidInputError
 from serve_app.tokenizer.bounded import BoundedTokenizer
 from serve_app.tokenizer.encoder import Encoder
 from serve_app.tokenizer.seams import Seams, seams_of
-from serve_app.types import Side, TokenizeRequest
+from serve_app.types import Side, TextPair, TokenizeRequest
 from tests.reference import MINILM, minilm_folder
 from tests.tokenizer import kinds
 
@@ -85,12 +86,20 @@ def told(encodings: Sequence[Encoding]) -> list[Any]:
     return [(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]
 
 
+def kept(kind: str, side: Side, texts: Sequence[str | TextPair]) -> list[Any]:
+    """The same of what the bounded tokenizer keeps, which never lets the tokenizer itself cut."""
+    tokenizer = bounded(kind, side)
+    encodings = tokenizer.encode(texts)
+    assert not any(encoding.overflowing for encoding in encodings)
+    return [dataclasses.astuple(tokenizer.kept(encoding)) for encoding in encodings]
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", [*WITH_SEAMS, "llama"])
 @given(several=st.lists(texts, min_size=1, max_size=3))
 @settings(deadline=None)
 def test_what_is_kept_of_a_text_is_what_is_kept_of_it_uncut(kind: str, side: Side, several: list[str]) -> None:
-    assert told(bounded(kind, side).encode(several)) == told(uncut(kind, side).encode_batch(several))
+    assert kept(kind, side, several) == told(uncut(kind, side).encode_batch(several))
 
 
 @pytest.mark.parametrize("kind", [*WITH_SEAMS, "llama"])
@@ -108,9 +117,9 @@ def test_without_truncation_a_text_is_whole_or_known_to_be_too_long(kind: str, t
 @pytest.mark.parametrize("kind", WITH_SEAMS)
 def test_of_a_very_long_text_only_a_part_is_read(kind: str, side: Side) -> None:
     text = "The model reads a long line. " * 4000
-    (kept,) = bounded(kind, side).encode([text])
-    assert len(kept.overflowing) < 100
-    assert told([kept]) == told(uncut(kind, side).encode_batch([text]))
+    (read,) = bounded(kind, side).encode([text])
+    assert len(read) < 1000
+    assert kept(kind, side, [text]) == told(uncut(kind, side).encode_batch([text]))
     (refused,) = bounded(kind, None).encode([text])
     assert LIMIT < len(refused) < 1000
 
@@ -119,26 +128,35 @@ def test_of_a_very_long_text_only_a_part_is_read(kind: str, side: Side) -> None:
 def test_more_is_read_where_a_part_has_too_few_tokens(side: Side) -> None:
     """BERT makes one token of a word of 5,000 letters."""
     text = " ".join("w" * 5000 for _ in range(40)) + " the model" * 40
-    assert told(bounded(MINILM, side).encode([text, "x"])) == told(uncut(MINILM, side).encode_batch([text, "x"]))
+    assert kept(MINILM, side, [text, "x"]) == told(uncut(MINILM, side).encode_batch([text, "x"]))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_text_is_known_to_be_cut_where_its_part_has_just_enough_tokens(side: Side) -> None:
     words = ["the", "model", "reads", "small", "w" * 120, "words"]
     text = " ".join(words if side == "right" else reversed(words))
-    assert told(bounded(MINILM, side).encode([text])) == told(uncut(MINILM, side).encode_batch([text]))
-    assert bounded(MINILM, side).encode([text])[0].overflowing
+    assert kept(MINILM, side, [text]) == told(uncut(MINILM, side).encode_batch([text]))
+    assert kept(MINILM, side, [text])[0][-1]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("text", ["w" * 5000, "!?" * 2000, "  " * 2000, "字" * 3000, "a,b\n" * 1000], ids=ascii)
 def test_a_text_without_spaces_is_read_too(text: str, side: Side) -> None:
-    assert told(bounded(MINILM, side).encode([text])) == told(uncut(MINILM, side).encode_batch([text]))
+    assert kept(MINILM, side, [text]) == told(uncut(MINILM, side).encode_batch([text]))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", [*WITH_SEAMS, "llama"])
+@given(first=texts, second=texts)
+@settings(max_examples=50, deadline=None)
+def test_what_is_kept_of_a_pair_is_what_the_tokenizer_keeps(kind: str, side: Side, first: str, second: str) -> None:
+    pair = (first, second[: len(second) // 2])
+    assert kept(kind, side, [pair, pair[::-1]]) == told(uncut(kind, side).encode_batch([pair, pair[::-1]]))
 
 
 def test_pairs_are_read_in_full() -> None:
     pair = ("the model " * 500, "small words " * 400)
-    assert told(bounded(MINILM, "right").encode([pair])) == told(uncut(MINILM, "right").encode_batch([pair]))
+    assert kept(MINILM, "right", [pair]) == told(uncut(MINILM, "right").encode_batch([pair]))
 
 
 def test_what_is_not_unicode_is_refused_wherever_it_stands() -> None:

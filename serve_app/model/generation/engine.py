@@ -25,6 +25,7 @@ from serve_app.errors import (
     InputTooLongError,
     InvalidInputError,
     OverloadedError,
+    RequestError,
     ServeAppError,
     UnavailableError,
 )
@@ -35,6 +36,7 @@ from serve_app.model.generation.languages import in_language, set_target
 from serve_app.model.generation.sampling import Sampler, generation_config
 from serve_app.model.generation.text import Decoder
 from serve_app.model.generation.whole import WholeAnswers
+from serve_app.model.speed import Speed
 from serve_app.outputs import FinishReason, GeneratedPiece
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class StepEngine:
         self._rows: list[Sequence] = []
         self._failed_steps = 0
         self._changed = threading.Condition()
+        self._speed = Speed()
         self._closed = False
         self._broken: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -208,9 +211,14 @@ class StepEngine:
     def _submit(self, answering: Answering) -> None:
         with self._changed:
             if self.queued_tokens + len(answering.job.input_ids) > self.limits.max_queued_tokens:
-                raise OverloadedError("this replica's queue is full; try again later", retry_after_s=1.0)
+                raise OverloadedError("this replica's queue is full; try again later", retry_after_s=self._wait_s())
             self._waiting[answering.job.priority].append(answering)
             self._changed.notify()
+
+    def _wait_s(self) -> float:
+        """Seconds until half of those that wait are answered."""
+        waiting = [answering for queue in self._waiting.values() for answering in queue]
+        return self._speed.wait_s(sum(answering.size.total for answering in waiting) / 2)
 
     # --- the device thread's side
 
@@ -244,7 +252,9 @@ class StepEngine:
             self._step()
         self._deliver()
         if stepped or prefilled:
-            self._observe(StepReport(stepped, prefilled, time.monotonic() - started, self.queued_tokens))
+            took_s = time.monotonic() - started
+            self._speed.add(stepped + prefilled, took_s)
+            self._observe(StepReport(stepped, prefilled, took_s, self.queued_tokens))
 
     def _drop(self) -> None:
         """Take out what was given up or is late: waiting, filling or decoding."""
@@ -269,7 +279,8 @@ class StepEngine:
             try:
                 self._filling.append(self._begin(answering))
             except Exception as error:
-                logger.warning("an answer could not be begun", exc_info=True)
+                if not isinstance(error, RequestError):
+                    logger.warning("an answer could not be begun", exc_info=True)
                 answering.fail(failure(error))
 
     def _first_waiting(self) -> Answering | None:
@@ -304,7 +315,8 @@ class StepEngine:
                 if not sequence.answering.finished:
                     self._join(sequence)
             except Exception as error:
-                logger.warning("a prompt of %d tokens failed", len(sequence.answering.job.input_ids), exc_info=True)
+                if not isinstance(error, RequestError):
+                    logger.warning("a prompt of %d tokens failed", len(sequence.answering.job.input_ids), exc_info=True)
                 if self._filling and self._filling[0] is sequence:
                     self._filling.popleft()
                 sequence.answering.fail(failure(error))

@@ -14,13 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve_app.errors import InvalidInputError, ModelFailureError
+from serve_app.errors import InvalidInputError, ModelFailureError, ServeAppError
 from serve_app.model.generation.text import Decoder
 from serve_app.options import GenerationOptions
 from serve_app.outputs import TokenLogprob
 
 DEFAULT_NEW_TOKENS = 256
 """Where neither the request nor the model's files say; what transformers' pipelines take."""
+
+GREEDY_BELOW = 1e-30
+"""Temperatures below this are greedy: logits divided by it come near the largest float32, and what is not the most
+likely token has a chance of 0 long before."""
+
+PENALTIES = (1e-3, 1e3)
+"""The repetition penalties that leave finite logits, whatever the temperature."""
 
 _SAME_NAMES = (
     "min_new_tokens",
@@ -52,8 +59,11 @@ def generation_config(model: Any, options: GenerationOptions, decoder_tokens: in
     """
     config = copy.deepcopy(model.generation_config)
     chosen = {name: getattr(options, name) for name in _SAME_NAMES if getattr(options, name) is not None}
-    if chosen.get("temperature") == 0:
+    temperature, penalty = options.temperature, options.repetition_penalty
+    if temperature is not None and 0 <= temperature < GREEDY_BELOW:
         chosen |= {"do_sample": False, "temperature": 1.0}
+    if penalty is not None and not PENALTIES[0] <= penalty <= PENALTIES[1]:
+        raise InvalidInputError(f"repetition_penalty: must be {PENALTIES[0]:g} to {PENALTIES[1]:g}")
     try:
         config.update(**chosen)
         prepared, _ = model._prepare_generation_config(config)
@@ -131,22 +141,34 @@ class Sampler:
         self._random.manual_seed(options.seed) if options.seed is not None else self._random.seed()
 
     def choose(self, logits: Tensor, decoder: Decoder) -> Choice:
-        """The next token from the model's `logits` (v,). Raises ModelFailureError where they are no numbers."""
+        """The next token from the model's `logits` (v,).
+
+        Raises ModelFailureError where they are no numbers, InvalidInputError where the request's options make them so.
+        """
         raw = logits.to(torch.float32)[None]
         scores = self._processors(self._ids[:, : self._length], raw.clone()) if self._processors else raw
-        if bool(torch.isnan(scores).any()):
-            raise ModelFailureError("the model's logits for this input are not numbers")
-        token = int(self._draw(scores))
+        chances = scores.softmax(-1) if self._sample else scores
+        if bool(torch.isnan(chances).any()):
+            raise _no_numbers(raw)
+        token = int(self._draw(chances))
         self._ids[0, self._length] = token
         self._length += 1
         if self._logprobs is None:
             return Choice(token)
         return Choice(token, logprob_of(raw[0], token, self._logprobs, decoder))
 
-    def _draw(self, scores: Tensor) -> Tensor:
+    def _draw(self, chances: Tensor) -> Tensor:
         if not self._sample:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1, generator=self._random)
+            return chances.argmax(-1)
+        return torch.multinomial(chances, 1, generator=self._random)
+
+
+def _no_numbers(logits: Tensor) -> ServeAppError:
+    if bool((torch.isnan(logits) | torch.isposinf(logits)).any()):
+        return ModelFailureError("the model's logits for this input are not numbers")
+    return InvalidInputError(
+        "options: temperature and penalties leave no token a chance that is a number; use values nearer to 1"
+    )
 
 
 def logprob_of(logits: Tensor, token: int, top: int, decoder: Decoder) -> TokenLogprob:

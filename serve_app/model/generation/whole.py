@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from serve_app.model.generation.decoding import Decoding
 from serve_app.model.generation.sampling import Choice
 from serve_app.model.generation.text import Decoder
 from serve_app.model.generation.turns import Turn, Turns
+from serve_app.model.speed import Speed
 from serve_app.outputs import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class WholeAnswers:
         self._waiting: deque[Answering] = deque()
         self._begun: dict[Answering, threading.Thread] = {}
         self._closed = threading.Event()
+        self._answers = Speed()
 
     @property
     def active(self) -> int:
@@ -88,7 +91,8 @@ class WholeAnswers:
         with self._lock:
             self._drop()
             if len(self._waiting) >= MAX_WAITING:
-                raise OverloadedError("this replica's queue is full; try again later", retry_after_s=1.0)
+                wait_s = self._answers.wait_s(len(self._waiting) / 2)
+                raise OverloadedError("this replica's queue is full; try again later", retry_after_s=wait_s)
             self._waiting.append(answering)
             self._begin()
 
@@ -129,8 +133,10 @@ class WholeAnswers:
             self._begin()
 
     def _answer(self, answering: Answering) -> None:
+        started = time.monotonic()
         try:
             tokens, ends = self._generate(answering)
+            self._answers.add(1, time.monotonic() - started)
             if self._closed.is_set():
                 answering.fail(_ending())
             elif not gone(answering):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.errors import ModelFailureError, OverloadedError, ServeAppError, UnavailableError
+from serve_app.errors import InvalidInputError, ModelFailureError, OverloadedError, ServeAppError, UnavailableError
 from serve_app.model.generation.engine import GIVE_UP_AFTER
 from serve_app.options import GenerationOptions
 from tests.model.generation.models import answer, prompts, reference, running, tiny, tokens_of
@@ -112,3 +112,41 @@ async def test_a_neighbour_goes_on_after_a_failed_step() -> None:
         with pytest.raises(ModelFailureError):
             await answer(engine, first, OPTIONS)
         assert tokens_of(await answer(engine, second, OPTIONS)) == reference(model, second, OPTIONS)
+
+
+@pytest.mark.parametrize("temperature", [1e-31, 1e-45, 1e-300])
+@pytest.mark.parametrize("beams", [1, 2])
+async def test_a_temperature_next_to_nothing_is_greedy(temperature: float, beams: int) -> None:
+    model, prompt = tiny("llama"), healthy_prompts()[0]
+    wanted = reference(model, prompt, GenerationOptions(max_new_tokens=12, num_beams=beams))
+    options = GenerationOptions(12, do_sample=True, temperature=temperature, num_beams=beams)
+    async with running(model) as engine:
+        assert tokens_of(await answer(engine, prompt, options)) == wanted
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-20, 1e-29])
+async def test_a_small_temperature_is_that_of_generate(temperature: float) -> None:
+    model, prompt = tiny("llama"), healthy_prompts()[0]
+    options = GenerationOptions(12, do_sample=True, seed=1, temperature=temperature, repetition_penalty=1000.0)
+    async with running(model) as engine:
+        assert tokens_of(await answer(engine, prompt, options)) == reference(model, prompt, options)
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-4, 1001.0, 1e300])
+async def test_a_penalty_that_leaves_no_numbers_is_refused(penalty: float) -> None:
+    async with running(tiny("llama")) as engine:
+        with pytest.raises(InvalidInputError, match=r"repetition_penalty: must be 0.001 to 1000"):
+            await answer(engine, healthy_prompts()[0], GenerationOptions(4, repetition_penalty=penalty))
+
+
+async def test_options_that_leave_no_numbers_are_the_requests_own_fault(caplog: pytest.LogCaptureFixture) -> None:
+    def large(ids: torch.Tensor, output: Any) -> Any:
+        output.logits *= 1e12
+        return output
+
+    options = GenerationOptions(4, do_sample=True, temperature=1e-29)
+    async with running(Poisoned(tiny("llama"), large)) as engine:
+        with pytest.raises(InvalidInputError, match="use values nearer to 1"):
+            await answer(engine, healthy_prompts()[0], options)
+        assert len(tokens_of(await answer(engine, healthy_prompts()[0], GenerationOptions(4)))) == 4
+    assert not caplog.records

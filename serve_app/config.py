@@ -37,6 +37,9 @@ TaskName = Literal[
 MOST_JSON_DEPTH = 190
 """The parser's own bound is 200, and a body stands in itself."""
 
+MOST_INPUTS = 100_000
+"""Of one request: each is an object here and costs time before it is looked at, however small it is."""
+
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -264,7 +267,9 @@ class IngressSettings(_Frozen):
         description="Most requests with a body that one ingress replica has at a time, whatever their size; beyond it "
         "429, before the body is read.",
     )
-    max_client_batch_size: PositiveInt = Field(2048, description="Most inputs in one request; beyond it 422.")
+    max_client_batch_size: PositiveInt = Field(
+        2048, le=MOST_INPUTS, description="Most inputs in one request; beyond it 422."
+    )
     max_text_characters: PositiveInt = Field(1_000_000, description="Longest single text; beyond it 422.")
     max_windows: PositiveInt = Field(
         512,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from serve_app.config import IngressSettings
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
 from serve_app.ingress.depth import check_depth
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
@@ -99,10 +100,14 @@ def _too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"the body is larger than the {limit} bytes that one request may have; split it")
 
 
-def parse_body(model: type[BodyT], raw: bytes) -> BodyT:
-    """`raw` as a validated `model`. Raises MalformedRequestError that names the first wrong field, never its value."""
+def parse_body(model: type[BodyT], raw: bytes, settings: IngressSettings) -> BodyT:
+    """`raw` as a validated `model`.
+
+    Raises MalformedRequestError that names the first wrong field, never its value, or what the fields' own readers
+    raise: BatchTooLargeError beyond the `max_client_batch_size` of `settings`, before anything is made of the items.
+    """
     try:
-        return model.model_validate_json(raw)
+        return model.model_validate_json(raw, context={"max_client_batch_size": settings.max_client_batch_size})
     except ValidationError as error:
         raise MalformedRequestError(_explain(_first(error))) from None
 
@@ -129,6 +134,8 @@ def _explain(problem: ErrorDetails) -> str:
         return "the body must be a JSON object"
     if kind == "missing":
         return f"`{where}` is missing"
+    if kind == "too_long":
+        return f"`{where}` has more than the {problem['ctx']['max_length']} items that are allowed"
     return f"`{where}`: {message[:1].lower()}{message[1:]}"
 
 

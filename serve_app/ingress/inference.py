@@ -33,7 +33,7 @@ class Inference(Generic[BodyT]):
     write: Callable[[BodyT, Request, Answer], bytes]
 
     async def __call__(self, exchange: Exchange) -> Reply:
-        body = parse_body(self.body, await read_body(exchange))
+        body = parse_body(self.body, await read_body(exchange), exchange.settings)
         request = body.to_request(exchange.id, choose_model(exchange, body.model))
         return await answer(exchange, body, request, self.write)
 
@@ -48,7 +48,7 @@ class Streaming(Generic[BodyT]):
     dialect: Dialect
 
     async def __call__(self, exchange: Exchange) -> Reply:
-        body = parse_body(self.body, await read_body(exchange))
+        body = parse_body(self.body, await read_body(exchange), exchange.settings)
         request = body.to_request(exchange.id, choose_model(exchange, body.model))
         if body.streams:
             return await stream(exchange, body, request, self.write_stream, self.dialect)

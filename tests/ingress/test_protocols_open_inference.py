@@ -196,7 +196,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "missing input": (body_of({"name": "input_ids", "shape": [0], "datatype": "INT32", "data": []}), "empty"),
     "wrong shape": (body_of({**bytes_tensor("text", "a"), "shape": [2]}), "shape"),
     "huge shape": (body_of({**bytes_tensor("text", "a"), "shape": [2**31 - 1] * 8}), "shape"),
-    "many dimensions": (body_of({**bytes_tensor("text", "a"), "shape": [1] * 9}), "dimensions"),
+    "many dimensions": (
+        body_of({**bytes_tensor("text", "a"), "shape": [1] * 9}),
+        "`inputs.0.shape` has more than the 8 items",
+    ),
     "wrong datatype": (body_of({**bytes_tensor("text", "a"), "datatype": "FP32"}), "BYTES"),
     "numbers as texts": (body_of({**bytes_tensor("text", "a"), "data": [1]}), "not all texts"),
     "texts as numbers": (body_of({**bytes_tensor("input_ids", "a"), "datatype": "INT64"}), "whole numbers"),

@@ -14,7 +14,17 @@ from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
 from serve_app.ingress.inference import choose_model
-from serve_app.ingress.protocols.fields import IDS_SCHEMA, TEXT_SCHEMA, TEXTS_SCHEMA, Body, documented, text, texts
+from serve_app.ingress.protocols.fields import (
+    IDS_SCHEMA,
+    TEXT_SCHEMA,
+    TEXTS_SCHEMA,
+    Body,
+    check_count,
+    documented,
+    items_schema,
+    text,
+    texts,
+)
 from serve_app.ingress.protocols.fields import token_ids as read_ids
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Dialect, Route
 from serve_app.types import TokenIds
@@ -23,7 +33,7 @@ from serve_app.types import TokenIds
 def read_one_or_several(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     """A text or a list of texts. Raises EmptyInputError or MalformedRequestError."""
     name = info.field_name or "inputs"
-    return texts(value, name) if type(value) is list else (text(value, name),)
+    return texts(value, name, info) if type(value) is list else (text(value, name),)
 
 
 def read_sequences(value: Any, info: ValidationInfo) -> tuple[TokenIds, ...]:
@@ -35,6 +45,7 @@ def read_sequences(value: Any, info: ValidationInfo) -> tuple[TokenIds, ...]:
         raise EmptyInputError(f"`{name}` is empty; send at least one token id")
     if type(value[0]) is not list:
         return (read_ids(value, name),)
+    check_count(value, info)
     if any(type(item) is not list for item in value):
         raise MalformedRequestError(f"`{name}` has lists and other things; send lists of token ids only")
     return tuple(read_ids(item, f"{name}[{index}]") for index, item in enumerate(value))
@@ -66,7 +77,7 @@ class DecodeBody(Body):
         WithJsonSchema(
             {
                 "description": "Token ids, or a list of lists of them.",
-                "anyOf": [IDS_SCHEMA, {"type": "array", "items": IDS_SCHEMA, "minItems": 1}],
+                "anyOf": [IDS_SCHEMA, items_schema(IDS_SCHEMA)],
             }
         ),
     ]
@@ -85,7 +96,7 @@ class Token(BaseModel):
 
 async def tokenize(exchange: Exchange) -> Reply:
     """`[[{id, text, special, start, stop}]]`, for each text its tokens."""
-    body = parse_body(TokenizeBody, await read_body(exchange))
+    body = parse_body(TokenizeBody, await read_body(exchange), exchange.settings)
     model = choose_model(exchange, body.model)
     _check([len(each) for each in body.inputs], exchange.settings)
     work = exchange.service.tokenize(model, body.inputs, body.add_special_tokens)
@@ -95,7 +106,7 @@ async def tokenize(exchange: Exchange) -> Reply:
 
 async def decode(exchange: Exchange) -> Reply:
     """`[text]`, one for each list of token ids."""
-    body = parse_body(DecodeBody, await read_body(exchange))
+    body = parse_body(DecodeBody, await read_body(exchange), exchange.settings)
     model = choose_model(exchange, body.model)
     _check([len(each) for each in body.ids], exchange.settings)
     work = exchange.service.decode(model, body.ids, body.skip_special_tokens)

@@ -98,12 +98,12 @@ async def ask(exchange: Exchange) -> Reply:
     raw = await read_body(exchange)
     models = exchange.service.models
     named = exchange.path_model is not None or len(models) == 1
-    model = choose_model(exchange, None if named else parse_body(NamedBody, raw).model)
+    model = choose_model(exchange, None if named else parse_body(NamedBody, raw, exchange.settings).model)
     card = await while_connected(exchange.receive, exchange.service.card(model), exchange.time_left_s)
     kind = BODIES.get(card.task)
     if kind is None:
         raise InvalidInputError(f"models of task {card.task} are not asked here; /docs lists other paths")
-    body = parse_body(kind, raw)
+    body = parse_body(kind, raw, exchange.settings)
     request = body.to_request(exchange.id, choose_model(exchange, body.model))
     if body.streams:
         return await stream(exchange, body, request, _write_stream, DIALECT)

@@ -44,7 +44,9 @@ class EntityParameters(LongTextFields):
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = Field(
         None, description="How tokens become entities; none where it is left out."
     )
-    ignore_labels: list[str] | None = Field(None, description="Labels to leave out; O where it is left out.")
+    ignore_labels: Annotated[list[str], Field(max_length=1000, fail_fast=True)] | None = Field(
+        None, description="Labels to leave out; O where it is left out."
+    )
     stride: Stride = Field(
         None, description="Tokens that neighbouring windows share. Given alone, it asks for windows, as the pipeline's."
     )

@@ -17,8 +17,8 @@ VERSION = "1"
 """The only version of every model. Which files are served is `revision` in `/info`."""
 
 EXTENSIONS = ("binary_tensor_data", "parameters")
-_MOST_TENSORS = 16
-_MOST_DIMENSIONS = 8
+MOST_TENSORS = 16
+MOST_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,10 @@ def check_version(version: str) -> None:
 
 def headers_of(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[TensorHeader, ...]:
     """Of names, datatypes and shapes. Raises MalformedRequestError."""
-    if len(tensors) > _MOST_TENSORS:
-        raise MalformedRequestError(f"`inputs` has {len(tensors)} tensors; no task takes more than {_MOST_TENSORS}")
-    if any(len(shape) > _MOST_DIMENSIONS for _, _, shape in tensors):
-        raise MalformedRequestError(f"`inputs` has a tensor of more than {_MOST_DIMENSIONS} dimensions")
+    if len(tensors) > MOST_TENSORS:
+        raise MalformedRequestError(f"`inputs` has {len(tensors)} tensors; no task takes more than {MOST_TENSORS}")
+    if any(len(shape) > MOST_DIMENSIONS for _, _, shape in tensors):
+        raise MalformedRequestError(f"`inputs` has a tensor of more than {MOST_DIMENSIONS} dimensions")
     return tuple(TensorHeader(i, name, kind, tuple(shape)) for i, (name, kind, shape) in enumerate(tensors))
 
 

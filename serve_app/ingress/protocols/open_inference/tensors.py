@@ -17,6 +17,9 @@ import numpy.typing as npt
 from serve_app.errors import EmptyInputError, InvalidInputError, MalformedRequestError
 from serve_app.types import TokenIds
 
+MOST_ELEMENTS = 10_000_000
+"""Of one tensor's JSON, whatever the operator allows."""
+
 _LENGTH_BYTES = 4
 _MAX_TOKEN_ID = 2**31 - 1
 INTEGERS = {

@@ -19,6 +19,10 @@ from serve_app.ingress.streaming import Events
 from serve_app.outputs import Generated, GeneratedPiece, TokenLogprob
 from serve_app.types import Answer, Chat, ChatMessage, Request
 
+_MOST_MESSAGES = 10_000
+_MOST_PARTS = 1000
+_MOST_TOOLS = 1000
+
 
 def _nameless(value: object) -> object:
     return None if value == "dummy" else value
@@ -35,7 +39,7 @@ class Message(Body):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=_MOST_PARTS, fail_fast=True)]
 
     def turn(self) -> ChatMessage:
         parts = self.content
@@ -58,12 +62,14 @@ class ChatBody(SamplingBody):
         description="Name of the model. May be left out where the path names it or only one is served; so may `dummy`, "
         "which is what huggingface_hub sends to a URL.",
     )
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: NewTokens = None
     logprobs: bool | None = Field(None, description="Tell each token's log probability.")
     top_logprobs: int | None = Field(None, description="And those of so many likely tokens at its place: 0 to 20.")
     response_format: ResponseFormat | None = Field(None, description="Only text is supported.")
-    tools: list[Any] | None = Field(None, description="Not supported but for an empty list.")
+    tools: Annotated[list[Any], Field(max_length=_MOST_TOOLS)] | None = Field(
+        None, description="Not supported but for an empty list."
+    )
 
     def to_request(self, request_id: str, model: str) -> Request:
         refuse_unsupported(self, {"tools": ([],)})

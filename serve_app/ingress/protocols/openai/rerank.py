@@ -9,7 +9,16 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonS
 from serve_app.errors import EmptyInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
-from serve_app.ingress.protocols.fields import TEXT_SCHEMA, InferenceBody, Text, documented, kind, text
+from serve_app.ingress.protocols.fields import (
+    TEXT_SCHEMA,
+    InferenceBody,
+    Text,
+    check_count,
+    documented,
+    items_schema,
+    kind,
+    text,
+)
 from serve_app.ingress.protocols.openai.dialect import DIALECT
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.options import RerankOptions
@@ -24,6 +33,7 @@ def read_documents(value: Any, info: ValidationInfo) -> tuple[str, ...]:
         raise MalformedRequestError(f"`{name}` is {kind(value)}; send a list of texts")
     if not value:
         raise EmptyInputError(f"`{name}` is empty; send at least one text")
+    check_count(value, info)
     return tuple(_document(item, f"{name}[{index}]") for index, item in enumerate(value))
 
 
@@ -36,7 +46,7 @@ _OBJECT = {"type": "object", "properties": {"text": TEXT_SCHEMA}, "required": ["
 Documents = Annotated[
     tuple[str, ...],
     PlainValidator(read_documents),
-    WithJsonSchema({"type": "array", "items": {"anyOf": [TEXT_SCHEMA, _OBJECT]}, "minItems": 1}),
+    WithJsonSchema(items_schema({"anyOf": [TEXT_SCHEMA, _OBJECT]})),
 ]
 
 

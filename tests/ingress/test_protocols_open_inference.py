@@ -36,6 +36,10 @@ def body_of(*inputs: dict[str, Any], **parameters: Any) -> dict[str, Any]:
     return {"inputs": list(inputs), "parameters": parameters}
 
 
+def nested(value: Any, lists: int) -> Any:
+    return value if not lists else [nested(value, lists - 1)]
+
+
 def binary(*texts: str) -> bytes:
     return b"".join(len(text.encode()).to_bytes(4, "little") + text.encode() for text in texts)
 
@@ -210,6 +214,19 @@ BAD: dict[str, tuple[Any, str]] = {
         "shape",
     ),
     "unknown output": ({**body_of(bytes_tensor("text", "a")), "outputs": [{"name": "logits"}]}, "it gives: embedding"),
+    "an output twice": (
+        {**body_of(bytes_tensor("text", "a")), "outputs": [{"name": "embedding"}] * 2},
+        "name each output once",
+    ),
+    "many outputs": (
+        {**body_of(bytes_tensor("text", "a")), "outputs": [{"name": "embedding"}] * 17},
+        "`outputs` has more than the 16 items",
+    ),
+    "deep data": (body_of({**bytes_tensor("text", "a"), "data": nested("a", 10)}), "in more than 8 lists"),
+    "deep data beside flat": (
+        body_of({**bytes_tensor("input_ids", ""), "datatype": "INT32", "data": [1, 2, nested(3, 10)]}),
+        "in more than 8 lists",
+    ),
     "unknown task": (body_of(bytes_tensor("text", "a"), task="divination"), "names no task"),
     "wrong parameter": (body_of(bytes_tensor("text", "a"), normalize="yes"), "parameters.normalize"),
     "shared memory": (
@@ -227,6 +244,12 @@ async def test_a_wrong_request_is_refused_in_words(case: str, client: httpx.Asyn
     assert 400 <= response.status_code < 500
     assert words in response.json()["error"]
     assert "secret" not in response.text
+
+
+async def test_data_may_stand_in_lists_of_lists_of_any_shape(client: httpx.AsyncClient, service: FakeService) -> None:
+    data = [[1, 2], [3], nested(4, 7), 5, 6]
+    await asked(client, body_of({"name": "input_ids", "shape": [2, 3], "datatype": "INT64", "data": data}))
+    assert service.requests[-1].inputs == ((1, 2, 3), (4, 5, 6))
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "9999999", "1" * 5000, "0"])
@@ -365,6 +388,16 @@ async def test_a_grpc_message_is_bounded_as_a_body(service: FakeService) -> None
     context = Context()
     await Servicer(service, max_body_bytes=1000).ModelInfer(request_of("a" * 2000), context)
     assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_an_output_named_twice_is_refused_over_grpc_too(service: FakeService) -> None:
+    request = request_of("a")
+    for _ in range(1000):
+        request.outputs.add(name="embedding")
+    context = Context()
+    await Servicer(service).ModelInfer(request, context)
+    assert (context.code, service.requests) == (grpc.StatusCode.INVALID_ARGUMENT, [])
+    assert "name each output once" in context.details
 
 
 async def test_a_late_answer_is_cancelled(service: FakeService) -> None:

@@ -10,7 +10,7 @@ from serve_app.errors import InvalidInputError, MalformedRequestError, ModelNotF
 from serve_app.ingress.body import validated
 from serve_app.ingress.protocols.fields import LongTextFields
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS, Inputs, TaskTensors
-from serve_app.ingress.protocols.open_inference.tensors import InputTensor, OutputTensor, TensorHeader
+from serve_app.ingress.protocols.open_inference.tensors import MOST_DIMENSIONS, InputTensor, OutputTensor, TensorHeader
 from serve_app.types import Answer, ModelCard, Request
 
 VERSION = "1"
@@ -18,7 +18,6 @@ VERSION = "1"
 
 EXTENSIONS = ("binary_tensor_data", "parameters")
 MOST_TENSORS = 16
-MOST_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,12 @@ class Call:
         return chosen.request(id, card.name, task, texts, options)
 
     def _check_outputs(self, tensors: TaskTensors[Any]) -> None:
+        """Each at most once: an answer may not be larger than the model's just because a name stands often."""
         names = [output.name for output in tensors.outputs]
         if not set(self.outputs) <= set(names):
             raise InvalidInputError(f"`outputs` has one that this task does not give; it gives: {', '.join(names)}")
+        if len(set(self.outputs)) != len(self.outputs):
+            raise MalformedRequestError("`outputs` has one twice; name each output once")
 
     def wanted(self, request: Request, answer: Answer) -> tuple[OutputTensor, ...]:
         """The answer's tensors, in the order in which they were asked for."""

@@ -20,7 +20,6 @@ from serve_app.ingress.inference import choose_model, compute
 from serve_app.ingress.protocols.fields import Body, documented
 from serve_app.ingress.protocols.open_inference.call import (
     EXTENSIONS,
-    MOST_DIMENSIONS,
     MOST_TENSORS,
     VERSION,
     Call,
@@ -28,6 +27,7 @@ from serve_app.ingress.protocols.open_inference.call import (
     metadata,
 )
 from serve_app.ingress.protocols.open_inference.tensors import (
+    MOST_DIMENSIONS,
     MOST_ELEMENTS,
     InputTensor,
     OutputTensor,

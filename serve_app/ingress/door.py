@@ -38,8 +38,7 @@ class Door:
             yield
         finally:
             self._under_way -= visit.counted
-            if visit.account is not None:
-                visit.account.charge(visit.tokens)
+            visit.settle()
             if visit.settings.log_requests:
                 log_request(visit)
 

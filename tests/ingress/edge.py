@@ -168,6 +168,9 @@ class FakeService:
         output = task.postprocess(request, card, Features(NO_TOKENS, rows), None)
         return Answer(output, sum(map(characters_of, request.inputs)) + 2, TIMINGS, *self.long_texts)
 
+    async def estimate(self, request: Request) -> int:
+        return sum(map(characters_of, request.inputs))
+
     async def stream(self, request: Request) -> AsyncIterator[GeneratedPiece]:
         """A word at a time, each when `go` is set; fails, as told, after `pieces_before_failure`."""
         self.requests.append(request)

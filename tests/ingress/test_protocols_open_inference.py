@@ -474,6 +474,8 @@ class OneKey:
     def charge(self, tokens: int) -> None:
         self.tokens += tokens
 
+    reserve = charge
+
 
 async def test_a_guard_is_asked_for_every_call_that_costs_or_tells(service: FakeService) -> None:
     guard = OneKey()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from deploy.examples.make_tiny_models import unigram, wordpiece
-from serve_app.errors import InvalidInputError
+from serve_app.errors import BatchTooLargeError, InvalidInputError
 from serve_app.ingress.service import TextToken
-from serve_app.ingress.words import text_tokens, texts_of, whole_texts
+from serve_app.ingress.words import MOST_TOKENS, text_tokens, texts_of, whole_texts
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.encoder import Encoder
 
@@ -41,6 +43,14 @@ def test_tokens_are_those_of_the_whole_text(folder: Path, limit: int, special_to
         assert all(t.text == text[t.start : t.stop] for t in tokens if not t.special)
         assert all((t.start, t.stop) == (None, None) for t in tokens if t.special)
         assert any(t.special for t in tokens) == special_tokens
+
+
+def test_more_tokens_than_one_answer_may_have_are_refused_before_any_is_made(folder: Path) -> None:
+    encoder = Encoder(folder, 64)
+    few = encoder.encode([whole_texts(TEXTS)])
+    many = replace(few, input_ids=np.zeros(MOST_TOKENS + 1, np.int32))
+    with pytest.raises(BatchTooLargeError, match=f"at most {MOST_TOKENS}"):
+        text_tokens(TEXTS, many, Vocabulary.read(encoder.definition), True)
 
 
 def test_ids_become_text_with_and_without_special_tokens(folder: Path) -> None:

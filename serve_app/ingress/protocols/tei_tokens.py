@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from serve_app.config import IngressSettings
 from serve_app.errors import BatchTooLargeError, EmptyInputError, InputTooLongError, MalformedRequestError
+from serve_app.ingress.backlog import CHARACTERS
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
@@ -98,19 +99,26 @@ async def tokenize(exchange: Exchange) -> Reply:
     """`[[{id, text, special, start, stop}]]`, for each text its tokens."""
     body = parse_body(TokenizeBody, await read_body(exchange), exchange.settings)
     model = choose_model(exchange, body.model)
-    _check([len(each) for each in body.inputs], exchange.settings)
+    lengths = [len(each) for each in body.inputs]
+    _check(lengths, exchange.settings)
+    exchange.reserve(-(-sum(lengths) // CHARACTERS))
     work = exchange.service.tokenize(model, body.inputs, body.add_special_tokens)
     found = await while_connected(exchange.receive, work, exchange.time_left_s)
-    return Reply(encode([[asdict(token) for token in tokens] for tokens in found]))
+    exchange.tokens = sum(map(len, found))
+    return Reply(await asyncio.to_thread(encode, found))
 
 
 async def decode(exchange: Exchange) -> Reply:
     """`[text]`, one for each list of token ids."""
     body = parse_body(DecodeBody, await read_body(exchange), exchange.settings)
     model = choose_model(exchange, body.model)
-    _check([len(each) for each in body.ids], exchange.settings)
+    lengths = [len(each) for each in body.ids]
+    _check(lengths, exchange.settings)
+    exchange.reserve(sum(lengths))
     work = exchange.service.decode(model, body.ids, body.skip_special_tokens)
-    return Reply(encode(await while_connected(exchange.receive, work, exchange.time_left_s)))
+    found = await while_connected(exchange.receive, work, exchange.time_left_s)
+    exchange.tokens = sum(lengths)
+    return Reply(encode(found))
 
 
 def _check(lengths: Sequence[int], settings: IngressSettings) -> None:

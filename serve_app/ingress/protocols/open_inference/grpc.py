@@ -19,7 +19,7 @@ from serve_app import __version__
 from serve_app.errors import BodyTooLargeError, MalformedRequestError, ServeAppError
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.exchange import Header
-from serve_app.ingress.inference import in_time, measured
+from serve_app.ingress.inference import in_time, measured, reserve
 from serve_app.ingress.limits import check_stream
 from serve_app.ingress.protocols.open_inference import messages
 from serve_app.ingress.protocols.open_inference.call import (
@@ -151,6 +151,7 @@ class OpenInference:
     async def _pieces(self, visit: Visit, request: Request) -> AsyncGenerator[Sequence[OutputTensor], None]:
         """`finish_reason` is empty but in the last piece."""
         visit.request = request
+        await _within(reserve(visit, request), visit.time_left_s)
         pieces: Any = self._service.stream(in_time(visit, request))
         async with aclosing(pieces):
             while (piece := await _within(anext(pieces, None), visit.time_left_s)) is not None:

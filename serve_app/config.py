@@ -257,6 +257,11 @@ class IngressSettings(_Frozen):
     )
     max_body_bytes: PositiveInt = Field(2_000_000, description="Largest request body; beyond it 413 while reading.")
     body_timeout_s: PositiveFloat = Field(30.0, description="Seconds a client may take to send its body; then 408.")
+    write_timeout_s: PositiveFloat = Field(
+        30.0,
+        description="Seconds a client may take for each part of its answer (of 256 KiB, or one event of a stream), and "
+        "for all of it beyond the request's own time; then its connection is closed.",
+    )
     max_json_depth: PositiveInt = Field(
         64,
         le=MOST_JSON_DEPTH,

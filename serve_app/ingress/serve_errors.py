@@ -51,6 +51,7 @@ class _Sender:
     path: str
     request_id: bytes
     started: bool = False
+    ended: bool = False
     replacing: bool = False
 
     async def __call__(self, message: Message) -> None:
@@ -61,6 +62,7 @@ class _Sender:
                 await self.answer(error_of(message["status"], message["headers"]))
         if not self.replacing:
             await self.send(message)
+            self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def answer(self, error: ServeAppError) -> None:
         """In the place of whatever Serve would answer."""
@@ -75,6 +77,17 @@ class _Sender:
         ]
         await self.send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": reply.body})
+        self.ended = True
+
+    def abort(self) -> None:
+        """Let go of a client whose answer has no end: closing the connection would wait until it has read the rest.
+
+        Does nothing with servers that do not let the transport be seen, as uvicorn does.
+        """
+        transport = getattr(getattr(self.send, "__self__", None), "transport", None)
+        abort = getattr(transport, "abort", None)
+        if abort is not None:
+            abort()
 
 
 async def enveloped(app: ASGIApp, scope: Scope, receive: Receive, send: Send, request_id: bytes) -> None:
@@ -93,6 +106,9 @@ async def enveloped(app: ASGIApp, scope: Scope, receive: Receive, send: Send, re
             raise
         logger.exception("Ray Serve failed in request %s", request_id.decode())
         await sender.answer(ServerError(_FAILED))
+    finally:
+        if sender.started and not sender.ended:
+            sender.abort()
     if not sender.started:
         await sender.answer(UnavailableError("the replica that had the request was lost; send it again"))
 

@@ -64,7 +64,7 @@ class _Sender:
             await self.send(message)
             self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-    async def answer(self, error: ServeAppError) -> None:
+    async def answer(self, error: ServeAppError, *further: Header) -> None:
         """In the place of whatever Serve would answer."""
         self.started = self.replacing = True
         reply = error_reply(error, dialect_of(self.path), self.request_id.decode())
@@ -74,6 +74,7 @@ class _Sender:
             (b"content-length", b"%d" % len(reply.body)),
             (b"x-request-id", self.request_id),
             *reply.headers,
+            *further,
         ]
         await self.send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": reply.body})
@@ -101,6 +102,8 @@ async def enveloped(app: ASGIApp, scope: Scope, receive: Receive, send: Send, re
     sender = _Sender(send, scope["path"], request_id)
     try:
         await app(scope, receive, sender)
+    except RequestError as error:
+        await sender.answer(error, (b"connection", b"close"))
     except Exception:
         if sender.started:
             raise

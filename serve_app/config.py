@@ -262,6 +262,11 @@ class IngressSettings(_Frozen):
         description="Seconds a client may take for each part of its answer (of 256 KiB, or one event of a stream), and "
         "for all of it beyond the request's own time; then its connection is closed.",
     )
+    stream_idle_timeout_s: PositiveFloat = Field(
+        300.0,
+        description="Seconds a gRPC stream may wait for its client's next request before it is ended. There may be "
+        "`max_concurrent_requests` streams beside as many requests.",
+    )
     max_json_depth: PositiveInt = Field(
         64,
         le=MOST_JSON_DEPTH,

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from serve_app.config import IngressSettings
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
-from serve_app.ingress.deadlines import in_time
+from serve_app.ingress.deadlines import within
 from serve_app.ingress.depth import check_depth
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
 from serve_app.ingress.visit import too_late
@@ -38,7 +38,7 @@ async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
     _check_declared_length(exchange.headers.get(b"content-length"), settings.max_body_bytes)
     try:
         timeout_s = min(settings.body_timeout_s, exchange.time_left_s)
-        raw = await in_time(_collect(exchange, settings.max_body_bytes), timeout_s)
+        raw = await within(_collect(exchange, settings.max_body_bytes), timeout_s)
     except asyncio.TimeoutError:
         if not exchange.time_left_s:
             raise too_late() from None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from starlette.types import Message, Send
 
-from serve_app.ingress.deadlines import in_time
+from serve_app.ingress.deadlines import within
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
 
 PART_BYTES = 2**18
@@ -33,7 +33,7 @@ class Writer:
     async def __call__(self, *messages: Message) -> None:
         """Raises ClientStalledError."""
         try:
-            await in_time(self._send_all(messages), self._time_s())
+            await within(self._send_all(messages), self._time_s())
         except asyncio.TimeoutError:
             raise ClientStalledError from None
 

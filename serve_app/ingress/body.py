@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from serve_app.config import IngressSettings
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
 from serve_app.ingress.deadlines import within
-from serve_app.ingress.depth import check_depth
+from serve_app.ingress.depth import check_nesting
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
 from serve_app.ingress.visit import too_late
 
@@ -30,8 +30,8 @@ async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
     """The whole body; `media` is a content type that it may have beside JSON's, and then it is not looked into.
 
     Raises UnsupportedMediaError, BodyTooLargeError (before reading where Content-Length tells, else as soon as the
-    limit is passed), BodyTimeoutError, DeadlineExceededError, MalformedRequestError (nested too deeply) or
-    ClientDisconnectedError.
+    limit is passed), BodyTimeoutError, DeadlineExceededError, MalformedRequestError (nested too deeply, or too many
+    parts) or ClientDisconnectedError.
     """
     _check_media(exchange, media)
     settings = exchange.settings
@@ -46,7 +46,7 @@ async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
             f"the body did not arrive within {settings.body_timeout_s:g} s; send it faster or in smaller requests"
         ) from None
     if media is None:
-        check_depth(raw, settings.max_json_depth)
+        check_nesting(raw, settings)
     return raw
 
 

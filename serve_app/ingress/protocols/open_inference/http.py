@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from serve_app import __version__
 from serve_app.errors import InvalidInputError, MalformedRequestError, ServeAppError
 from serve_app.ingress.body import parse_body, read_body
-from serve_app.ingress.depth import check_depth
+from serve_app.ingress.depth import check_nesting
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import JSON, Exchange, Header, Reply, while_connected
 from serve_app.ingress.inference import choose_model, compute
@@ -217,7 +217,7 @@ def split(exchange: Exchange, raw: bytes) -> tuple[bytes, bytes]:
 
 async def infer(exchange: Exchange) -> Reply:
     raw, binary = split(exchange, await read_body(exchange, media=OCTETS))
-    check_depth(raw, exchange.settings.max_json_depth)
+    check_nesting(raw, exchange.settings)
     model = choose_model(exchange, None)
     body = parse_body(InferBody, raw, exchange.settings)
     call = body.call(binary)

@@ -16,7 +16,7 @@ from serve_app import errors
 from serve_app.config import IngressSettings
 from serve_app.ingress.door import Door
 from serve_app.ingress.protocols.open_inference import messages
-from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods, code_of
+from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods, Unreadable, code_of
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS
 from serve_app.ingress.service import SettingsRef
 from serve_app.ingress.statuses import STATUSES
@@ -508,3 +508,4 @@ async def test_what_a_call_costs_is_charged(service: FakeService) -> None:
 def test_messages_cross_process_borders() -> None:
     request = request_of("a", normalize=True)
     assert pickle.loads(pickle.dumps(request)) == request
+    assert pickle.loads(pickle.dumps(Unreadable())) == Unreadable()

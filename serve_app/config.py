@@ -41,6 +41,9 @@ GENERATING_TASKS: tuple[TaskName, ...] = ("text-generation", "text2text-generati
 MOST_JSON_DEPTH = 190
 """The parser's own bound is 200, and a body stands in itself."""
 
+MOST_INPUTS = 100_000
+"""Of one request: each is an object here and costs time before it is looked at, however small it is."""
+
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -308,6 +311,16 @@ class IngressSettings(_Frozen):
     )
     max_body_bytes: PositiveInt = Field(2_000_000, description="Largest request body; beyond it 413 while reading.")
     body_timeout_s: PositiveFloat = Field(30.0, description="Seconds a client may take to send its body; then 408.")
+    write_timeout_s: PositiveFloat = Field(
+        30.0,
+        description="Seconds a client may take for each part of its answer (of 256 KiB, or one event of a stream), and "
+        "for all of it beyond the request's own time; then its connection is closed.",
+    )
+    stream_idle_timeout_s: PositiveFloat = Field(
+        300.0,
+        description="Seconds a gRPC stream may wait for its client's next request before it is ended. There may be "
+        "`max_concurrent_requests` streams beside as many requests.",
+    )
     max_json_depth: PositiveInt = Field(
         64,
         le=MOST_JSON_DEPTH,
@@ -318,7 +331,9 @@ class IngressSettings(_Frozen):
         description="Most requests with a body that one ingress replica has at a time, whatever their size; beyond it "
         "429, before the body is read.",
     )
-    max_client_batch_size: PositiveInt = Field(2048, description="Most inputs in one request; beyond it 422.")
+    max_client_batch_size: PositiveInt = Field(
+        2048, le=MOST_INPUTS, description="Most inputs in one request; beyond it 422."
+    )
     max_text_characters: PositiveInt = Field(1_000_000, description="Longest single text; beyond it 422.")
     max_windows: PositiveInt = Field(
         512,

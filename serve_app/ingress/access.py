@@ -48,20 +48,30 @@ class Account:
 
     def enter(self) -> None:
         """Count one request. Raises QuotaExceededError, and then counts nothing."""
-        for bucket, wanted, what in ((self.requests, 1.0, "requests"), (self.tokens, 0.0, "tokens")):
-            wait_s = 0.0 if bucket is None else bucket.wait_s(wanted)
-            if wait_s:
-                raise QuotaExceededError(
-                    f"this API key has used its {what} of this minute; come back in {math.ceil(wait_s)} s",
-                    retry_after_s=wait_s,
-                )
+        _check(self.requests, 1.0, "requests")
+        _check(self.tokens, 0.0, "tokens")
         if self.requests is not None:
             self.requests.spend(1)
 
+    def reserve(self, tokens: int) -> None:
+        """Charge tokens before they are computed. Raises QuotaExceededError if other requests have used all up."""
+        _check(self.tokens, 0.0, "tokens")
+        self.charge(tokens)
+
     def charge(self, tokens: int) -> None:
-        """Count what a request has cost, which is known only when it is done."""
+        """Count tokens that a request has cost; less than 0 gives back what it did not."""
         if self.tokens is not None:
             self.tokens.spend(tokens)
+
+
+def _check(bucket: Bucket | None, wanted: float, what: str) -> None:
+    """Raises QuotaExceededError unless the bucket has something, and `wanted`."""
+    wait_s = 0.0 if bucket is None else bucket.wait_s(wanted)
+    if wait_s:
+        raise QuotaExceededError(
+            f"this API key has used its {what} of this minute; come back in {math.ceil(wait_s)} s",
+            retry_after_s=wait_s,
+        )
 
 
 class Guard:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.errors import MethodNotAllowedError, UnauthorizedError
 from serve_app.ingress import operations, pages
@@ -17,6 +17,7 @@ from serve_app.ingress.protocols import huggingface, open_inference, openai, tei
 from serve_app.ingress.refusals import dialect_of, error_reply
 from serve_app.ingress.routes import Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
+from serve_app.ingress.writing import ClientStalledError, Writer, part, write_whole
 
 _LINGER_S = 2.0
 """How long the rest of a refused body is read and thrown away before the connection is closed. Closing at once would
@@ -63,7 +64,12 @@ class App:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = self._exchange(scope, receive)
         with contextlib.suppress(ClientDisconnectedError), self._door.visited(exchange):
-            await self._send(exchange, await self._reply(exchange), send)
+            reply = await self._reply(exchange)
+            try:
+                await self._answer(exchange, reply, Writer(exchange, send))
+            except ClientStalledError:
+                exchange.status = 0
+                raise
 
     def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -101,32 +107,34 @@ class App:
             headers = ((b"www-authenticate", b"Bearer"),)
         return error_reply(exchange.expected(error), dialect, exchange.id, *headers)
 
-    async def _send(self, exchange: Exchange, reply: Reply, send: Send) -> None:
+    async def _answer(self, exchange: Exchange, reply: Reply, write: Writer) -> None:
+        """Raises ClientStalledError; a server closes the connection of an answer that was begun and not ended."""
         exchange.status = reply.status
         headers = [(b"content-type", reply.content_type), *reply.headers]
         if self._writes_request_id:
             headers.append((b"x-request-id", exchange.id.encode()))
+        start = {"type": "http.response.start", "status": reply.status, "headers": headers}
         if not isinstance(reply.body, bytes):
-            await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-            await _send_parts(reply.body, send)
+            await _write_parts(write, start, reply.body)
             return
         headers.append((b"content-length", b"%d" % len(reply.body)))
-        lingers = exchange.body_is_unread
-        if lingers:
-            headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        await send({"type": "http.response.body", "body": reply.body, "more_body": lingers})
-        if lingers:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(_drain(exchange.receive), _LINGER_S)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if not exchange.body_is_unread:
+            await write_whole(write, start, reply.body)
+            return
+        headers.append((b"connection", b"close"))
+        await write(start, part(reply.body, more=True))
+        self._door.leave(exchange)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_drain(exchange.receive), _LINGER_S)
+        await write(part(b"", more=False))
 
 
-async def _send_parts(parts: AsyncGenerator[bytes, None], send: Send) -> None:
+async def _write_parts(write: Writer, start: Message, parts: AsyncGenerator[bytes, None]) -> None:
     async with contextlib.aclosing(parts):
-        async for part in parts:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await write(start)
+        async for each in parts:
+            await write(part(each, more=True))
+    await write(part(b"", more=False))
 
 
 async def _drain(receive: Receive) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from serve_app.config import IngressSettings
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
-from serve_app.ingress.depth import check_depth
+from serve_app.ingress.deadlines import within
+from serve_app.ingress.depth import check_nesting
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
 from serve_app.ingress.visit import too_late
 
@@ -30,15 +30,15 @@ async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
     """The whole body; `media` is a content type that it may have beside JSON's, and then it is not looked into.
 
     Raises UnsupportedMediaError, BodyTooLargeError (before reading where Content-Length tells, else as soon as the
-    limit is passed), BodyTimeoutError, DeadlineExceededError, MalformedRequestError (nested too deeply) or
-    ClientDisconnectedError.
+    limit is passed), BodyTimeoutError, DeadlineExceededError, MalformedRequestError (nested too deeply, or too many
+    parts) or ClientDisconnectedError.
     """
     _check_media(exchange, media)
     settings = exchange.settings
     _check_declared_length(exchange.headers.get(b"content-length"), settings.max_body_bytes)
     try:
         timeout_s = min(settings.body_timeout_s, exchange.time_left_s)
-        raw = await _in_time(_collect(exchange, settings.max_body_bytes), timeout_s)
+        raw = await within(_collect(exchange, settings.max_body_bytes), timeout_s)
     except asyncio.TimeoutError:
         if not exchange.time_left_s:
             raise too_late() from None
@@ -46,7 +46,7 @@ async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
             f"the body did not arrive within {settings.body_timeout_s:g} s; send it faster or in smaller requests"
         ) from None
     if media is None:
-        check_depth(raw, settings.max_json_depth)
+        check_nesting(raw, settings)
     return raw
 
 
@@ -67,16 +67,11 @@ async def _collect(exchange: Exchange, limit: int) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-async def _in_time(reading: Coroutine[Any, Any, bytes], timeout_s: float) -> bytes:
-    """As `asyncio.wait_for`, which before Python 3.12 makes a task for it, a fifth of what the edge costs a request."""
-    if sys.version_info < (3, 11):
-        return await asyncio.wait_for(reading, timeout_s)
-    async with asyncio.timeout(timeout_s):
-        return await reading
-
-
 def _check_media(exchange: Exchange, allowed: bytes | None) -> None:
     media = exchange.headers.get(b"content-type")
+    if not media and b"origin" in exchange.headers:
+        # A browser says where a page is from, and asks us first only if the page names a type of its own.
+        raise UnsupportedMediaError("a web page has to send the header content-type: application/json")
     if media not in (None, b"application/json", allowed) and not _is_json(media):
         raise UnsupportedMediaError("send JSON, with the header content-type: application/json")
     if exchange.headers.get(b"content-encoding", b"identity").lower() != b"identity":
@@ -99,10 +94,14 @@ def _too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"the body is larger than the {limit} bytes that one request may have; split it")
 
 
-def parse_body(model: type[BodyT], raw: bytes) -> BodyT:
-    """`raw` as a validated `model`. Raises MalformedRequestError that names the first wrong field, never its value."""
+def parse_body(model: type[BodyT], raw: bytes, settings: IngressSettings) -> BodyT:
+    """`raw` as a validated `model`.
+
+    Raises MalformedRequestError that names the first wrong field, never its value, or what the fields' own readers
+    raise: BatchTooLargeError beyond the `max_client_batch_size` of `settings`, before anything is made of the items.
+    """
     try:
-        return model.model_validate_json(raw)
+        return model.model_validate_json(raw, context={"max_client_batch_size": settings.max_client_batch_size})
     except ValidationError as error:
         raise MalformedRequestError(_explain(_first(error))) from None
 
@@ -129,6 +128,8 @@ def _explain(problem: ErrorDetails) -> str:
         return "the body must be a JSON object"
     if kind == "missing":
         return f"`{where}` is missing"
+    if kind == "too_long":
+        return f"`{where}` has more than the {problem['ctx']['max_length']} items that are allowed"
     return f"`{where}`: {message[:1].lower()}{message[1:]}"
 
 

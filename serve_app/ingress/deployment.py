@@ -96,6 +96,7 @@ class Ingress(OpenInferenceMethods):
             name: GenerationPath(name, h.tokenizer, h.model, self._metrics, self._backlogs[name].half_s)
             for name, h in self._handles.items()
         }
+        self._word_backlogs = {name: Backlog(self._settings.current.max_queued_tokens) for name in self._handles}
         self._cards: dict[str, ModelCard] = {}
         self._states: dict[str, ModelState] = {}
         self._vocabularies: dict[str, Vocabulary] = {}
@@ -113,7 +114,7 @@ class Ingress(OpenInferenceMethods):
             start_log()
         for coalescer in self._coalescers.values():
             coalescer.reconfigure(self._settings.current)
-        for backlog in self._backlogs.values():
+        for backlog in (*self._backlogs.values(), *self._word_backlogs.values()):
             backlog.max_tokens = self._settings.current.max_queued_tokens
 
     async def check_health(self) -> None:
@@ -149,6 +150,9 @@ class Ingress(OpenInferenceMethods):
             raise
         self._count(request, "ok", answer)
         return answer
+
+    async def estimate(self, request: Request) -> int:
+        return _tokens_of(request, await self._answering_card(request))
 
     async def stream(self, request: Request) -> AsyncGenerator[GeneratedPiece, None]:
         code = "cancelled"
@@ -251,18 +255,21 @@ class Ingress(OpenInferenceMethods):
     async def tokenize(
         self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
     ) -> Sequence[Sequence[TextToken]]:
-        prompt = prompt_of(prompt_name, await self.card(model))
+        card, vocabulary = await self.card(model), await self._vocabulary(model)
+        prompt = prompt_of(prompt_name, card)
         prompted = [prompt + text for text in texts]
-        vocabulary = await self._vocabulary(model)
-        batch = await self._ask(self._handles[model].tokenizer.tokenize, model, [whole_texts(prompted)])
-        if batch.failures:
-            raise batch.failures[0]
-        return await asyncio.to_thread(text_tokens, prompted, batch, vocabulary, special_tokens)
+        asked = whole_texts(prompted)
+        with self._word_backlogs[model].admitted(tokens_in(asked, card)):
+            batch = await self._ask(self._handles[model].tokenizer.tokenize, model, [asked])
+            if batch.failures:
+                raise batch.failures[0]
+            return await asyncio.to_thread(text_tokens, prompted, batch, vocabulary, special_tokens)
 
     async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
         check_model(model, self.models)
         vocabulary = await self._vocabulary(model)
-        return await asyncio.to_thread(texts_of, sequences, vocabulary, skip_special_tokens)
+        with self._word_backlogs[model].admitted(sum(map(len, sequences))):
+            return await asyncio.to_thread(texts_of, sequences, vocabulary, skip_special_tokens)
 
     async def ready(self, name: str | None = None) -> None:
         if name is not None:
@@ -344,6 +351,13 @@ class Ingress(OpenInferenceMethods):
             ("total", times.total_s),
         ):
             self._metrics.stage_seconds.observe(seconds, {**model, "stage": stage})
+
+
+def _tokens_of(request: Request, card: ModelCard) -> int:
+    """An estimate of what answering costs."""
+    if request.task in GENERATING:
+        return _tokens_to_generate(request, card)
+    return tokens_in(TASKS[request.task].prepare(request, card), card)
 
 
 def _tokens_to_generate(request: Request, card: ModelCard) -> int:

@@ -1,4 +1,4 @@
-"""How deeply a body is nested, looked at before it is parsed."""
+"""How deeply a body is nested, and in how many parts it is, looked at before it is parsed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import re
 
 import numpy as np
 
+from serve_app.config import IngressSettings
 from serve_app.errors import MalformedRequestError
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 """Also one that does not end, so that the search never goes back: it takes a time that is linear in the body."""
+
+_PARTS_OF_AN_INPUT = 4
+_FURTHER_PARTS = 2**15
 
 _BRACKETS = b"[]{}"
 _NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
@@ -17,17 +21,40 @@ _STEPS = bytes.maketrans(_BRACKETS, b"\x01\xff\x01\xff")
 """Up and down, as int8."""
 
 
-def check_depth(raw: bytes, limit: int) -> None:
-    """Raises MalformedRequestError if lists and objects stand in each other more than `limit` deep.
+def parts_allowed(settings: IngressSettings) -> int:
+    """Lists and objects in a body: some for each input, and those of a long conversation."""
+    return _PARTS_OF_AN_INPUT * settings.max_client_batch_size + _FURTHER_PARTS
 
-    What is no JSON may pass: the parser refuses it.
+
+def check_nesting(raw: bytes, settings: IngressSettings) -> None:
+    """Raises MalformedRequestError if lists and objects stand in each other too deeply, or are too many.
+
+    Each costs a hundred times the two bytes that it may have. What is no JSON may pass: the parser refuses it.
     """
-    if raw.count(b"[") + raw.count(b"{") > limit and depth_of(raw) > limit:
-        raise MalformedRequestError(f"the body is nested too deeply: more than {limit} lists and objects in each other")
+    deepest, most = settings.max_json_depth, parts_allowed(settings)
+    if raw.count(b"[") + raw.count(b"{") <= min(deepest, most):
+        return
+    brackets = _brackets(raw)
+    if _depth(brackets) > deepest:
+        raise MalformedRequestError(
+            f"the body is nested too deeply: more than {deepest} lists and objects in each other"
+        )
+    if brackets.count(b"[") + brackets.count(b"{") > most:
+        raise MalformedRequestError(
+            f"the body has more than {most} lists and objects, which is more than any request needs; send several"
+        )
 
 
 def depth_of(raw: bytes) -> int:
-    brackets = _STRING.sub(b"", raw).translate(None, _NOT_BRACKETS)
+    return _depth(_brackets(raw))
+
+
+def _brackets(raw: bytes) -> bytes:
+    """Those outside of strings."""
+    return _STRING.sub(b"", raw).translate(None, _NOT_BRACKETS)
+
+
+def _depth(brackets: bytes) -> int:
     if not brackets:
         return 0
     steps = np.frombuffer(brackets.translate(_STEPS), np.int8)

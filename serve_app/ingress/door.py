@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +11,15 @@ from contextlib import contextmanager
 from serve_app.errors import OverloadedError
 from serve_app.ingress.access import Guard
 from serve_app.ingress.access_log import log_request
+from serve_app.ingress.backlog import LEAST_WAIT_S, MOST_WAIT_S
 from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
 from serve_app.ingress.keys import Role
 from serve_app.ingress.visit import Visit
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 """Request ids that may go into responses and logs; any other is replaced."""
+
+_SHARE = 0.05
 
 
 def request_id_of(headers: Mapping[bytes, bytes]) -> str:
@@ -24,12 +28,29 @@ def request_id_of(headers: Mapping[bytes, bytes]) -> str:
     return asked.decode() if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
 
 
+class Pace:
+    """How long requests keep their places, as a mean in which each new one counts for `_SHARE`."""
+
+    def __init__(self) -> None:
+        self._mean_s: float | None = None
+
+    def took(self, seconds: float) -> None:
+        known_s = seconds if self._mean_s is None else self._mean_s
+        self._mean_s = known_s + _SHARE * (seconds - known_s)
+
+    def wait_s(self, under_way: int, most: int) -> float:
+        """Seconds until half of the places are free: by Little's law `under_way / mean` become free each second."""
+        wait_s = (under_way - most / 2) / under_way * (self._mean_s or 0.0)
+        return min(MOST_WAIT_S, max(LEAST_WAIT_S, wait_s))
+
+
 class Door:
     """Of one ingress replica; open to all unless there is a guard. Belongs to one event loop."""
 
     def __init__(self, guard: Guard | None = None) -> None:
         self.guard = guard
         self._under_way = 0
+        self._pace = Pace()
 
     @contextmanager
     def visited(self, visit: Visit) -> Iterator[None]:
@@ -37,11 +58,17 @@ class Door:
         try:
             yield
         finally:
-            self._under_way -= visit.counted
-            if visit.account is not None:
-                visit.account.charge(visit.tokens)
+            self.leave(visit)
+            visit.settle()
             if visit.settings.log_requests:
                 log_request(visit)
+
+    def leave(self, visit: Visit) -> None:
+        """Its place is free; it may be told before the end, of a request that does nothing any more."""
+        if visit.counted:
+            visit.counted = False
+            self._under_way -= 1
+            self._pace.took(time.perf_counter() - visit.started)
 
     def admit(self, visit: Visit, role: Role | None, counts: bool) -> None:
         """Let it in: with a key for `role` where there are keys; counted, and with its own deadline, if it `counts`.
@@ -56,7 +83,8 @@ class Door:
             visit.timeout_s = asked_timeout_s(visit.headers[TIMEOUT], visit.timeout_s)
         most = visit.settings.max_concurrent_requests
         if self._under_way >= most:
-            raise OverloadedError(f"{most} requests are under way here; come back later", retry_after_s=1.0)
+            wait_s = self._pace.wait_s(self._under_way, most)
+            raise OverloadedError(f"{most} requests are under way here; come back later", retry_after_s=wait_s)
         if visit.account is not None:
             visit.account.enter()
         self._under_way += 1

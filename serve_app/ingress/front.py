@@ -18,6 +18,7 @@ import uuid
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.errors import MalformedRequestError
 from serve_app.ingress.door import REQUEST_ID
 from serve_app.ingress.serve_errors import enveloped
 
@@ -46,7 +47,8 @@ class Front:
             await self._app(scope, receive, send)
             return
         scope["headers"], request_id = cleaned(scope["headers"])
-        await enveloped(self._app, scope, receive, send, request_id)
+        app = _refuse_upgrade if loses_its_body(scope) else self._app
+        await enveloped(app, scope, receive, send, request_id)
 
 
 def cleaned(headers: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], bytes]:
@@ -63,6 +65,20 @@ def cleaned(headers: list[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes
     new = uuid.uuid4().hex.encode()
     kept.append((_ID_HEADER, new))
     return kept, new
+
+
+def loses_its_body(scope: Scope) -> bool:
+    """Whether the server has taken what follows the head for another protocol, as uvicorn does with any `upgrade`."""
+    headers = dict(scope["headers"])
+    has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+    return scope["type"] == "http" and b"upgrade" in headers and has_body
+
+
+async def _refuse_upgrade(scope: Scope, receive: Receive, send: Send) -> None:
+    raise MalformedRequestError(
+        "the body is lost, because the header upgrade asks for a protocol that is not spoken here; leave that header "
+        "out (curl: --http1.1)"
+    )
 
 
 def middlewares() -> list[Middleware]:

@@ -33,7 +33,7 @@ class Inference(Generic[BodyT]):
     write: Callable[[BodyT, Request, Answer], bytes]
 
     async def __call__(self, exchange: Exchange) -> Reply:
-        body = parse_body(self.body, await read_body(exchange))
+        body = parse_body(self.body, await read_body(exchange), exchange.settings)
         request = body.to_request(exchange.id, choose_model(exchange, body.model))
         return await answer(exchange, body, request, self.write)
 
@@ -48,7 +48,7 @@ class Streaming(Generic[BodyT]):
     dialect: Dialect
 
     async def __call__(self, exchange: Exchange) -> Reply:
-        body = parse_body(self.body, await read_body(exchange))
+        body = parse_body(self.body, await read_body(exchange), exchange.settings)
         request = body.to_request(exchange.id, choose_model(exchange, body.model))
         if body.streams:
             return await stream(exchange, body, request, self.write_stream, self.dialect)
@@ -72,6 +72,7 @@ async def measured(visit: Visit, request: Request, wait: Wait) -> tuple[Answer, 
     """As `compute`, for any protocol; `wait` takes the work and the seconds that it may take."""
     characters = check_limits(request, visit.settings)
     visit.request = request
+    await reserve(visit, request)
     timeout_s = visit.time_left_s
     computed = await wait(visit.service.answer(in_time(visit, request)), timeout_s)
     visit.answer, visit.tokens = computed, tokens_of(computed)
@@ -92,8 +93,18 @@ async def stream(
     compute_type = exchange.service.compute_type(request.model)
     headers = ((b"x-compute-type", compute_type.encode()), (b"x-compute-characters", b"%d" % characters))
     exchange.request = request
+    await reserve(exchange, request)
     timed = in_time(exchange, request)
     return await stream_reply(exchange, timed, dialect, lambda pieces: write(body, request, pieces), headers)
+
+
+async def reserve(visit: Visit, request: Request) -> None:
+    """Charge the request to its API key before it is computed, so that leaving early is no way around a quota.
+
+    Raises QuotaExceededError, and what the service raises of requests that it does not take.
+    """
+    if visit.account is not None and visit.account.tokens is not None:
+        visit.reserve(await visit.service.estimate(request))
 
 
 def tokens_of(answer: Answer) -> int:

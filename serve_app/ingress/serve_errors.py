@@ -51,6 +51,7 @@ class _Sender:
     path: str
     request_id: bytes
     started: bool = False
+    ended: bool = False
     replacing: bool = False
 
     async def __call__(self, message: Message) -> None:
@@ -61,8 +62,9 @@ class _Sender:
                 await self.answer(error_of(message["status"], message["headers"]))
         if not self.replacing:
             await self.send(message)
+            self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-    async def answer(self, error: ServeAppError) -> None:
+    async def answer(self, error: ServeAppError, *further: Header) -> None:
         """In the place of whatever Serve would answer."""
         self.started = self.replacing = True
         reply = error_reply(error, dialect_of(self.path), self.request_id.decode())
@@ -72,9 +74,21 @@ class _Sender:
             (b"content-length", b"%d" % len(reply.body)),
             (b"x-request-id", self.request_id),
             *reply.headers,
+            *further,
         ]
         await self.send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": reply.body})
+        self.ended = True
+
+    def abort(self) -> None:
+        """Let go of a client whose answer has no end: closing the connection would wait until it has read the rest.
+
+        Does nothing with servers that do not let the transport be seen, as uvicorn does.
+        """
+        transport = getattr(getattr(self.send, "__self__", None), "transport", None)
+        abort = getattr(transport, "abort", None)
+        if abort is not None:
+            abort()
 
 
 async def enveloped(app: ASGIApp, scope: Scope, receive: Receive, send: Send, request_id: bytes) -> None:
@@ -88,11 +102,16 @@ async def enveloped(app: ASGIApp, scope: Scope, receive: Receive, send: Send, re
     sender = _Sender(send, scope["path"], request_id)
     try:
         await app(scope, receive, sender)
+    except RequestError as error:
+        await sender.answer(error, (b"connection", b"close"))
     except Exception:
         if sender.started:
             raise
         logger.exception("Ray Serve failed in request %s", request_id.decode())
         await sender.answer(ServerError(_FAILED))
+    finally:
+        if sender.started and not sender.ended:
+            sender.abort()
     if not sender.started:
         await sender.answer(UnavailableError("the replica that had the request was lost; send it again"))
 

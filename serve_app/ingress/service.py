@@ -72,6 +72,9 @@ class Service(Protocol):
         Raises ServeAppError. Cancelling the caller cancels the work.
         """
 
+    async def estimate(self, request: Request) -> int:
+        """Tokens that computing the request will take, roughly. Raises what `answer` would, before it computes."""
+
     def stream(self, request: Request) -> AsyncIterator[GeneratedPiece]:
         """The one input's answer piece by piece, for tasks that generate.
 

@@ -15,6 +15,9 @@ from serve_app.types import Answer, Request
 
 logger = logging.getLogger(__name__)
 
+_COMPUTED_AND_FAILED = 424
+"""Of the statuses of refusals the one that is none."""
+
 
 @dataclass(slots=True)
 class Visit:
@@ -30,7 +33,9 @@ class Visit:
     account: Account | None = None
     """Of the API key, where keys are on."""
     tokens: int = 0
-    """Tokens that it has cost so far."""
+    """Tokens that it has cost so far, as far as is known."""
+    reserved: int = 0
+    """Tokens that its account was charged with before they were computed."""
     truncated: int = 0
     """Inputs that were cut, of an answer in pieces."""
     counted: bool = False
@@ -48,6 +53,23 @@ class Visit:
     @property
     def time_left_s(self) -> float:
         return max(0.0, self.timeout_s - (time.perf_counter() - self.started))
+
+    def reserve(self, tokens: int) -> None:
+        """Charge an estimate to the account, if there is one. Raises QuotaExceededError."""
+        if self.account is not None:
+            self.account.reserve(tokens)
+            self.reserved += tokens
+
+    def settle(self) -> None:
+        """Charge what it has cost instead of the estimate.
+
+        The estimate stays where nobody can tell: after a timeout, a failure, or if the client left. What was refused
+        has cost nothing.
+        """
+        if self.account is not None:
+            refused = 400 <= self.status < 500 and self.status != _COMPUTED_AND_FAILED
+            cost = self.tokens or (0 if refused else self.reserved)
+            self.account.charge(cost - self.reserved)
 
     def expected(self, error: Exception) -> ServeAppError:
         """`error` as the client may know it, and the log line too: what is a bug of ours tells nothing of itself."""

@@ -8,12 +8,15 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.errors import InvalidInputError
+from serve_app.errors import BatchTooLargeError, InvalidInputError
 from serve_app.ingress.service import TextToken
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import TokenBatch, TokenIds, TokenizeRequest
 
 Places: TypeAlias = npt.NDArray[np.intp]
+
+MOST_TOKENS = 2**18
+"""Of one answer, in whose JSON each is some 60 bytes, where it was one in the request."""
 
 
 def whole_texts(texts: Sequence[str]) -> TokenizeRequest:
@@ -26,9 +29,14 @@ def text_tokens(
 ) -> list[list[TextToken]]:
     """The tokens of each text; of special tokens only those before the first window and after the last.
 
-    `batch` is the answer to `whole_texts(texts)`.
+    `batch` is the answer to `whole_texts(texts)`. Raises BatchTooLargeError if it has more than `MOST_TOKENS`.
     """
     assert batch.alignment is not None
+    if len(batch.input_ids) > MOST_TOKENS:
+        raise BatchTooLargeError(
+            f"the texts have {len(batch.input_ids)} tokens together, and one answer has at most {MOST_TOKENS}; "
+            "send several requests"
+        )
     found: list[list[TextToken]] = []
     for text, windows in zip(texts, _windows(batch), strict=True):
         kept = np.concatenate([_kept(batch, window, windows, special_tokens) for window in windows])

@@ -120,7 +120,7 @@ def test_a_request_that_asks_for_much_is_answered(application: Running, client: 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_request_that_asks_for_too_much_is_told_so(application: Running, client: httpx.Client, name: str) -> None:
     answer = bearable(application, client, *REFUSED[name])
-    assert answer.status_code == 422, answer.text[:500]
+    assert answer.status_code in (400, 422), answer.text[:500]
     assert any(digit in answer.json()["error"] for digit in "123456789")
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import httpx
 import numpy as np
 import uvicorn
+from starlette.types import ASGIApp
 
 from serve_app.cache.status import ModelOnNode
 from serve_app.config import IngressSettings
@@ -170,6 +171,9 @@ class FakeService:
         output = task.postprocess(request, card, Features(NO_TOKENS, rows), None)
         return Answer(output, sum(map(characters_of, request.inputs)) + 2, TIMINGS, *self.long_texts)
 
+    async def estimate(self, request: Request) -> int:
+        return sum(map(characters_of, request.inputs))
+
     async def stream(self, request: Request) -> AsyncIterator[GeneratedPiece]:
         """A word at a time, each when `go` is set; fails, as told, after `pieces_before_failure`."""
         self.requests.append(request)
@@ -226,13 +230,13 @@ def edge_app(service: FakeService, **settings: float) -> App:
     return create_app(service, SettingsRef(IngressSettings.model_validate(settings)))
 
 
-def _server(app: App) -> tuple[uvicorn.Server, socket.socket]:
+def _server(app: ASGIApp) -> tuple[uvicorn.Server, socket.socket]:
     listener = socket.create_server(("127.0.0.1", 0))
     return uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on")), listener
 
 
 @contextlib.asynccontextmanager
-async def served(app: App) -> AsyncIterator[tuple[str, int]]:
+async def served(app: ASGIApp) -> AsyncIterator[tuple[str, int]]:
     """Host and port of a real HTTP server on the test's own event loop."""
     server, listener = _server(app)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from serve_app.config import ApiKeysConfig, IngressSettings
+from serve_app.errors import InputTooLongError, OverloadedError, ServeAppError
 from serve_app.ingress.access import Bucket, Guard
 from serve_app.ingress.asgi import App, create_app
 from serve_app.ingress.door import Door
@@ -38,6 +40,11 @@ class Guarded:
 
     async def status(self, path: str = "/embed", headers: dict[str, str] | None = None) -> int:
         return (await self.client.post(path, json=GOOD, headers=ALICE if headers is None else headers)).status_code
+
+    def tokens_left(self) -> float:
+        account = self.app._door.guard._accounts["alice"]  # type: ignore[union-attr]
+        assert account.tokens is not None
+        return account.tokens._level
 
 
 @pytest.fixture
@@ -154,9 +161,7 @@ async def test_generated_tokens_count_too(tmp_path: Path, stream: bool) -> None:
     guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=60"))
     body = {"prompt": "x" * 4, "stream": stream}
     assert (await guarded.client.post("/v1/completions", json=body, headers=ALICE)).status_code == 200
-    account = guarded.app._door.guard._accounts["alice"]  # type: ignore[union-attr]
-    assert account.tokens is not None
-    assert account.tokens._level == 60 - 6 - len(WORDS if not stream else (*TOKENS, "end"))
+    assert guarded.tokens_left() == 60 - 6 - len(WORDS if not stream else (*TOKENS, "end"))
 
 
 async def test_what_is_refused_costs_no_tokens(service: FakeService, tmp_path: Path) -> None:
@@ -164,6 +169,52 @@ async def test_what_is_refused_costs_no_tokens(service: FakeService, tmp_path: P
     for _ in range(3):
         assert (await guarded.client.post("/embed", json={"inputs": []}, headers=ALICE)).status_code == 400
     assert await guarded.status() == 200
+
+
+HURRIED = {**ALICE, "x-request-timeout-ms": "20"}
+
+
+async def test_what_ran_out_of_time_is_charged_as_estimated(service: FakeService, tmp_path: Path) -> None:
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=60"))
+    service.go.clear()
+    response = await guarded.client.post("/embed", json={"inputs": "x" * 70}, headers=HURRIED)
+    assert response.status_code == 504
+    service.go.set()
+    assert guarded.tokens_left() == -10
+    assert await guarded.status() == 429
+
+
+async def test_what_is_under_way_is_charged_already(service: FakeService, tmp_path: Path) -> None:
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=60"))
+    service.go.clear()
+    asking = asyncio.ensure_future(guarded.client.post("/embed", json={"inputs": "x" * 70}, headers=ALICE))
+    await service.started.wait()
+    assert await guarded.status() == 429
+    service.go.set()
+    assert (await asking).status_code == 200
+    assert guarded.tokens_left() == 60 - 72
+
+
+@pytest.mark.parametrize("failure", [OverloadedError("full"), InputTooLongError("long")])
+async def test_what_the_service_refuses_is_given_back(
+    service: FakeService, tmp_path: Path, failure: ServeAppError
+) -> None:
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=60"))
+    service.failure = failure
+    assert (await guarded.client.post("/embed", json={"inputs": "x" * 70}, headers=ALICE)).status_code >= 400
+    assert guarded.tokens_left() == 60
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "tokens"),
+    [("/tokenize", {"inputs": ["abc", "de"]}, 3 + 2 + 2), ("/decode", {"ids": [[5, 6], [7]]}, 3)],
+)
+async def test_tokens_of_texts_and_texts_of_tokens_count_too(
+    service: FakeService, tmp_path: Path, path: str, body: dict[str, object], tokens: int
+) -> None:
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=60"))
+    assert (await guarded.client.post(path, json=body, headers=ALICE)).status_code == 200
+    assert guarded.tokens_left() == 60 - tokens
 
 
 def test_a_bucket_fills_no_higher_than_a_minutes_worth() -> None:

@@ -195,3 +195,14 @@ async def test_a_body_of_just_the_limit_is_taken(service: FakeService) -> None:
     async with client_of(service, max_body_bytes=len(GOOD)) as client:
         assert (await client.post("/embed", content=GOOD)).status_code == 200
         assert (await client.post("/embed", content=GOOD + b" ")).status_code == 413
+
+
+async def test_a_refused_request_has_no_place_while_its_body_is_waited_for(service: FakeService) -> None:
+    app = edge_app(service, max_concurrent_requests=1)
+    async with served(app) as address, httpx.AsyncClient(trust_env=False) as client:
+        connection = await Connection.open(address)
+        await connection.head("content-encoding: gzip", "content-length: 100")
+        assert (await connection.response()).status == 415
+        good = await client.post(f"http://{address[0]}:{address[1]}/embed", content=GOOD)
+        assert good.status_code == 200
+        connection.writer.close()

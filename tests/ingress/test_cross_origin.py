@@ -38,3 +38,20 @@ async def test_nor_does_a_path_that_is_not_there(client: httpx.AsyncClient) -> N
     response = await client.options("/nothing", headers=PREFLIGHT)
     assert response.status_code == 404
     assert not grants(response)
+
+
+@pytest.mark.parametrize("origin", ["https://elsewhere.example", "null"])
+@pytest.mark.parametrize("media", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+async def test_a_page_cannot_even_ask_blindly(
+    client: httpx.AsyncClient, service: FakeService, origin: str, media: str | None
+) -> None:
+    """Browsers ask for leave before they send any other type for a page."""
+    headers = {"origin": origin} | ({} if media is None else {"content-type": media})
+    response = await client.post("/embed", content=b'{"inputs":"a"}', headers=headers)
+    assert response.status_code == 415
+    assert response.json()["code"] == "unsupported_media_type"
+    assert service.requests == []
+
+
+async def test_without_an_origin_no_type_is_json(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/embed", content=b'{"inputs":"a"}')).status_code == 200

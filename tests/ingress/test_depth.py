@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.config import IngressSettings
 from serve_app.errors import MalformedRequestError
-from serve_app.ingress.depth import check_depth, depth_of
+from serve_app.ingress.depth import check_nesting, depth_of, parts_allowed
 from tests.ingress.edge import FakeService, client_of
 
 JSON = st.recursive(
@@ -34,14 +35,32 @@ def test_the_depth_is_that_of_the_parsed_value(value: Any, ascii: bool) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 64])
 def test_a_body_at_the_limit_passes_and_one_beyond_it_does_not(limit: int) -> None:
-    check_depth(b"[" * limit + b"]" * limit, limit)
-    check_depth(b"[" + b"{}," * 1000 * (limit > 1) + b"1]", limit)
+    settings = IngressSettings(max_json_depth=limit)
+    check_nesting(b"[" * limit + b"]" * limit, settings)
+    check_nesting(b"[" + b"{}," * 1000 * (limit > 1) + b"1]", settings)
     with pytest.raises(MalformedRequestError, match=f"more than {limit} lists"):
-        check_depth(b'{"a":' * (limit + 1) + b"1" + b"}" * (limit + 1), limit)
+        check_nesting(b'{"a":' * (limit + 1) + b"1" + b"}" * (limit + 1), settings)
+
+
+def test_a_body_of_too_many_parts_is_refused_and_one_of_many_is_not() -> None:
+    settings = IngressSettings(max_client_batch_size=10)
+    most = parts_allowed(settings)
+    check_nesting(b"[" + b",".join([b"[1]"] * (most - 1)) + b"]", settings)
+    with pytest.raises(MalformedRequestError, match=f"more than {most} lists and objects"):
+        check_nesting(b"[" + b",".join([b"[]", b"{}"] * (most // 2)) + b"]", settings)
+
+
+def test_the_most_inputs_of_any_kind_are_not_too_many_parts() -> None:
+    settings = IngressSettings()
+    pairs = [{"text": "a", "text_pair": "b"}] * settings.max_client_batch_size
+    turns = [{"role": "user", "content": [{"type": "text", "text": "a"}]}] * 10_000
+    for body in ({"inputs": pairs}, {"messages": turns}):
+        check_nesting(json.dumps(body).encode(), settings)
 
 
 def test_brackets_in_texts_do_not_count() -> None:
-    check_depth(json.dumps({"inputs": ["[" * 1000, '\\"[{' * 1000]}).encode(), 2)
+    texts = ["[" * 1000, '\\"[{' * 1000, "{}" * 500_000]
+    check_nesting(json.dumps({"inputs": texts}).encode(), IngressSettings(max_json_depth=2))
 
 
 @pytest.mark.timeout(30)

@@ -18,7 +18,8 @@ from ray.serve._private.http_util import (
 
 from serve_app.ingress.door import REQUEST_ID
 from serve_app.ingress.front import Front, middlewares
-from tests.ingress.edge import FakeService, edge_app
+from tests.ingress.edge import FakeService, edge_app, served
+from tests.ingress.test_body import Connection
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 
@@ -91,6 +92,23 @@ async def test_header_and_body_tell_the_same_id_where_the_client_sent_none(servi
     async with httpx.AsyncClient(transport=httpx.ASGITransport(serve.front), base_url="http://edge") as client:
         response = await client.post("/embed", json={})
     assert response.json()["request_id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("framing", ["content-length: 14", "transfer-encoding: chunked"])
+async def test_a_body_that_an_upgrade_takes_away_is_refused_in_words(service: FakeService, framing: str) -> None:
+    async with served(Front(edge_app(service))) as address:
+        connection = await Connection.open(address)
+        await connection.head("connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAM", framing)
+        await connection.send(b'{"inputs":"a"}')
+        response = await connection.response()
+        assert response.status == 400
+        assert "leave that header out" in response.json()["error"]
+        assert await connection.is_closed_by_the_server()
+
+
+async def test_an_upgrade_without_a_body_is_not_looked_at(serve: Serve) -> None:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(serve.front), base_url="http://edge") as client:
+        assert (await client.get("/health", headers={"upgrade": "h2c", "connection": "Upgrade"})).status_code == 200
 
 
 def test_the_configuration_names_it_and_serve_takes_it() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from serve_app.ingress.asgi import create_app
 from serve_app.ingress.door import REQUEST_ID, Door
 from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.protocols.open_inference import messages
+from serve_app.ingress.protocols.open_inference.grpc import add_to_server
 from serve_app.ingress.service import SettingsRef
 from tests.ingress.edge import FakeService
 from tests.ingress.test_access_log import KEYS, Lines
@@ -160,3 +163,79 @@ async def test_what_is_refused_for_want_of_a_place_costs_nothing_of_a_quota(serv
     admitted = Context(**key)
     await servicer.ModelInfer(request_of("a"), admitted)
     assert admitted.code is grpc.StatusCode.OK
+
+
+@contextlib.asynccontextmanager
+async def called(service: FakeService, **settings: float) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a real server of the edge over `service`."""
+    server = grpc.aio.server()
+    add_to_server(Servicer(service, **settings), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        await server.stop(0)
+
+
+def streamed_on(channel: grpc.aio.Channel) -> Any:
+    return channel.stream_stream(
+        INFER.replace("ModelInfer", "ModelStreamInfer"),
+        request_serializer=lambda request: request if type(request) is bytes else request.SerializeToString(),
+        response_deserializer=messages.ModelStreamInferResponse.FromString,
+    )()
+
+
+async def test_bytes_that_are_no_message_are_refused_in_words_with_an_id(service: FakeService) -> None:
+    async with called(service) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(INFER)(b"\xff\xff\xff", metadata=(("x-request-id", "job-7"),))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "open_inference.proto" in (refused.value.details() or "")
+        assert dict(refused.value.trailing_metadata() or ())["x-request-id"] == "job-7"
+    assert service.requests == []
+
+
+async def test_bytes_that_are_no_message_do_not_end_a_stream(service: FakeService) -> None:
+    async with called(service) as channel:
+        stream = streamed_on(channel)
+        await stream.write(b"\xff\xff\xff")
+        assert "open_inference.proto" in (await stream.read()).error_message
+        await stream.write(request_of("a"))
+        assert (await stream.read()).infer_response.model_name == "tiny"
+        await stream.done_writing()
+        assert await stream.code() is grpc.StatusCode.OK
+
+
+async def test_a_stream_on_which_nothing_comes_is_ended(service: FakeService) -> None:
+    async with called(service, stream_idle_timeout_s=0.05) as channel:
+        stream = streamed_on(channel)
+        assert await asyncio.wait_for(stream.code(), 20) is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "no request came" in await stream.details()
+        assert dict(await stream.trailing_metadata())["x-request-id"]
+
+
+async def test_streams_are_counted_as_long_as_they_are_open(service: FakeService) -> None:
+    async with called(service, max_concurrent_requests=1) as channel:
+        first, second = streamed_on(channel), streamed_on(channel)
+        await first.write(request_of("a"))
+        await first.read()
+        assert await asyncio.wait_for(second.code(), 20) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(await second.trailing_metadata())["retry-after"] == "1"
+        await first.done_writing()
+        assert await first.code() is grpc.StatusCode.OK
+        third = streamed_on(channel)
+        await third.write(request_of("a"))
+        assert (await third.read()).infer_response.model_name == "tiny"
+        third.cancel()
+
+
+async def test_a_client_that_leaves_a_stream_gives_its_place_back(service: FakeService) -> None:
+    async with called(service, max_concurrent_requests=1) as channel:
+        for _ in range(3):
+            stream = streamed_on(channel)
+            await stream.write(request_of("a"))
+            assert (await stream.read()).infer_response.model_name == "tiny"
+            stream.cancel()
+            await asyncio.sleep(0.05)

@@ -16,7 +16,7 @@ from serve_app import errors
 from serve_app.config import IngressSettings
 from serve_app.ingress.door import Door
 from serve_app.ingress.protocols.open_inference import messages, unsupported
-from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods, code_of
+from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods, Unreadable, code_of
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS
 from serve_app.ingress.routes import Route
 from serve_app.ingress.service import SettingsRef
@@ -35,6 +35,10 @@ def bytes_tensor(name: str, *texts: str) -> dict[str, Any]:
 
 def body_of(*inputs: dict[str, Any], **parameters: Any) -> dict[str, Any]:
     return {"inputs": list(inputs), "parameters": parameters}
+
+
+def nested(value: Any, lists: int) -> Any:
+    return value if not lists else [nested(value, lists - 1)]
 
 
 def binary(*texts: str) -> bytes:
@@ -170,7 +174,7 @@ async def test_a_task_gives_what_its_metadata_tells(task: str, service: FakeServ
         assert all(size in (-1, got) for size, got in zip(told.shape, given["shape"], strict=True))
 
 
-@pytest.mark.parametrize("task", ANSWERED_BY)
+@pytest.mark.parametrize("task", sorted(ANSWERED_BY))
 async def test_a_request_made_of_metadata_alone_is_a_good_one(task: str, service: FakeService) -> None:
     service.task = task
     async with client_of(service) as client:
@@ -197,7 +201,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "missing input": (body_of({"name": "input_ids", "shape": [0], "datatype": "INT32", "data": []}), "empty"),
     "wrong shape": (body_of({**bytes_tensor("text", "a"), "shape": [2]}), "shape"),
     "huge shape": (body_of({**bytes_tensor("text", "a"), "shape": [2**31 - 1] * 8}), "shape"),
-    "many dimensions": (body_of({**bytes_tensor("text", "a"), "shape": [1] * 9}), "dimensions"),
+    "many dimensions": (
+        body_of({**bytes_tensor("text", "a"), "shape": [1] * 9}),
+        "`inputs.0.shape` has more than the 8 items",
+    ),
     "wrong datatype": (body_of({**bytes_tensor("text", "a"), "datatype": "FP32"}), "BYTES"),
     "numbers as texts": (body_of({**bytes_tensor("text", "a"), "data": [1]}), "not all texts"),
     "texts as numbers": (body_of({**bytes_tensor("input_ids", "a"), "datatype": "INT64"}), "whole numbers"),
@@ -208,6 +215,19 @@ BAD: dict[str, tuple[Any, str]] = {
         "shape",
     ),
     "unknown output": ({**body_of(bytes_tensor("text", "a")), "outputs": [{"name": "logits"}]}, "it gives: embedding"),
+    "an output twice": (
+        {**body_of(bytes_tensor("text", "a")), "outputs": [{"name": "embedding"}] * 2},
+        "name each output once",
+    ),
+    "many outputs": (
+        {**body_of(bytes_tensor("text", "a")), "outputs": [{"name": "embedding"}] * 17},
+        "`outputs` has more than the 16 items",
+    ),
+    "deep data": (body_of({**bytes_tensor("text", "a"), "data": nested("a", 10)}), "in more than 8 lists"),
+    "deep data beside flat": (
+        body_of({**bytes_tensor("input_ids", ""), "datatype": "INT32", "data": [1, 2, nested(3, 10)]}),
+        "in more than 8 lists",
+    ),
     "unknown task": (body_of(bytes_tensor("text", "a"), task="divination"), "names no task"),
     "wrong parameter": (body_of(bytes_tensor("text", "a"), normalize="yes"), "parameters.normalize"),
     "shared memory": (
@@ -225,6 +245,12 @@ async def test_a_wrong_request_is_refused_in_words(case: str, client: httpx.Asyn
     assert 400 <= response.status_code < 500
     assert words in response.json()["error"]
     assert "secret" not in response.text
+
+
+async def test_data_may_stand_in_lists_of_lists_of_any_shape(client: httpx.AsyncClient, service: FakeService) -> None:
+    data = [[1, 2], [3], nested(4, 7), 5, 6]
+    await asked(client, body_of({"name": "input_ids", "shape": [2, 3], "datatype": "INT64", "data": data}))
+    assert service.requests[-1].inputs == ((1, 2, 3), (4, 5, 6))
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "9999999", "1" * 5000, "0"])
@@ -424,6 +450,16 @@ async def test_extensions_that_are_not_served_are_refused_as_over_http(
     assert service.requests == []
 
 
+async def test_an_output_named_twice_is_refused_over_grpc_too(service: FakeService) -> None:
+    request = request_of("a")
+    for _ in range(1000):
+        request.outputs.add(name="embedding")
+    context = Context()
+    await Servicer(service).ModelInfer(request, context)
+    assert (context.code, service.requests) == (grpc.StatusCode.INVALID_ARGUMENT, [])
+    assert "name each output once" in context.details
+
+
 async def test_a_late_answer_is_cancelled(service: FakeService) -> None:
     service.go.clear()
     context = Context()
@@ -498,6 +534,8 @@ class OneKey:
     def charge(self, tokens: int) -> None:
         self.tokens += tokens
 
+    reserve = charge
+
 
 async def test_a_guard_is_asked_for_every_call_that_costs_or_tells(service: FakeService) -> None:
     guard = OneKey()
@@ -530,3 +568,4 @@ async def test_what_a_call_costs_is_charged(service: FakeService) -> None:
 def test_messages_cross_process_borders() -> None:
     request = request_of("a", normalize=True)
     assert pickle.loads(pickle.dumps(request)) == request
+    assert pickle.loads(pickle.dumps(Unreadable())) == Unreadable()

@@ -202,7 +202,7 @@ async def test_too_many_inputs_are_refused_as_one(service: FakeService) -> None:
         response = await client.post("/embed", json={"inputs": ["a"] * 4})
     assert response.status_code == 422
     assert response.json()["code"] == "batch_too_large"
-    assert "4 inputs" in response.json()["error"]
+    assert "`inputs` has 4 items, and 3 are allowed" in response.json()["error"]
     assert len(service.requests) == 1
 
 

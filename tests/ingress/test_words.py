@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deploy.examples.make_tiny_models import unigram, wordpiece
-from serve_app.errors import InvalidInputError
+from serve_app.errors import BatchTooLargeError, InvalidInputError
 from serve_app.ingress.service import TextToken
-from serve_app.ingress.words import text_tokens, texts_of, whole_texts
+from serve_app.ingress.words import MOST_TOKENS, text_tokens, texts_of, whole_texts
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.encoder import Encoder
 from tests.tokenizer.kinds import byte_level
@@ -54,6 +56,14 @@ def test_places_are_bytes_as_in_text_embeddings_inference(tmp_path: Path) -> Non
     assert {token.text.strip(): (token.start, token.stop) for token in own}["☕"] in ((5, 9), (6, 9))
     assert own[-1] == TextToken(own[-1].id, "!", False, 12, 13)
     assert all(token.text == text.encode()[token.start : token.stop].decode() for token in own)
+
+
+def test_more_tokens_than_one_answer_may_have_are_refused_before_any_is_made(folder: Path) -> None:
+    encoder = Encoder(folder, 64)
+    few = encoder.encode([whole_texts(TEXTS)])
+    many = replace(few, input_ids=np.zeros(MOST_TOKENS + 1, np.int32))
+    with pytest.raises(BatchTooLargeError, match=f"at most {MOST_TOKENS}"):
+        text_tokens(TEXTS, many, Vocabulary.read(encoder.definition), True)
 
 
 def test_ids_become_text_with_and_without_special_tokens(folder: Path) -> None:

@@ -57,7 +57,7 @@ def card(folder: Path, task: Any = None, modules: tuple[str, ...] = (), **model:
 def test_a_task_is_inferred_from_the_class_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str, task: str
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="serve_app"):
         assert card(tmp_path, architectures=[architecture]).task == task
     assert f"models.m.task: {task}" in caplog.text
     assert architecture in caplog.text

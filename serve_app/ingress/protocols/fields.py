@@ -7,11 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
-from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.config import MOST_INPUTS
+from serve_app.errors import BatchTooLargeError, EmptyInputError, MalformedRequestError
 from serve_app.options import DEFAULT_TEMPLATE, TaskOptions
 from serve_app.types import LongTexts, Request, Side, TextInput, TokenIds
+
+MOST_TOKEN_IDS = 10_000_000
+"""Of one list, whatever the operator allows: no list of a body is without a bound that its schema tells."""
 
 _MAX_TOKEN_ID = 2**31 - 1
 _EXPECTED = "send a text, a list of token ids, or a list of texts and lists of token ids"
@@ -42,6 +54,18 @@ class InferenceBody(Body, ABC):
         """This body as a request of one task. Raises RequestError."""
 
 
+def check_count(values: list[Any], info: ValidationInfo) -> None:
+    """Raises BatchTooLargeError before anything is made of more values than one request may have.
+
+    How many that are is said by whoever has the body read (`body.parse_body`).
+    """
+    most = min(MOST_INPUTS, (info.context or {}).get("max_client_batch_size", MOST_INPUTS))
+    if len(values) > most:
+        raise BatchTooLargeError(
+            f"`{info.field_name}` has {len(values)} items, and {most} are allowed in one request; send several requests"
+        )
+
+
 def read_inputs(value: Any, info: ValidationInfo) -> tuple[TextInput, ...]:
     """A text, token ids, or a list of these, as a tuple of inputs.
 
@@ -56,9 +80,11 @@ def read_inputs(value: Any, info: ValidationInfo) -> tuple[TextInput, ...]:
         raise EmptyInputError(f"`{name}` is empty; {_EXPECTED}")
     kinds = set(map(type, value))
     if kinds == {str} and "" not in value:
+        check_count(value, info)
         return tuple(value)
     if kinds == {int}:
         return (token_ids(value, name),)
+    check_count(value, info)
     return tuple(_one_of_several(item, f"{name}[{index}]") for index, item in enumerate(value))
 
 
@@ -79,7 +105,7 @@ def read_similarity(value: Any, info: ValidationInfo) -> SimilarityInputs:
         if key not in value:
             raise MalformedRequestError(f"`{name}.{key}` is missing")
     source = text(value["source_sentence"], f"{name}.source_sentence")
-    return SimilarityInputs(source, texts(value["sentences"], f"{name}.sentences"))
+    return SimilarityInputs(source, texts(value["sentences"], f"{name}.sentences", info))
 
 
 def read_inputs_or_similarity(value: Any, info: ValidationInfo) -> tuple[TextInput, ...] | SimilarityInputs:
@@ -89,25 +115,30 @@ def read_inputs_or_similarity(value: Any, info: ValidationInfo) -> tuple[TextInp
 
 def read_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     """A list of texts, none of them empty. Raises EmptyInputError or MalformedRequestError."""
-    return texts(value, info.field_name or "texts")
+    return texts(value, info.field_name or "texts", info)
 
 
 def read_any_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     """A list of texts, some of which may be empty. Raises EmptyInputError or MalformedRequestError."""
     name = info.field_name or "texts"
-    return tuple(any_text(item, f"{name}[{index}]") for index, item in enumerate(some_list(value, name)))
+    return tuple(any_text(item, f"{name}[{index}]") for index, item in enumerate(some_list(value, name, info)))
 
 
-def texts(value: Any, where: str) -> tuple[str, ...]:
-    return tuple(text(item, f"{where}[{index}]") for index, item in enumerate(some_list(value, where)))
+def texts(value: Any, where: str, info: ValidationInfo) -> tuple[str, ...]:
+    """As `read_texts`, of a part of the field that `info` is about; `where` is its name."""
+    return tuple(text(item, f"{where}[{index}]") for index, item in enumerate(some_list(value, where, info)))
 
 
-def some_list(value: Any, where: str) -> list[Any]:
-    """Raises EmptyInputError or MalformedRequestError."""
+def some_list(value: Any, where: str, info: ValidationInfo) -> list[Any]:
+    """A list of some things, and no more than one request may have.
+
+    Raises EmptyInputError, MalformedRequestError or BatchTooLargeError.
+    """
     if type(value) is not list:
         raise MalformedRequestError(f"`{where}` is {kind(value)}; send a list of texts")
     if not value:
         raise EmptyInputError(f"`{where}` is empty; send at least one text")
+    check_count(value, info)
     return value
 
 
@@ -139,6 +170,8 @@ def text(value: Any, where: str) -> str:
 def token_ids(values: list[Any], where: str) -> TokenIds:
     if not values:
         raise EmptyInputError(f"`{where}` is an empty list; leave it out")
+    if len(values) > MOST_TOKEN_IDS:
+        raise BatchTooLargeError(f"`{where}` has {len(values)} token ids, and {MOST_TOKEN_IDS} are allowed")
     if set(map(type, values)) != {int}:
         raise MalformedRequestError(f"`{where}` is a list that is not all token ids, which are whole numbers")
     if min(values) < 0 or max(values) > _MAX_TOKEN_ID:
@@ -162,15 +195,26 @@ def kind(value: object) -> str:
     return _KINDS.get(type(value), "of the wrong type")
 
 
-IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _MAX_TOKEN_ID}, "minItems": 1}
+def items_schema(one: dict[str, Any]) -> dict[str, Any]:
+    """A list of as many as one request may have; the operator may allow less."""
+    return {"type": "array", "items": one, "minItems": 1, "maxItems": MOST_INPUTS}
+
+
+IDS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "maximum": _MAX_TOKEN_ID},
+    "minItems": 1,
+    "maxItems": MOST_TOKEN_IDS,
+}
 TEXT_SCHEMA = {"type": "string", "minLength": 1}
+TEXTS_SCHEMA = items_schema(TEXT_SCHEMA)
 
 INPUTS_SCHEMA: dict[str, Any] = {
     "description": "A text, the token ids of a text, or a list of texts and lists of token ids.",
     "anyOf": [
         TEXT_SCHEMA,
         IDS_SCHEMA,
-        {"type": "array", "items": {"anyOf": [TEXT_SCHEMA, IDS_SCHEMA]}, "minItems": 1},
+        items_schema({"anyOf": [TEXT_SCHEMA, IDS_SCHEMA]}),
     ],
 }
 
@@ -179,18 +223,16 @@ SIMILARITY_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "source_sentence": TEXT_SCHEMA,
-        "sentences": {"type": "array", "items": TEXT_SCHEMA, "minItems": 1},
+        "sentences": TEXTS_SCHEMA,
     },
     "required": ["source_sentence", "sentences"],
 }
-
-TEXTS_SCHEMA: dict[str, Any] = {"type": "array", "items": TEXT_SCHEMA, "minItems": 1}
 
 Texts = Annotated[tuple[str, ...], PlainValidator(read_texts), WithJsonSchema(TEXTS_SCHEMA)]
 AnyTexts = Annotated[
     tuple[str, ...],
     PlainValidator(read_any_texts),
-    WithJsonSchema({"type": "array", "items": {"type": "string"}, "minItems": 1}),
+    WithJsonSchema(items_schema({"type": "string"})),
 ]
 Inputs = Annotated[tuple[TextInput, ...], PlainValidator(read_inputs), WithJsonSchema(INPUTS_SCHEMA)]
 Similarity = Annotated[SimilarityInputs, PlainValidator(read_similarity), WithJsonSchema(SIMILARITY_SCHEMA)]

@@ -29,7 +29,9 @@ from serve_app.ingress.protocols.fields import (
     PromptName,
     Similarity,
     any_text,
+    check_count,
     documented,
+    items_schema,
     text,
 )
 from serve_app.ingress.protocols.ranks import Rank, RankFields, write_ranks
@@ -125,6 +127,7 @@ def read_classified(value: Any, info: ValidationInfo) -> Classified:
     if not value:
         raise EmptyInputError(f"`{name}` is empty; send a text, a pair of texts or a batch of these")
     if all(type(item) is list for item in value):
+        check_count(value, info)
         return ClassifiedBatch(_text_or_pair(item, f"{name}[{index}]") for index, item in enumerate(value))
     return Classified((_text_or_pair(value, name),))
 
@@ -155,7 +158,7 @@ ClassifiedInputs = Annotated[
     WithJsonSchema(
         {
             "description": "A text; a pair of texts as a list of two; or a batch, as a list of lists of one or two.",
-            "anyOf": [TEXT_SCHEMA, _PAIR_SCHEMA, {"type": "array", "items": _PAIR_SCHEMA, "minItems": 1}],
+            "anyOf": [TEXT_SCHEMA, _PAIR_SCHEMA, items_schema(_PAIR_SCHEMA)],
         }
     ),
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from serve_app.config import IngressSettings
 from serve_app.errors import BatchTooLargeError, EmptyInputError, InputTooLongError, MalformedRequestError
+from serve_app.ingress.backlog import CHARACTERS
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
@@ -21,7 +22,9 @@ from serve_app.ingress.protocols.fields import (
     TEXTS_SCHEMA,
     Body,
     PromptName,
+    check_count,
     documented,
+    items_schema,
     text,
     texts,
 )
@@ -33,7 +36,7 @@ from serve_app.types import TokenIds
 def read_one_or_several(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     """A text or a list of texts. Raises EmptyInputError or MalformedRequestError."""
     name = info.field_name or "inputs"
-    return texts(value, name) if type(value) is list else (text(value, name),)
+    return texts(value, name, info) if type(value) is list else (text(value, name),)
 
 
 def read_sequences(value: Any, info: ValidationInfo) -> tuple[TokenIds, ...]:
@@ -45,6 +48,7 @@ def read_sequences(value: Any, info: ValidationInfo) -> tuple[TokenIds, ...]:
         raise EmptyInputError(f"`{name}` is empty; send at least one token id")
     if type(value[0]) is not list:
         return (read_ids(value, name),)
+    check_count(value, info)
     if any(type(item) is not list for item in value):
         raise MalformedRequestError(f"`{name}` has lists and other things; send lists of token ids only")
     return tuple(read_ids(item, f"{name}[{index}]") for index, item in enumerate(value))
@@ -77,7 +81,7 @@ class DecodeBody(Body):
         WithJsonSchema(
             {
                 "description": "Token ids, or a list of lists of them.",
-                "anyOf": [IDS_SCHEMA, {"type": "array", "items": IDS_SCHEMA, "minItems": 1}],
+                "anyOf": [IDS_SCHEMA, items_schema(IDS_SCHEMA)],
             }
         ),
     ]
@@ -96,21 +100,28 @@ class Token(BaseModel):
 
 async def tokenize(exchange: Exchange) -> Reply:
     """`[[{id, text, special, start, stop}]]`, for each text its tokens."""
-    body = parse_body(TokenizeBody, await read_body(exchange))
+    body = parse_body(TokenizeBody, await read_body(exchange), exchange.settings)
     model = choose_model(exchange, body.model)
-    _check([len(each) for each in body.inputs], exchange.settings)
+    lengths = [len(each) for each in body.inputs]
+    _check(lengths, exchange.settings)
+    exchange.reserve(-(-sum(lengths) // CHARACTERS))
     work = exchange.service.tokenize(model, body.inputs, body.add_special_tokens, body.prompt_name)
     found = await while_connected(exchange.receive, work, exchange.time_left_s)
-    return Reply(encode([[asdict(token) for token in tokens] for tokens in found]))
+    exchange.tokens = sum(map(len, found))
+    return Reply(await asyncio.to_thread(encode, found))
 
 
 async def decode(exchange: Exchange) -> Reply:
     """`[text]`, one for each list of token ids."""
-    body = parse_body(DecodeBody, await read_body(exchange))
+    body = parse_body(DecodeBody, await read_body(exchange), exchange.settings)
     model = choose_model(exchange, body.model)
-    _check([len(each) for each in body.ids], exchange.settings)
+    lengths = [len(each) for each in body.ids]
+    _check(lengths, exchange.settings)
+    exchange.reserve(sum(lengths))
     work = exchange.service.decode(model, body.ids, body.skip_special_tokens)
-    return Reply(encode(await while_connected(exchange.receive, work, exchange.time_left_s)))
+    found = await while_connected(exchange.receive, work, exchange.time_left_s)
+    exchange.tokens = sum(lengths)
+    return Reply(encode(found))
 
 
 def _check(lengths: Sequence[int], settings: IngressSettings) -> None:

@@ -14,6 +14,8 @@ from serve_app.ingress.encoding import encode
 from serve_app.ingress.protocols.fields import (
     TEXT_SCHEMA,
     InferenceBody,
+    check_count,
+    items_schema,
     kind,
 )
 from serve_app.types import Answer, Request, TextInput
@@ -51,6 +53,7 @@ class SeveralReader:
             return Several((self.one(value, name),), is_list=False)
         if not value:
             raise EmptyInputError(f"`{name}` is empty; send at least one text")
+        check_count(value, info)
         return Several(tuple(self.one(item, f"{name}[{index}]") for index, item in enumerate(value)), is_list=True)
 
 
@@ -69,7 +72,7 @@ def some_text(value: Any, where: str) -> str:
 
 
 def several_schema(one: dict[str, Any], description: str) -> dict[str, Any]:
-    return {"description": description, "anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+    return {"description": description, "anyOf": [one, items_schema(one)]}
 
 
 AnyTexts = Annotated[

@@ -21,6 +21,7 @@ from serve_app.ingress.protocols.fields import (
     LongTextFields,
     SimilarityInputs,
     documented,
+    items_schema,
     read_similarity,
     texts,
 )
@@ -75,7 +76,7 @@ def read_labels(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
     name = info.field_name or "candidate_labels"
     if type(value) is str:
         value = [label.strip() for label in value.split(",") if label.strip()]
-    return texts(value, name)
+    return texts(value, name, info)
 
 
 _PAIR = {
@@ -95,9 +96,7 @@ TextsPairsOrSimilarity = Annotated[
                 {"description": "A text or a pair of texts.", **_PAIR},
                 {
                     "description": "Several texts or pairs of texts.",
-                    "type": "array",
-                    "items": {"anyOf": [{"type": "string"}, _PAIR, _LISTED]},
-                    "minItems": 1,
+                    **items_schema({"anyOf": [{"type": "string"}, _PAIR, _LISTED]}),
                 },
                 SIMILARITY_SCHEMA,
             ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, TypeAlias
 
+from serve_app.config import IngressSettings
 from serve_app.errors import InvalidInputError
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
@@ -105,23 +106,23 @@ async def ask(exchange: Exchange) -> Reply:
     raw = await read_body(exchange)
     models = exchange.service.models
     named = exchange.path_model is not None or len(models) == 1
-    model = choose_model(exchange, None if named else parse_body(NamedBody, raw).model)
+    model = choose_model(exchange, None if named else parse_body(NamedBody, raw, exchange.settings).model)
     card = await while_connected(exchange.receive, exchange.service.card(model), exchange.time_left_s)
-    kind = _kind(card.task, raw)
+    kind = _kind(card.task, raw, exchange.settings)
     exchange.dialect = dialect = GENERATING_DIALECT if card.task in GENERATING else DIALECT
-    body = parse_body(kind, raw)
+    body = parse_body(kind, raw, exchange.settings)
     request = body.to_request(exchange.id, choose_model(exchange, body.model))
     if body.streams:
         return await stream(exchange, body, request, _write_stream, dialect)
     return await answer(exchange, body, request, _write)
 
 
-def _kind(task: str, raw: bytes) -> type[TaskBody]:
+def _kind(task: str, raw: bytes, settings: IngressSettings) -> type[TaskBody]:
     """How the body is read. Raises InvalidInputError or MalformedRequestError."""
     kind = BODIES.get(task)
     if kind is None:
         raise InvalidInputError(f"models of task {task} are not asked here; /docs lists other paths")
-    if task == "rerank" and parse_body(QueryBody, raw).query is not None:
+    if task == "rerank" and parse_body(QueryBody, raw, settings).query is not None:
         return RankingBody
     return kind
 

@@ -71,7 +71,9 @@ class EntityParameters(EntityTexts):
     aggregation_strategy: Strategy | None = Field(
         None, description="How tokens become entities; none where it is left out."
     )
-    ignore_labels: list[str] | None = Field(None, description="Labels to leave out; O where it is left out.")
+    ignore_labels: Annotated[list[str], Field(max_length=1000, fail_fast=True)] | None = Field(
+        None, description="Labels to leave out; O where it is left out."
+    )
 
 
 class TokenClassificationBody(EntityTexts, TaskBody):
@@ -116,7 +118,7 @@ def read_targets(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
     """A text or a list of texts. Raises EmptyInputError or MalformedRequestError."""
     if value is None:
         return None
-    return texts([value] if type(value) is str else value, info.field_name or "targets")
+    return texts([value] if type(value) is str else value, info.field_name or "targets", info)
 
 
 Targets = Annotated[

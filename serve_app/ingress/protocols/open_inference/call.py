@@ -10,7 +10,7 @@ from serve_app.errors import InvalidInputError, MalformedRequestError, ModelNotF
 from serve_app.ingress.body import validated
 from serve_app.ingress.protocols.fields import LongTextFields
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS, Inputs, TaskTensors
-from serve_app.ingress.protocols.open_inference.tensors import InputTensor, OutputTensor, TensorHeader
+from serve_app.ingress.protocols.open_inference.tensors import MOST_DIMENSIONS, InputTensor, OutputTensor, TensorHeader
 from serve_app.types import Answer, ModelCard, Request
 
 VERSION = "1"
@@ -19,8 +19,7 @@ VERSION = "1"
 EXTENSIONS = ("binary_tensor_data", "parameters")
 _SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 _CLASSES = ("classification", "class_count")
-_MOST_TENSORS = 16
-_MOST_DIMENSIONS = 8
+MOST_TENSORS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +45,12 @@ class Call:
         return chosen.request(id, card.name, task, texts, options)
 
     def _check_outputs(self, tensors: TaskTensors[Any]) -> None:
+        """Each at most once: an answer may not be larger than the model's just because a name stands often."""
         names = [output.name for output in tensors.outputs]
         if not set(self.outputs) <= set(names):
             raise InvalidInputError(f"`outputs` has one that this task does not give; it gives: {', '.join(names)}")
+        if len(set(self.outputs)) != len(self.outputs):
+            raise MalformedRequestError("`outputs` has one twice; name each output once")
 
     def wanted(self, request: Request, answer: Answer) -> tuple[OutputTensor, ...]:
         """The answer's tensors, in the order in which they were asked for."""
@@ -70,10 +72,10 @@ def check_version(version: str) -> None:
 
 def headers_of(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> tuple[TensorHeader, ...]:
     """Of names, datatypes and shapes. Raises MalformedRequestError."""
-    if len(tensors) > _MOST_TENSORS:
-        raise MalformedRequestError(f"`inputs` has {len(tensors)} tensors; no task takes more than {_MOST_TENSORS}")
-    if any(len(shape) > _MOST_DIMENSIONS for _, _, shape in tensors):
-        raise MalformedRequestError(f"`inputs` has a tensor of more than {_MOST_DIMENSIONS} dimensions")
+    if len(tensors) > MOST_TENSORS:
+        raise MalformedRequestError(f"`inputs` has {len(tensors)} tensors; no task takes more than {MOST_TENSORS}")
+    if any(len(shape) > MOST_DIMENSIONS for _, _, shape in tensors):
+        raise MalformedRequestError(f"`inputs` has a tensor of more than {MOST_DIMENSIONS} dimensions")
     return tuple(TensorHeader(i, name, kind, tuple(shape)) for i, (name, kind, shape) in enumerate(tensors))
 
 

@@ -10,16 +10,25 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf import descriptor_pool
+from google.protobuf.message import DecodeError
 
 from serve_app import __version__
-from serve_app.errors import BodyTooLargeError, MalformedRequestError, ServeAppError
+from serve_app.errors import (
+    BodyTooLargeError,
+    DeadlineExceededError,
+    MalformedRequestError,
+    OverloadedError,
+    ServeAppError,
+)
+from serve_app.ingress.deadlines import within
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.exchange import Header
-from serve_app.ingress.inference import in_time, measured
+from serve_app.ingress.inference import in_time, measured, reserve
 from serve_app.ingress.limits import check_stream
 from serve_app.ingress.protocols.open_inference import messages
 from serve_app.ingress.protocols.open_inference.call import (
@@ -81,6 +90,7 @@ class OpenInference:
         self._service = service
         self._settings = settings
         self._door = door
+        self._streams = 0
 
     def check(self, context: Any) -> None:
         """Raises ForbiddenError."""
@@ -150,9 +160,26 @@ class OpenInference:
                 wanted = [each for each in tensors if not call.outputs or each.name in call.outputs]
                 yield _response(asked, request, wanted)
 
+    async def requests(self, stream: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+        """A stream's requests; it is counted as long as it is open, and ended when none comes for too long.
+
+        Raises OverloadedError or DeadlineExceededError.
+        """
+        settings = self._settings.current
+        if self._streams >= settings.max_concurrent_requests:
+            raise OverloadedError(f"{self._streams} streams are open here; close one, or come back later")
+        self._streams += 1
+        try:
+            incoming = aiter(stream)
+            while (request := await _next_request(incoming, settings.stream_idle_timeout_s)) is not None:
+                yield request
+        finally:
+            self._streams -= 1
+
     async def _pieces(self, visit: Visit, request: Request) -> AsyncGenerator[Sequence[OutputTensor], None]:
         """`finish_reason` is empty but in the last piece."""
         visit.request = request
+        await _within(reserve(visit, request), visit.time_left_s)
         pieces: Any = self._service.stream(in_time(visit, request))
         async with aclosing(pieces):
             while (piece := await _within(anext(pieces, None), visit.time_left_s)) is not None:
@@ -181,6 +208,16 @@ class OpenInference:
 async def _whole(visit: Visit, asked: Any, call: Call, request: Request) -> tuple[Any, tuple[Header, ...]]:
     answer, cost = await measured(visit, request, _within)
     return _response(asked, request, call.wanted(request, answer)), cost
+
+
+async def _next_request(incoming: AsyncIterator[Any], idle_s: float) -> Any:
+    """None at the stream's end. Raises DeadlineExceededError."""
+    try:
+        return await within(anext(incoming, None), idle_s)
+    except asyncio.TimeoutError:
+        raise DeadlineExceededError(
+            f"no request came on this stream for {idle_s:g} s; open another when there is one"
+        ) from None
 
 
 async def _within(work: Awaitable[T], timeout_s: float) -> T:
@@ -219,27 +256,40 @@ class OpenInferenceMethods:
     ) -> AsyncGenerator[Any, None]:
         """Each request's responses before the next one's; an error is a response, and the stream goes on."""
         headers = _headers(grpc_context)
-        async for request in request_stream:
-            with self.open_inference.visit("ModelStreamInfer", headers) as visit:
-                grpc_context.set_trailing_metadata(_metadata(visit))
-                try:
-                    self.open_inference.check(grpc_context)
-                    async with aclosing(self.open_inference.stream(visit, request)) as responses:
+        try:
+            async with aclosing(self.open_inference.requests(request_stream)) as requests:
+                async for request in requests:
+                    async with aclosing(self._streamed(request, headers, grpc_context)) as responses:
                         async for response in responses:
-                            yield messages.ModelStreamInferResponse(infer_response=response)
-                    visit.status = 200
-                except Exception as raised:
-                    error = visit.expected(raised)
-                    visit.status = kind_of(error).status
-                    failed = messages.ModelInferResponse(id=request.id, model_name=request.model_name)
-                    yield messages.ModelStreamInferResponse(error_message=error.message, infer_response=failed)
+                            yield response
+        except ServeAppError as error:
+            grpc_context.set_code(code_of(error))
+            grpc_context.set_details(error.message)
+            grpc_context.set_trailing_metadata([("x-request-id", request_id_of(headers)), *_come_back(error)])
+
+    async def _streamed(self, request: Any, headers: Mapping[bytes, bytes], context: Any) -> AsyncGenerator[Any, None]:
+        """The responses to one request of a stream."""
+        with self.open_inference.visit("ModelStreamInfer", headers) as visit:
+            context.set_trailing_metadata(_metadata(visit))
+            try:
+                self.open_inference.check(context)
+                async with aclosing(self.open_inference.stream(visit, _readable(request))) as responses:
+                    async for response in responses:
+                        yield messages.ModelStreamInferResponse(infer_response=response)
+                visit.status = 200
+            except Exception as raised:
+                error = visit.expected(raised)
+                visit.status = kind_of(error).status
+                told = {} if isinstance(request, Unreadable) else {"id": request.id, "model_name": request.model_name}
+                failed = messages.ModelInferResponse(**told)
+                yield messages.ModelStreamInferResponse(error_message=error.message, infer_response=failed)
 
     async def _called(self, method: str, work: Method, request: Any, context: Any) -> Any:
         """The method's response, or an empty one beside the error's status: Serve would log each that is raised."""
         with self.open_inference.visit(method, _headers(context)) as visit:
             try:
                 self.open_inference.check(context)
-                answered = await work(visit, request)
+                answered = await work(visit, _readable(request))
             except Exception as raised:
                 error = visit.expected(raised)
                 visit.status = kind_of(error).status
@@ -331,14 +381,39 @@ _UNARY = {
 """Methods of one request and one response, and what each is asked with."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """In the place of a message that is none, so that it gets the answer of a request that is refused.
+
+    An error in reading it would be gRPC's own, of the status UNKNOWN, with the parser's words.
+    """
+
+
+def _readable(request: Any) -> Any:
+    """Raises MalformedRequestError."""
+    if isinstance(request, Unreadable):
+        raise MalformedRequestError("the bytes are no message of this method; send what open_inference.proto says")
+    return request
+
+
+def _reader(message: Any) -> Callable[[bytes], Any]:
+    def read(raw: bytes) -> Any:
+        try:
+            return message.FromString(raw)
+        except DecodeError:
+            return Unreadable()
+
+    return read
+
+
 def add_to_server(servicer: Any, server: Any) -> None:
     """What `grpc_options.grpc_servicer_functions` names: register the service's methods on a gRPC server."""
     handlers = {
-        name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name), asked.FromString, _serialize)
+        name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name), _reader(asked), _serialize)
         for name, asked in _UNARY.items()
     }
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-        servicer.ModelStreamInfer, messages.ModelInferRequest.FromString, _serialize
+        servicer.ModelStreamInfer, _reader(messages.ModelInferRequest), _serialize
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(messages.SERVICE, handlers),))
     _describe()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from serve_app import __version__
 from serve_app.errors import MalformedRequestError, ServeAppError
 from serve_app.ingress.body import parse_body, read_body
-from serve_app.ingress.depth import check_depth
+from serve_app.ingress.depth import check_nesting
 from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import JSON, Exchange, Header, Reply, while_connected
@@ -21,6 +21,7 @@ from serve_app.ingress.inference import choose_model, compute
 from serve_app.ingress.protocols.fields import Body, documented
 from serve_app.ingress.protocols.open_inference.call import (
     EXTENSIONS,
+    MOST_TENSORS,
     VERSION,
     Call,
     headers_of,
@@ -28,6 +29,8 @@ from serve_app.ingress.protocols.open_inference.call import (
     refuse_extensions,
 )
 from serve_app.ingress.protocols.open_inference.tensors import (
+    MOST_DIMENSIONS,
+    MOST_ELEMENTS,
     InputTensor,
     OutputTensor,
     TensorHeader,
@@ -45,6 +48,8 @@ _BINARY = (
     "Triton's binary tensors: the JSON, of as many bytes as the header `Inference-Header-Content-Length` says, and "
     "then the bytes of each tensor that has `binary_data_size`."
 )
+
+Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class OpenInferenceError(BaseModel):
@@ -75,10 +80,10 @@ class TensorBody(Body):
     """An input. `data` are its elements in row-major order, in lists of lists or in one."""
 
     name: str
-    shape: list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+    shape: Annotated[list[Size], Field(max_length=MOST_DIMENSIONS, fail_fast=True)]
     datatype: str = Field(description="BYTES for texts; INT32 or INT64 for token ids.")
     parameters: TensorParameters | None = None
-    data: list[Any] | None = None
+    data: Annotated[list[Any], Field(max_length=MOST_ELEMENTS)] | None = None
 
 
 class OutputRequest(Body):
@@ -104,8 +109,10 @@ class InferBody(Body):
 
     id: str | None = Field(None, description="Comes back with the answer.")
     parameters: dict[str, Any] | None = None
-    inputs: Annotated[list[TensorBody], Field(min_length=1)]
-    outputs: list[OutputRequest] | None = Field(None, description="The outputs wanted; all where it is left out.")
+    inputs: Annotated[list[TensorBody], Field(min_length=1, max_length=MOST_TENSORS, fail_fast=True)]
+    outputs: Annotated[list[OutputRequest], Field(max_length=MOST_TENSORS, fail_fast=True)] | None = Field(
+        None, description="The outputs wanted, each once; all where it is left out."
+    )
 
     @property
     def wants_binary(self) -> bool:
@@ -207,9 +214,9 @@ def split(exchange: Exchange, raw: bytes) -> tuple[bytes, bytes]:
 
 async def infer(exchange: Exchange) -> Reply:
     raw, binary = split(exchange, await read_body(exchange, media=OCTETS))
-    check_depth(raw, exchange.settings.max_json_depth)
+    check_nesting(raw, exchange.settings)
     model = choose_model(exchange, None)
-    body = parse_body(InferBody, raw)
+    body = parse_body(InferBody, raw, exchange.settings)
     call = body.call(binary)
     card = await _asked(exchange, exchange.service.card(model))
     request = call.request(exchange.id, card)

@@ -17,6 +17,10 @@ import numpy.typing as npt
 from serve_app.errors import EmptyInputError, InvalidInputError, MalformedRequestError
 from serve_app.types import TokenIds
 
+MOST_DIMENSIONS = 8
+MOST_ELEMENTS = 10_000_000
+"""Of one tensor's JSON, whatever the operator allows."""
+
 _LENGTH_BYTES = 4
 _MAX_TOKEN_ID = 2**31 - 1
 INTEGERS = {
@@ -120,7 +124,8 @@ def from_bytes(header: TensorHeader, elements: Iterable[bytes]) -> InputTensor:
 
 def from_list(header: TensorHeader, data: Sequence[Any]) -> InputTensor:
     """Of elements that may stand in lists of lists. Raises MalformedRequestError or InvalidInputError."""
-    values = _flat(data)
+    values: list[Any] = []
+    _flatten(data, values, header, levels=MOST_DIMENSIONS)
     if header.datatype == "BYTES":
         if not all(type(value) is str for value in values):
             raise MalformedRequestError(f"{header.where}: its datatype is BYTES, and its data are not all texts")
@@ -187,11 +192,21 @@ def _elements(header: TensorHeader, raw: bytes) -> Iterable[bytes]:
         yield raw[start:at]
 
 
-def _flat(data: Sequence[Any]) -> list[Any]:
-    found = list(data)
-    while any(type(value) is list for value in found):
-        found = [each for value in found for each in (value if type(value) is list else (value,))]
-    return found
+def _flatten(data: Sequence[Any], found: list[Any], header: TensorHeader, levels: int) -> None:
+    """Put the elements of lists in lists, at most `levels` of them, into `found`; each is looked at once.
+
+    Raises MalformedRequestError.
+    """
+    if not levels:
+        raise MalformedRequestError(f"{header.where}: its data are lists in more than {MOST_DIMENSIONS} lists")
+    if list not in set(map(type, data)):
+        found.extend(data)
+        return
+    for value in data:
+        if type(value) is list:
+            _flatten(value, found, header, levels - 1)
+        else:
+            found.append(value)
 
 
 def _checked(header: TensorHeader, values: Sequence[str] | Sequence[int]) -> InputTensor:

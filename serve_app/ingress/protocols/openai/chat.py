@@ -19,6 +19,10 @@ from serve_app.ingress.streaming import Events
 from serve_app.outputs import Generated, GeneratedPiece, TokenLogprob
 from serve_app.types import Answer, Chat, ChatMessage, Request
 
+_MOST_MESSAGES = 10_000
+_MOST_PARTS = 1000
+_MOST_TOOLS = 1000
+
 
 def _nameless(value: object) -> object:
     return None if value == "dummy" else value
@@ -37,6 +41,8 @@ def read_content(value: Any, info: ValidationInfo) -> str | None:
         return value
     if type(value) is not list:
         raise MalformedRequestError(f"`content` is {kind(value)}; send a text or a list of parts")
+    if len(value) > _MOST_PARTS:
+        raise MalformedRequestError(f"`content` has {len(value)} parts, and {_MOST_PARTS} are allowed")
     return "".join(_part(part, f"content[{index}]") for index, part in enumerate(value))
 
 
@@ -57,7 +63,7 @@ Content = Annotated[
             "description": "A text or parts of type text; null in a turn of the assistant's that called a tool.",
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {**_TEXT_PART, "required": ["type", "text"]}},
+                {"type": "array", "items": {**_TEXT_PART, "required": ["type", "text"]}, "maxItems": _MOST_PARTS},
                 {"type": "null"},
             ],
         }
@@ -94,16 +100,22 @@ class ChatBody(SamplingBody):
         description="Name of the model, or one of its aliases. May be left out as for other paths; `dummy`, which is "
         "what huggingface_hub sends to a URL, is as good as none.",
     )
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: NewTokens = None
     logprobs: bool | None = Field(None, description="Tell each token's log probability.")
     top_logprobs: int | None = Field(None, description="And those of so many likely tokens at its place: 0 to 20.")
     response_format: ResponseFormat | None = Field(None, description="Only text is supported.")
-    tools: list[Any] | None = Field(None, description="Not supported, but for an empty list or `tool_choice` none.")
+    tools: Annotated[list[Any], Field(max_length=_MOST_TOOLS)] | None = Field(
+        None, description="Not supported, but for an empty list or `tool_choice` none."
+    )
     tool_choice: Any = Field(None, description="Only none and auto are supported.")
-    functions: list[Any] | None = Field(None, description="Not supported, but for an empty list.")
+    functions: Annotated[list[Any], Field(max_length=_MOST_TOOLS)] | None = Field(
+        None, description="Not supported, but for an empty list."
+    )
     function_call: Any = Field(None, description="Only none and auto are supported.")
-    modalities: list[str] | None = Field(None, description="Only text is supported.")
+    modalities: Annotated[list[str], Field(max_length=10, fail_fast=True)] | None = Field(
+        None, description="Only text is supported."
+    )
     audio: dict[str, Any] | None = Field(None, description=UNSUPPORTED)
 
     def to_request(self, request_id: str, model: str) -> Request:

@@ -8,7 +8,14 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonS
 
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
-from serve_app.ingress.protocols.fields import InferenceBody, any_text, check_query, documented, some_list
+from serve_app.ingress.protocols.fields import (
+    InferenceBody,
+    any_text,
+    check_query,
+    documented,
+    items_schema,
+    some_list,
+)
 from serve_app.ingress.protocols.openai.dialect import DIALECT
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.options import RerankOptions
@@ -19,7 +26,7 @@ from serve_app.types import Answer, Request
 def read_documents(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     """A list of texts, or of objects with a `text`. Raises EmptyInputError or MalformedRequestError."""
     name = info.field_name or "documents"
-    return tuple(_document(item, f"{name}[{index}]") for index, item in enumerate(some_list(value, name)))
+    return tuple(_document(item, f"{name}[{index}]") for index, item in enumerate(some_list(value, name, info)))
 
 
 def _document(value: Any, where: str) -> str:
@@ -32,7 +39,7 @@ _OBJECT = {"type": "object", "properties": {"text": _TEXT}, "required": ["text"]
 Documents = Annotated[
     tuple[str, ...],
     PlainValidator(read_documents),
-    WithJsonSchema({"type": "array", "items": {"anyOf": [_TEXT, _OBJECT]}, "minItems": 1}),
+    WithJsonSchema(items_schema({"anyOf": [_TEXT, _OBJECT]})),
 ]
 
 

@@ -16,6 +16,7 @@ def live() -> Iterator[Live]:
         yield running
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where pytest has several processes, one takes all tests with a cluster, so that there is one cluster at a time.
 

@@ -12,8 +12,7 @@ VENV ?= .venv
 CONFIG ?= serve_config.yaml
 BENCH_ARGS ?=
 FUZZ_ARGS ?=
-# Tests with a cluster wait more than they compute, so they run beside the others; tests/conftest.py makes the two lanes.
-TEST_ARGS ?= --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+TEST_ARGS ?=
 
 bin := $(VENV)/bin
 # torch goes first, so that its version is settled before any package asks for "some torch".
@@ -34,7 +33,7 @@ test: $(VENV)/.installed-dev
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
-	$(bin)/python -m pytest $(TEST_ARGS)
+	$(bin)/python -m tests $(TEST_ARGS)
 
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: $(VENV)/.installed-dev

@@ -88,6 +88,11 @@ class Answering:
             ),
         )
 
+    def end_empty(self) -> None:
+        """The answer has no token at all, which beams can come to."""
+        self.finished = True
+        self._emit(self, GeneratedPiece("", finish_reason="stop", prompt_tokens=len(self.job.input_ids)))
+
 
 def gone(answering: Answering) -> bool:
     """Whether nobody waits for this answer; one that is late is told so."""

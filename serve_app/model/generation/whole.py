@@ -162,6 +162,8 @@ class WholeAnswers:
         return output[0, first:].tolist(), frozenset(end for end in ends if end is not None)
 
     def _tell(self, answering: Answering, tokens: list[int], ends: frozenset[int]) -> None:
+        if not tokens:
+            answering.end_empty()
         for place, token in enumerate(tokens):
             last = place == len(tokens) - 1
             reason: FinishReason | None = None if not last else "stop" if token in ends else "length"

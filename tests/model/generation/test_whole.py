@@ -131,3 +131,12 @@ async def test_a_late_answer_and_one_that_was_given_up_make_way() -> None:
                 pass
         options = GenerationOptions(max_new_tokens=4, num_beams=2)
         assert tokens_of(await answer(engine, asked[2], options)) == reference(model, asked[2], options)
+
+
+async def test_an_answer_of_beams_that_has_no_token_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heavy penalty on length and a narrow choice of tokens can leave nothing but the prompt."""
+    model, [prompt] = tiny("gpt2"), prompts([5])
+    monkeypatch.setattr(model, "generate", lambda ids, **_: ids)
+    async with running(model) as engine:
+        [piece] = await asyncio.wait_for(answer(engine, prompt, GenerationOptions(max_new_tokens=5, num_beams=2)), 30)
+    assert (piece.text, piece.token, piece.finish_reason, piece.prompt_tokens) == ("", None, "stop", 5)

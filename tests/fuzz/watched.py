@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ def unit_s() -> float:
 def watched(loop: asyncio.AbstractEventLoop) -> Iterator[Spent]:
     """What this process and its event loop spend in the block; known at its end."""
     spent, over = Spent(), threading.Event()
+    # What earlier tests left in this process would make a turn of any in which Python looks for garbage.
+    gc.collect()
+    gc.freeze()
     beating = asyncio.run_coroutine_threadsafe(_beat(spent, over), loop)
     looking = threading.Thread(target=_look, args=(spent, over), name="looking")
     looking.start()
@@ -45,6 +49,7 @@ def watched(loop: asyncio.AbstractEventLoop) -> Iterator[Spent]:
         over.set()
         beating.result(timeout=60)
         looking.join()
+        gc.unfreeze()
 
 
 async def _beat(spent: Spent, over: threading.Event) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -19,6 +22,13 @@ from tests.hub.server import local_hub
 from tests.inprocess import served
 from tests.model.generation.models import prompts, reference, tiny
 from tests.model.generation.test_loader import saved
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Put back: a replica sets its own, to be offline."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 async def replica(folder: Path, tmp_path: Path) -> ModelReplica:

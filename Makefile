@@ -1,5 +1,5 @@
 # make serve     install what is missing and serve serve_config.yaml on 127.0.0.1:8000 (Ctrl-C stops everything)
-# make test      ruff, mypy and every test
+# make test      ruff, mypy and every test, in two lanes: make test TEST_ARGS="-k gate"
 # make fuzz      send 20,000 odd requests to a server of every task: make fuzz FUZZ_ARGS="--seed 7"
 # make examples  make a tiny model of every task and serve deploy/examples/all-tasks.yaml
 # make bench     measure a server started for the purpose: make bench BENCH_ARGS="--scenarios 32x1 --seconds 30"

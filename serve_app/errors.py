@@ -37,6 +37,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+LEAST_WAIT_S, MOST_WAIT_S = 1.0, 60.0
+
+
+def bounded_wait_s(seconds: float) -> float:
+    """An estimate as a `retry_after_s`: never so soon that it is no use, nor so late that nobody comes back."""
+    return min(MOST_WAIT_S, max(LEAST_WAIT_S, seconds))
+
 
 class ServeAppError(Exception):
     """Base of every error raised on purpose; `message` says what is wrong and what to change."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from serve_app.errors import OverloadedError
+from serve_app.errors import OverloadedError, bounded_wait_s
 from serve_app.types import Chat, ModelCard, TextInput, TokenizeRequest
 
 MEMORY_S = 10.0
@@ -19,8 +19,6 @@ MEMORY_S = 10.0
 
 CHARACTERS = 4
 """Of one token, roughly."""
-
-LEAST_WAIT_S, MOST_WAIT_S = 1.0, 60.0
 
 
 class Backlog:
@@ -77,7 +75,7 @@ class Backlog:
 
     def _seconds(self, tokens: float) -> float:
         speed = self.tokens_per_s
-        return min(MOST_WAIT_S, max(LEAST_WAIT_S, tokens / speed)) if speed else LEAST_WAIT_S
+        return bounded_wait_s(tokens / speed if speed else 0.0)
 
     def _look(self) -> None:
         """Count the time since the last look, if there was work in it."""

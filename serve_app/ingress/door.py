@@ -8,10 +8,9 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from serve_app.errors import OverloadedError
+from serve_app.errors import OverloadedError, bounded_wait_s
 from serve_app.ingress.access import Guard
 from serve_app.ingress.access_log import log_request
-from serve_app.ingress.backlog import LEAST_WAIT_S, MOST_WAIT_S
 from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
 from serve_app.ingress.keys import Role
 from serve_app.ingress.visit import Visit
@@ -41,7 +40,7 @@ class Pace:
     def wait_s(self, under_way: int, most: int) -> float:
         """Seconds until half of the places are free: by Little's law `under_way / mean` become free each second."""
         wait_s = (under_way - most / 2) / under_way * (self._mean_s or 0.0)
-        return min(MOST_WAIT_S, max(LEAST_WAIT_S, wait_s))
+        return bounded_wait_s(wait_s)
 
 
 class Door:

@@ -20,6 +20,11 @@ EXIT_AFTER_S = 0.5
 """Time for the failed batch's answers to leave before a process with a broken device ends itself."""
 
 
+def end_process() -> None:
+    """For a replica whose device is broken: Serve starts another one."""
+    threading.Timer(EXIT_AFTER_S, os._exit, [1]).start()
+
+
 class EncodingModel:
     """Computes on one device thread; the event loop never does."""
 
@@ -45,7 +50,7 @@ class EncodingModel:
             max_input_tokens=card.max_input_tokens,
             depth=self._depth,
             observe=self._observe,
-            on_broken=lambda: threading.Timer(EXIT_AFTER_S, os._exit, [1]).start(),
+            on_broken=end_process,
             on_idle=self._housekeeper(),
             on_abandoned=lambda tokens: metrics.abandoned_tokens.inc(tokens, {"model": config.name}),
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -13,7 +11,7 @@ from typing import Any
 from serve_app.config import ModelConfig, ModelSettings
 from serve_app.metrics import ModelMetrics
 from serve_app.model import memory
-from serve_app.model.encoding import EXIT_AFTER_S
+from serve_app.model.encoding import end_process
 from serve_app.outputs import GeneratedPiece
 from serve_app.types import GenerationCall, ModelState
 
@@ -46,7 +44,7 @@ class GeneratingModel:
             computing=lambda: loaded.precision.computing(loaded.device),
             prepare_thread=lambda: govern_threads(config.num_threads),
             observe=self._observe,
-            on_broken=lambda: threading.Timer(EXIT_AFTER_S, os._exit, [1]).start(),
+            on_broken=end_process,
             by_steps=loaded.by_steps,
         )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from serve_app.errors import bounded_wait_s
+
 MEMORY_S = 10.0
 """Seconds of work after which a measured speed counts for 1/e."""
-
-LEAST_WAIT_S, MOST_WAIT_S = 1.0, 60.0
 
 
 class Speed:
@@ -23,6 +23,4 @@ class Speed:
 
     def wait_s(self, ahead: float) -> float:
         """Seconds until so many are done, within reason; the least where nothing has been measured."""
-        if not self._done or not self._busy_s:
-            return LEAST_WAIT_S
-        return min(MOST_WAIT_S, max(LEAST_WAIT_S, ahead * self._busy_s / self._done))
+        return bounded_wait_s(ahead * self._busy_s / self._done if self._done else 0.0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -12,11 +11,10 @@ import grpc
 import pytest
 
 from serve_app.ingress.protocols.open_inference import messages
-from serve_app.ingress.protocols.open_inference.grpc import add_to_server
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS
 from serve_app.ingress.protocols.open_inference.tensors import INTEGERS
 from tests.ingress.edge import FakeService
-from tests.ingress.test_protocols_open_inference import Servicer
+from tests.ingress.test_grpc_edge import called
 
 SEED = 0
 CALLS = 1500
@@ -28,7 +26,9 @@ WRONG = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIM
 """A bug of ours, one that nobody has seen to, and a service that is not there."""
 
 TEXTS = ("a", "What is a replica?", "", " ", "\0", "[MASK] is blue", "ü" * 50, "\U0001f600", "a" * 5000, CANARY)
-NAMES = tuple({each.name for tensors in TASK_TENSORS.values() for each in tensors.inputs} | {"input_ids", "", CANARY})
+NAMES = tuple(
+    sorted({each.name for tensors in TASK_TENSORS.values() for each in tensors.inputs} | {"input_ids", "", CANARY})
+)
 DATATYPES = ("BYTES", *INTEGERS, "FP32", "BOOL", "", CANARY)
 SIZES = (0, 1, 2, 3, -1, 7, 2**31, 2**62, -(2**63))
 PARAMETERS = ("task", "top_k", "normalize", "max_new_tokens", "long_texts", "stride", "seed", CANARY)
@@ -126,19 +126,6 @@ def good() -> bytes:
     return bytes(made.SerializeToString())
 
 
-@contextlib.asynccontextmanager
-async def channel_to(service: FakeService) -> AsyncIterator[grpc.aio.Channel]:
-    server = grpc.aio.server()
-    add_to_server(Servicer(service), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield channel
-    finally:
-        await server.stop(0)
-
-
 @pytest.fixture
 def service() -> FakeService:
     return FakeService(*TASK_TENSORS, tasks={task: task for task in TASK_TENSORS})
@@ -157,7 +144,7 @@ async def status_of(call: Callable[..., Any], raw: bytes, random: Random) -> tup
 @pytest.mark.timeout(300)
 async def test_no_call_is_an_error_that_nobody_meant(service: FakeService, caplog: pytest.LogCaptureFixture) -> None:
     found = []
-    async with channel_to(service) as channel:
+    async with called(service) as channel:
         infer = channel.unary_unary(f"{SERVICE}/ModelInfer")
         for number in range(CALLS):
             random = Random(f"{SEED} {number}")
@@ -175,7 +162,7 @@ async def test_no_call_is_an_error_that_nobody_meant(service: FakeService, caplo
 
 @pytest.mark.timeout(300)
 async def test_no_message_ends_a_stream(service: FakeService, caplog: pytest.LogCaptureFixture) -> None:
-    async with channel_to(service) as channel:
+    async with called(service) as channel:
         streams = channel.stream_stream(
             f"{SERVICE}/ModelStreamInfer", response_deserializer=messages.ModelStreamInferResponse.FromString
         )
@@ -193,7 +180,7 @@ async def test_no_message_ends_a_stream(service: FakeService, caplog: pytest.Log
 
 @pytest.mark.parametrize("method", ["ServerReady", "ModelReady", "ModelMetadata", "ServerMetadata", "ServerLive"])
 async def test_no_bytes_upset_the_other_methods(service: FakeService, method: str) -> None:
-    async with channel_to(service) as channel:
+    async with called(service) as channel:
         call = channel.unary_unary(f"{SERVICE}/{method}")
         for number in range(100):
             random = Random(f"{SEED} {method} {number}")

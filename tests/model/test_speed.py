@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.errors import OverloadedError
+from serve_app.errors import LEAST_WAIT_S, MOST_WAIT_S, OverloadedError
 from serve_app.model.scheduler import Limits, Scheduler
-from serve_app.model.speed import LEAST_WAIT_S, MOST_WAIT_S, Speed
+from serve_app.model.speed import Speed
 from tests.model.batches import job
 
 

@@ -93,19 +93,25 @@ def test_a_prompt_stands_before_each_text_and_not_before_token_ids(encoder: Enco
     assert given == [5, 6]
 
 
+def truncated_as_the_reference_does(encoder: Encoder, reference: Any, pair: tuple[str, str], side: Side) -> bool:
+    """Whether the pair was cut; its ids and types are the reference's."""
+    reference.truncation_side = side
+    wanted = reference(*pair, truncation=True, max_length=LIMIT, return_token_type_ids=True)
+    batch = encode_one(encoder, pair, side=side)
+    assert sequences(batch) == [wanted["input_ids"]]
+    assert batch.token_type_ids is not None
+    assert batch.token_type_ids.tolist() == wanted["token_type_ids"]
+    (truncated,) = batch.truncated.tolist()
+    return bool(truncated)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("lengths", [(1, 1), (3, 60), (60, 3), (60, 50), (50, 60)])
 def test_a_pair_has_the_references_ids_and_types(
     encoder: Encoder, reference: Any, lengths: tuple[int, int], side: Side
 ) -> None:
     first, second = ("the " * n for n in lengths)
-    reference.truncation_side = side
-    wanted = reference(first, second, truncation=True, max_length=LIMIT, return_token_type_ids=True)
-    batch = encode_one(encoder, (first, second), side=side)
-    assert sequences(batch) == [wanted["input_ids"]]
-    assert batch.token_type_ids is not None
-    assert batch.token_type_ids.tolist() == wanted["token_type_ids"]
-    assert batch.truncated.tolist() == [lengths != (1, 1)]
+    assert truncated_as_the_reference_does(encoder, reference, (first, second), side) is (lengths != (1, 1))
 
 
 def test_there_are_no_types_where_the_models_inputs_are_named_without_them(tmp_path: Path) -> None:
@@ -273,13 +279,7 @@ def test_a_pair_of_long_texts_has_the_references_ids(
     encoder: Encoder, reference: Any, lengths: tuple[int, int], side: Side
 ) -> None:
     first, second = ("the model reads " * (n // 3) for n in lengths)
-    reference.truncation_side = side
-    wanted = reference(first, second, truncation=True, max_length=LIMIT, return_token_type_ids=True)
-    batch = encode_one(encoder, (first, second), side=side)
-    assert sequences(batch) == [wanted["input_ids"]]
-    assert batch.token_type_ids is not None
-    assert batch.token_type_ids.tolist() == wanted["token_type_ids"]
-    assert batch.truncated.tolist() == [True]
+    assert truncated_as_the_reference_does(encoder, reference, (first, second), side) is True
 
 
 def test_a_pair_whose_special_tokens_leave_no_room_is_refused(tmp_path: Path) -> None:

@@ -6,15 +6,17 @@ import asyncio
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve_app.config import ModelConfig, ModelSettings
 from serve_app.errors import ConfigError
-from serve_app.metrics import ModelMetrics
 from serve_app.model import memory
 from serve_app.model.engine import BatchReport, Engine
 from serve_app.model.scheduler import Limits
 from serve_app.types import ModelCard, ModelState
+
+if TYPE_CHECKING:
+    from serve_app.metrics import ModelMetrics  # which needs Ray
 
 EXIT_AFTER_S = 0.5
 """Time for the failed batch's answers to leave before a process with a broken device ends itself."""
@@ -42,11 +44,12 @@ class EncodingModel:
         memory.limit_share(config.memory_fraction)
         self._loaded = load(path, config, card.max_input_tokens)
         self._runner = Runner(self._loaded)
-        self._runner.warm_up(self._default_batch_tokens)
         self._affordable_tokens = self._measure_memory()
+        settings = self._limits(ModelSettings())
+        self._runner.warm_up(settings.max_batch_tokens)
         self.engine = Engine(
             launch=lambda head, work: self._runner.launch(head, work.tokens, work.arguments),
-            limits=self._limits(ModelSettings()),
+            limits=settings,
             max_input_tokens=card.max_input_tokens,
             depth=self._depth,
             observe=self._observe,

@@ -6,14 +6,16 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve_app.config import ModelConfig, ModelSettings
-from serve_app.metrics import ModelMetrics
 from serve_app.model import memory
 from serve_app.model.encoding import end_process
 from serve_app.outputs import GeneratedPiece
 from serve_app.types import GenerationCall, ModelState
+
+if TYPE_CHECKING:
+    from serve_app.metrics import ModelMetrics  # which needs Ray
 
 
 class GeneratingModel:

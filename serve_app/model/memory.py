@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,11 @@ class DeviceMemory:
         """What a new batch can have: free on the device, and reserved by us but unused."""
         return self.free_bytes + self.reserved_bytes - self.allocated_bytes
 
+    def within(self, limit_bytes: int) -> DeviceMemory:
+        """The same for a process that may reserve so much of the device."""
+        free_bytes = max(0, min(self.free_bytes, limit_bytes - self.reserved_bytes))
+        return replace(self, free_bytes=free_bytes, total_bytes=min(self.total_bytes, limit_bytes))
+
     def figures(self) -> dict[str, float]:
         """For metrics and `/info`."""
         return {
@@ -113,11 +118,12 @@ def from_stats(stats: Mapping[str, Any], free_bytes: int, total_bytes: int) -> D
 
 
 def read_cuda(device: Any) -> DeviceMemory:
-    """The memory of one CUDA device as this process sees it."""
+    """The memory of one CUDA device as this process sees it: of a share of it where `limit_share` set one."""
     import torch
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    return from_stats(torch.cuda.memory_stats(device), free_bytes, total_bytes)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return from_stats(torch.cuda.memory_stats(device), free_bytes, total_bytes).within(int(share * total_bytes))
 
 
 def process_figures() -> dict[str, float]:
@@ -176,14 +182,27 @@ def calibrate(
     reset_peak: Callable[[], None],
     read: Callable[[], DeviceMemory],
 ) -> BytesPerBatch:
-    """Run `forward(tokens)` for each size and fit what it needed at its peak beyond what lay there before."""
-    peaks = []
+    """Run `forward(tokens)` for each size and fit what it needed at its peak beyond what lay there before.
+
+    `sizes` ascend; the first that runs out of memory is the last tried. Raises ConfigError if fewer than two fit.
+    """
+    import torch
+
+    peaks: list[int] = []
     for tokens in sizes:
         before = read().allocated_bytes
         reset_peak()
-        forward(tokens)
+        try:
+            forward(tokens)
+        except torch.OutOfMemoryError:
+            break
         peaks.append(read().peak_allocated_bytes - before)
-    return fit(sizes, peaks)
+    if len(peaks) < 2:
+        raise ConfigError(
+            f"the device's free memory does not carry a batch of {sizes[len(peaks)]} tokens; lower max_input_tokens, "
+            "raise memory_fraction, or use a larger device"
+        )
+    return fit(sizes[: len(peaks)], peaks)
 
 
 def affordable_tokens(cost: BytesPerBatch, memory: DeviceMemory, reserve: float, depth: int, longest_input: int) -> int:

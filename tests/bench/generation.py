@@ -1,6 +1,7 @@
-"""Generation on CPU: 16 concurrent answers of mixed length by steps, against `generate` one at a time.
+"""Generation: 16 concurrent answers of mixed length by steps, against `generate` one at a time.
 
     OMP_NUM_THREADS=2 python -m tests.bench.generation [--layers 6] [--hidden 512] [--threads 2]
+    python -m tests.bench.generation --device cuda --dtype bfloat16 --layers 12 --hidden 768
 
 The model is a GPT-2 with random weights, so that lengths are those asked for; tokens are compared as well. Times are of
 one run each, taken in turn, after a warm-up.
@@ -59,7 +60,7 @@ def one_at_a_time(model: Any, asked: list[tuple[int, ...]]) -> tuple[float, list
     started, answers = time.perf_counter(), []
     with torch.inference_mode():
         for prompt, (_, new) in zip(asked, LENGTHS, strict=True):
-            ids = torch.tensor([prompt])
+            ids = torch.tensor([prompt], device=model.device)
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
             answers.append(output[0, len(prompt) :].tolist())
     return time.perf_counter() - started, answers
@@ -92,10 +93,11 @@ async def beside_long_ones(engine: StepEngine, short: tuple[int, ...], long: tup
 
 async def measure(args: argparse.Namespace) -> None:
     govern_threads(args.threads)
-    model, asked = model_of(args.layers, args.hidden), prompts()
+    model = model_of(args.layers, args.hidden).to(args.device, getattr(torch, args.dtype))
+    asked = prompts()
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     engine = StepEngine(
-        Decoding(model, torch.device("cpu")),
+        Decoding(model, model.device),
         words,
         GenerationLimits(max_kv_tokens=64 * 1024),
         1024,
@@ -104,7 +106,8 @@ async def measure(args: argparse.Namespace) -> None:
     engine.start()
     new = sum(length for _, length in LENGTHS)
     weights = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"GPT-2, {weights:.0f} M weights, {args.threads} threads, 16 answers, {new} new tokens")
+    place = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
+    print(f"GPT-2, {weights:.0f} M weights, {args.dtype}, {place}, 16 answers, {new} new tokens")
     await answer(engine, asked[0], 4)
     for _ in range(args.rounds):
         alone_s, expected = one_at_a_time(model, asked)
@@ -127,6 +130,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=2)
     asyncio.run(measure(parser.parse_args()))
 

@@ -1,6 +1,7 @@
 """Memory figures, the calibrated cost of a batch, and housekeeping; the device is a fake that follows torch's stats."""
 
 import pytest
+import torch
 
 from serve_app.errors import ConfigError
 from serve_app.model.memory import (
@@ -26,6 +27,8 @@ class Device:
         self.cached = 0
 
     def forward(self, tokens: int) -> None:
+        if self.weights + self.fixed + self.per_token * tokens > self.total:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         self.peak = max(self.peak, self.weights + self.fixed + self.per_token * tokens)
 
     def reset_peak(self) -> None:
@@ -66,6 +69,14 @@ def test_calibration_finds_the_cost_of_a_token():
     assert cost.fixed == pytest.approx(50_000_000)
 
 
+def test_calibration_ends_at_the_first_batch_that_does_not_fit():
+    device = Device(fixed=50_000_000, per_token=40_000, total=GIB + 200_000_000)
+    cost = calibrate(device.forward, [512, 1024, 2048, 4096, 8192], device.reset_peak, device.read)
+    assert cost.of(2048) == pytest.approx(50_000_000 + 2048 * 40_000)
+    with pytest.raises(ConfigError, match="a batch of 4096 tokens; lower max_input_tokens"):
+        calibrate(device.forward, [2048, 4096], device.reset_peak, device.read)
+
+
 def test_no_measured_batch_exceeds_its_estimate():
     tokens, peaks = [100, 200, 400, 800], [1_100_000, 2_900_000, 3_800_000, 8_100_000]
     cost = fit(tokens, peaks)
@@ -84,6 +95,16 @@ def test_the_budget_fits_free_memory_with_its_reserve_and_depth():
     used = 2 * tokens * 100_000 + device.weights
     assert used <= 0.9 * device.total
     assert used + 2 * 100_000 > 0.9 * device.total - 1
+
+
+def test_a_process_with_a_share_of_the_device_has_that_much_and_no_more():
+    device = Device(fixed=0, per_token=1)
+    device.cached = GIB
+    whole = device.read()
+    shared = whole.within(4 * GIB)
+    assert (shared.total_bytes, shared.free_bytes, shared.available_bytes) == (4 * GIB, 2 * GIB, 3 * GIB)
+    assert whole.within(64 * GIB) == whole
+    assert whole.within(GIB).free_bytes == 0
 
 
 def test_cached_memory_counts_as_available():

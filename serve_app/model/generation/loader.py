@@ -20,6 +20,7 @@ from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.model.generation.decoding import Decoding, differs_in_a_batch
 from serve_app.model.loader import pick_device
+from serve_app.model.memory import read_cuda
 from serve_app.model.precision import Precision, pick_precision
 from serve_app.tasks.card import read_card, transformer_folder
 
@@ -178,7 +179,7 @@ def affordable_kv_tokens(loaded: LoadedGenerator, max_sequences: int, memory_res
     """Tokens whose keys and values fit into this device's free memory, but no more than could ever be used."""
     longest = 2 * (loaded.window or loaded.max_input_tokens)
     if loaded.device.type == "cuda":
-        budget = torch.cuda.mem_get_info(loaded.device)[0] * (1 - memory_reserve) * CUDA_SHARE
+        budget = read_cuda(loaded.device).available_bytes * (1 - memory_reserve) * CUDA_SHARE
     else:
         budget = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE
     return max(1, min(max_sequences * longest, int(budget / loaded.bytes_per_token)))

@@ -72,7 +72,7 @@ def prompts(lengths: Sequence[int], seed: int = 0) -> list[tuple[int, ...]]:
 def engine_of(model: Any, limits: GenerationLimits | None = None, **options: Any) -> StepEngine:
     window = None if getattr(model.config, "model_type", "") in ("t5", "mt5") else WINDOW
     return StepEngine(
-        Decoding(model, CPU),
+        Decoding(model, model.device),
         tokenizer(),
         limits or GenerationLimits(max_kv_tokens=10_000),
         window,
@@ -114,7 +114,7 @@ def reference(model: Any, prompt: Sequence[int], options: GenerationOptions) -> 
     if options.seed is not None:
         torch.manual_seed(options.seed)
     chosen = {name: getattr(options, name) for name in _GENERATE if getattr(options, name) is not None}
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=model.device)
     with torch.inference_mode():
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **chosen)[0].tolist()
     tokens: list[int] = output[1 if model.config.is_encoder_decoder else len(prompt) :]

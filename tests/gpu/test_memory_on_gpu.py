@@ -1,0 +1,108 @@
+"""A replica's token budget on a real GPU, measured in the share of memory it is given, carries what it says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from serve_app.config import ModelConfig, ModelSettings
+from serve_app.errors import ConfigError
+from serve_app.model import memory
+from serve_app.model.encoding import EncodingModel
+from serve_app.tasks.card import read_card
+from serve_app.types import ForwardCall
+from tests.model.tiny import batch_of
+
+GIB = 1 << 30
+LONGEST = 512
+
+
+@pytest.fixture(autouse=True)
+def whole_device() -> Iterator[None]:
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def share_of(bytes_: int) -> float:
+    return bytes_ / float(torch.cuda.mem_get_info()[1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8)
+    BertModel(config).save_pretrained(made)
+    return made
+
+
+def started(folder: Path, fraction: float, **options: Any) -> EncodingModel:
+    config = ModelConfig(
+        name="m",
+        source=str(folder),
+        task="embedding",
+        device="cuda",
+        dtype="bfloat16",
+        max_input_tokens=LONGEST,
+        memory_fraction=fraction,
+        **options,
+    )
+    return EncodingModel(folder, read_card(folder, config, ""), config, mock.MagicMock())
+
+
+def call(texts: int, seed: int) -> ForwardCall:
+    random = np.random.default_rng(seed)
+    sequences = [random.integers(5, 30_000, LONGEST).tolist() for _ in range(texts)]
+    return ForwardCall(batch_of(sequences), "pooled", (None,))
+
+
+async def test_a_flood_in_a_small_share_never_runs_out(folder: Path) -> None:
+    """Some 300 MB beside the weights: far less than a batch of the default size takes."""
+    model = started(folder, share_of(GIB // 2))
+    state = model.describe()
+    assert LONGEST <= state.max_batch_tokens < memory.MOST_CUDA_TOKENS
+    assert state.memory["total_bytes"] == pytest.approx(GIB // 2, rel=0.01)
+    before = state.memory["ooms"]
+    model.start()
+    try:
+        alone = await model.engine.submit(call(1, seed=0))
+        answers = await asyncio.gather(*(model.engine.submit(call(16, seed)) for seed in range(32)))
+    finally:
+        model.close()
+    assert not any(answer.failures for answer in answers)
+    np.testing.assert_array_equal(answers[0].values[0], alone.values[0])
+    after = model.describe().memory
+    assert after["ooms"] == before
+    assert after["peak_allocated_bytes"] <= GIB // 2
+
+
+async def test_a_whole_device_carries_the_default_batch(folder: Path) -> None:
+    model = started(folder, 1.0)
+    assert model.describe().max_batch_tokens == memory.MOST_CUDA_TOKENS
+    model.reconfigure(ModelSettings(max_batch_tokens=4096))
+    assert model.describe().max_batch_tokens == 4096
+
+
+def test_a_share_that_does_not_carry_the_longest_input_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="max_input_tokens"):
+        started(folder, share_of(torch.cuda.memory_reserved() + 120 * (1 << 20)))
+
+
+def test_a_full_replica_gives_unused_memory_back_when_idle(folder: Path) -> None:
+    model = started(folder, 1.0)
+    before = memory.read_cuda(torch.device("cuda", 0))
+    keeper = model._housekeeper()
+    assert before.slack > 0.4
+    assert keeper()
+    after = memory.read_cuda(torch.device("cuda", 0))
+    assert after.reserved_bytes < before.reserved_bytes
+    assert not keeper()

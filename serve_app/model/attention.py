@@ -134,7 +134,7 @@ def _refuse_unknown(
 ) -> None:
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == plan.total:
         raise ValueError(f"attention over {tuple(query.shape)} and {tuple(key.shape)} is not packed self-attention")
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.numel():
         raise ValueError("the layer brings an attention mask of its own")
     changed = [name for name in ("softcap", "s_aux", "head_mask") if kwargs.get(name) is not None]
     if changed:
@@ -223,6 +223,15 @@ def _find_varlen() -> Any:
 
 
 _varlen = _find_varlen()
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A mask of nothing, which stops decoders from looking for sequences in the positions.
+
+    They would wait for the device to do so, and `find_packed_sequence_indices` in transformers finds nothing that the
+    plan does not say.
+    """
+    return torch.empty(0, 0, 0, 0, device=device)
 
 
 def _mask_for_layers(*args: Any, **kwargs: Any) -> Tensor | None:

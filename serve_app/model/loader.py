@@ -121,7 +121,8 @@ def pick_device(config: ModelConfig) -> torch.device:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError(f"models.{config.name}.device: cuda is configured, but torch sees no CUDA device here")
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    on_cuda = available and config.device != "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
 def _read_weights(folder: Path, config: ModelConfig, task: str, dtype: torch.dtype) -> Any:

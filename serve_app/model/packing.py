@@ -44,6 +44,7 @@ class PackedForward:
     device: torch.device
     takes_token_types: bool
     takes_positions: bool
+    is_decoder: bool
     first_position: int
     pad_token_id: int
     padded_total: Callable[[int], int] = int
@@ -82,6 +83,8 @@ class PackedForward:
         arguments = {name: values[None] for name, values in inputs.items()}
         if self.takes_positions:
             arguments["position_ids"] = plan.position_ids
+        if self.is_decoder:
+            arguments["attention_mask"] = attention.no_mask(self.device)
         with attention.use(plan):
             hidden: Tensor = self.module(**arguments).last_hidden_state
         return hidden[0]
@@ -128,11 +131,18 @@ def prepare(loaded: LoadedModel, padded_total: Callable[[int], int] = int) -> Pa
         device=loaded.device,
         takes_token_types=loaded.takes_token_types,
         takes_positions="position_ids" in parameters,
+        is_decoder=_is_decoder(module),
         first_position=_first_position(module),
         pad_token_id=loaded.pad_token_id,
         padded_total=padded_total,
         decoder_start=loaded.decoder_start,
     )
+
+
+def _is_decoder(module: Any) -> bool:
+    """Whether every token sees only those before it, as in Llama and GPT-2; not an encoder-decoder."""
+    causal = any(getattr(part, "is_causal", False) is True for part in module.modules())
+    return causal and not module.config.is_encoder_decoder
 
 
 def _first_position(module: Any) -> int:

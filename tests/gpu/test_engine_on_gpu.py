@@ -98,8 +98,9 @@ def test_position_bias_goes_without_flash_attention(model_type: str, tmp_path: P
     assert not kernel_calls
 
 
-def test_launching_never_waits_for_the_device(tmp_path: Path) -> None:
-    runner = Runner(on_cuda("bert", tmp_path, "bfloat16"))
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama", "modernbert", "qwen3"])
+def test_launching_never_waits_for_the_device(model_type: str, tmp_path: Path) -> None:
+    runner = Runner(on_cuda(model_type, tmp_path, "bfloat16"))
     runner.warm_up(500)
     batch = batch_of(random_sequences(LENGTHS, seed=1))
     expected = runner.run(batch).values

@@ -175,11 +175,14 @@ def _sequences(row: Tensor, run: Run) -> Tensor:
 
 
 def _mask(plan: Plan, rule: Rule, run: Run, query: Tensor) -> Tensor | None:
-    """What SDPA cannot do by itself: a window that is shorter than the sequences, and a bias."""
+    """What SDPA cannot do by itself: a window that is shorter than the sequences, and a bias.
+
+    A bias that is the same for all keys changes no softmax, and is left out.
+    """
     windowed = rule.window is not None and run.length > rule.window
     if rule.bias is None and not windowed:
         return None
-    bias = None if rule.bias is None else rule.bias[..., : run.length, : run.length]
+    bias = None if rule.bias is None or rule.bias.shape[-1] == 1 else rule.bias[..., : run.length, : run.length]
     if not windowed and not rule.causal:
         return bias
     band = _band(plan, run.length, rule.window or run.length, rule.causal, query)

@@ -86,7 +86,8 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
     card = read_card(path, config, config.revision or "")
     device = pick_device(config)
     precision = pick_precision(config, device)
-    model = _read_weights(transformer_folder(path), config, card.task, precision.weights).to(device).eval()
+    model = _read_weights(transformer_folder(path), config, card.task, precision.weights)
+    put_on(device, model, config)
     module = model if card.task == "embedding" else model.base_model
     if card.task == "fill-mask" and card.mask_token_id is None:
         raise ConfigError(f"models.{config.name}.task: fill-mask needs a tokenizer with a mask token")
@@ -123,6 +124,18 @@ def pick_device(config: ModelConfig) -> torch.device:
         raise ConfigError(f"models.{config.name}.device: cuda is configured, but torch sees no CUDA device here")
     on_cuda = available and config.device != "cpu"
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+
+
+def put_on(device: torch.device, model: Any, config: ModelConfig) -> None:
+    """Move the weights, for inference. Raises ConfigError where the device's free memory does not carry them."""
+    try:
+        model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        gib = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / (1 << 30)
+        raise ConfigError(
+            f"models.{config.name}: the weights ({gib:.2f} GiB) do not fit the device's free memory; use a smaller "
+            "dtype, raise memory_fraction, or use a larger device"
+        ) from error
 
 
 def _read_weights(folder: Path, config: ModelConfig, task: str, dtype: torch.dtype) -> Any:

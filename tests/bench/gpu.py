@@ -54,13 +54,13 @@ class Bench:
 
 def main() -> None:
     arguments = _arguments()
-    for shape in SHAPES:
+    for shape in arguments.shapes:
         bench = _bench(shape, arguments)
         print(f"{shape}, {bench.loaded.precision.label}, {_device_name(bench)}, {bench.runner.mode}")
         print(f"passes of {bench.budget} tokens, {arguments.tokens} tokens a round, {arguments.rounds} rounds")
         ceiling = matmul_flops(bench)
         print(f"matrix product {ceiling / 1e12:.1f} TFLOP/s, copy {copy_bytes(bench) / 1e9:.0f} GB/s")
-        for lengths in LENGTHS:
+        for lengths in arguments.lengths:
             _measure(bench, corpus(lengths, arguments.tokens, bench.loaded), lengths, arguments.rounds, ceiling)
 
 
@@ -70,6 +70,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens a round")
     parser.add_argument("--budget", type=int, default=16_384, help="tokens a pass")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=tuple(SHAPES))
+    parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=LENGTHS)
     parser.add_argument("--layers", type=int, default=0, help="instead of the shape's own")
     parser.add_argument("--rounds", type=int, default=5)
     return parser.parse_args()

@@ -92,9 +92,11 @@ async def test_a_whole_device_carries_the_default_batch(folder: Path) -> None:
     assert model.describe().max_batch_tokens == 4096
 
 
-def test_a_share_that_does_not_carry_the_longest_input_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="max_input_tokens"):
-        started(folder, share_of(torch.cuda.memory_reserved() + 120 * (1 << 20)))
+@pytest.mark.parametrize(("mib", "message"), [(20, "weights .* do not fit"), (70, "lower max_input_tokens")])
+def test_a_share_that_does_not_carry_the_model_is_refused(folder: Path, mib: int, message: str) -> None:
+    """The weights have 56 MiB."""
+    with pytest.raises(ConfigError, match=message):
+        started(folder, share_of(torch.cuda.memory_reserved() + (mib << 20)))
 
 
 def test_a_full_replica_gives_unused_memory_back_when_idle(folder: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.model.generation.decoding import Decoding, differs_in_a_batch
-from serve_app.model.loader import pick_device
+from serve_app.model.loader import pick_device, put_on
 from serve_app.model.memory import read_cuda
 from serve_app.model.precision import Precision, pick_precision
 from serve_app.tasks.card import read_card, transformer_folder
@@ -92,7 +92,8 @@ def load(path: Path, config: ModelConfig) -> LoadedGenerator:
     if precision.int8:
         raise ConfigError(f"models.{config.name}.dtype: int8 is not for tasks that generate")
     folder = transformer_folder(path)
-    model = _weights(folder, config, _class(card.task, config), precision.weights).to(device).eval()
+    model = _weights(folder, config, _class(card.task, config), precision.weights)
+    put_on(device, model, config)
     with precision.computing(device):
         mode = _mode(model, device, precision)
         bytes_per_token = Decoding(model, device).bytes_per_token() if mode == "by steps" else 1

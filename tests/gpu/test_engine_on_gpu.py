@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,6 +122,7 @@ def test_memory_of_a_batch_that_does_not_fit_is_given_back(tmp_path: Path) -> No
     runner = Runner(on_cuda("bert", tmp_path, "float32"))
     small = batch_of(random_sequences([5], seed=0))
     expected = runner.run(small).values
+    gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.set_per_process_memory_fraction(0.001)
     try:

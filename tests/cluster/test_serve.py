@@ -168,7 +168,7 @@ def counted(live: Live) -> dict[str, float]:
 
 def test_what_clients_left_behind_in_a_replicas_queue_is_not_computed(own: Live):
     """Both replicas are busy for seconds; behind that work clients queue, and every second one leaves."""
-    busy, clients = 2 * 400, 120
+    busy, clients = 2 * 150, 60
 
     async def load() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=own.base_url, timeout=120, limits=httpx.Limits()) as client:

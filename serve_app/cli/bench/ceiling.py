@@ -9,10 +9,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,15 @@ from serve_app.cli.bench.corpus import make_corpus
 from serve_app.cli.bench.loads import LOADS
 from serve_app.cli.bench.wire import EMBEDDING
 from serve_app.config import ModelConfig, TaskName
+from serve_app.outputs import TaskOutput
 from serve_app.tasks.card import read_card
 from serve_app.tasks.registry import TASKS
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.encoder import Encoder
-from serve_app.types import FloatArray, HeadArguments, Int32Array, Request, TokenBatch, TokenizeRequest
+from serve_app.types import Features, FloatArray, HeadArguments, Int32Array, Request, TokenBatch, TokenizeRequest
+
+if TYPE_CHECKING:
+    from serve_app.model.rows import SequenceRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,14 @@ class CeilingPlan:
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """The fastest of the budgets; `tokenize_s` and `forward_s` are the sums over the processes."""
+    """The fastest of the budgets; seconds are the sums over the processes."""
 
     texts_per_s: float
     tokens_per_s: float
     tokenize_s: float
     forward_s: float
+    postprocess_s: float
+    """Making the answers of tasks beside embedding out of what the head left."""
     budget: int
     attention: str
 
@@ -83,6 +89,7 @@ def _round(children: Children, budget: int) -> Ceiling:
         tokens_per_s=sum(answer["tokens"] for answer in answers) / elapsed,
         tokenize_s=sum(answer["tokenize_s"] for answer in answers),
         forward_s=sum(answer["forward_s"] for answer in answers),
+        postprocess_s=sum(answer["postprocess_s"] for answer in answers),
         budget=budget,
         attention=answers[0]["attention"],
     )
@@ -90,6 +97,15 @@ def _round(children: Children, budget: int) -> Ceiling:
 
 def _children(plan: CeilingPlan) -> Children:
     return Children(__name__, json.dumps(asdict(plan)), plan.processes, plan.threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What the head left (r, d) of the texts in their order, the answers (None for embeddings), and what they took."""
+
+    values: FloatArray
+    answers: TaskOutput | None
+    took: Mapping[str, Any]
 
 
 class InProcess:
@@ -111,6 +127,9 @@ class InProcess:
         self.texts = corpus.texts[part :: plan.processes]
         self._tokens = sum(corpus.computed_tokens(plan.max_input_tokens)[part :: plan.processes])
         self._encoder = Encoder(path, plan.max_input_tokens)
+        self._request = self._asked()
+        needs_vocabulary = self._request is not None and TASKS[self._task].needs_vocabulary
+        self._vocabulary = Vocabulary.read(self._encoder.definition) if needs_vocabulary else None
 
         # Seconds to import, so after what can be wrong with the model's files.
         from serve_app.model.loader import load
@@ -118,50 +137,58 @@ class InProcess:
 
         self._runner = Runner(load(path, config, plan.max_input_tokens))
 
-    def compute(self, budget: int) -> tuple[FloatArray, dict[str, Any]]:
-        """Vectors (n, d) of this part's texts in their order, and what they took."""
+    def compute(self, budget: int) -> Computed:
+        """All texts once, in passes of at most `budget` tokens."""
         started = time.perf_counter()
         batch, head, arguments = self._encoded()
         tokenized = time.perf_counter()
-        order = np.argsort(batch.lengths(), kind="stable")
-        longest_first = gather(batch, order[::-1])
-        parts = split(longest_first, budget)
-        rows = [self._runner.run(part, head, arguments * part.num_sequences).values for part in parts]
-        vectors = self._in_order(rows, order[::-1])
+        rows = self._rows(batch, head, arguments, budget)
+        computed = time.perf_counter()
+        answers = None
+        if self._request is not None:
+            features = Features(batch, rows.values, rows.cu_rows)
+            answers = TASKS[self._task].postprocess(self._request, self._card, features, self._vocabulary)
         ended = time.perf_counter()
-        return vectors, {
+        took = {
             "texts": len(self.texts),
             "tokens": self._tokens,
             "tokenize_s": tokenized - started,
-            "forward_s": ended - tokenized,
+            "forward_s": computed - tokenized,
+            "postprocess_s": ended - computed,
             "attention": self._runner.mode,
         }
+        return Computed(rows.values, answers, took)
+
+    def _rows(
+        self, batch: TokenBatch, head: str | None, arguments: tuple[HeadArguments | None, ...], budget: int
+    ) -> SequenceRows:
+        """Of the sequences in their order, computed from long to short."""
+        from serve_app.model.rows import stack
+
+        longest_first = np.argsort(batch.lengths(), kind="stable")[::-1]
+        parts = split(gather(batch, longest_first), budget)
+        rows = [self._runner.run(part, head, arguments * part.num_sequences) for part in parts]
+        return stack(rows).in_order(longest_first)
 
     def _encoded(self) -> tuple[TokenBatch, str | None, tuple[HeadArguments | None, ...]]:
         """All texts, the head's name and what it needs to know of each sequence."""
-        if self._task == EMBEDDING:
+        if self._request is None:
             return self._encoder.encode([TokenizeRequest(self.texts, long_texts="truncate")]), None, ()
-        load, task, mask = LOADS[self._task], TASKS[self._task], self._mask
-        assert load.options is not None
-        inputs = tuple(load.inputs(self.texts, mask))
-        # Long texts are cut, or read in windows where that is the task's own way, as the server does unasked.
-        request = Request("ceiling", "ceiling", self._task, inputs, load.options)
-        vocabulary = Vocabulary.read(self._encoder.definition) if task.needs_vocabulary else None
-        argument = task.arguments(request, vocabulary)
-        batch = self._encoder.encode([task.prepare(request, self._card)])
+        task = TASKS[self._task]
+        argument = task.arguments(self._request, self._vocabulary)
+        batch = self._encoder.encode([task.prepare(self._request, self._card)])
         return batch, task.head, () if argument is None else (argument,)
 
-    @property
-    def _mask(self) -> str:
+    def _asked(self) -> Request | None:
+        """All texts in one request; None for embeddings, which need none."""
+        if self._task == EMBEDDING:
+            return None
+        load = LOADS[self._task]
+        assert load.options is not None
         token_id = self._card.mask_token_id
-        return "" if token_id is None else Vocabulary.read(self._encoder.definition).token(token_id)
-
-    def _in_order(self, rows: list[FloatArray], order: npt.NDArray[np.int64]) -> FloatArray:
-        """The rows in the order of the texts; those of tasks beside embedding are only computed, and not looked at."""
-        computed = np.concatenate(rows) if self._task == EMBEDDING else np.zeros((len(order), 0), np.float32)
-        vectors = np.empty_like(computed)
-        vectors[order] = computed
-        return vectors
+        mask = "" if token_id is None else Vocabulary.read(self._encoder.definition).token(token_id)
+        # Long texts are cut, or read in windows where that is the task's own way, as the server does unasked.
+        return Request("ceiling", "ceiling", self._task, tuple(load.inputs(self.texts, mask)), load.options)
 
 
 def gather(batch: TokenBatch, order: npt.NDArray[np.int64]) -> TokenBatch:
@@ -203,10 +230,10 @@ def main(arguments: Sequence[str]) -> None:
         engine = InProcess(plan, int(arguments[1]))
 
         def answer(command: Command) -> Any:
-            vectors, took = engine.compute(command["budget"])
+            computed = engine.compute(command["budget"])
             if "vectors" in command:
-                np.save(command["vectors"], vectors)
-            return took
+                np.save(command["vectors"], computed.values)
+            return computed.took
 
         return answer
 

@@ -120,10 +120,11 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 
 def _ceiling(ceiling: Ceiling) -> str:
-    share = ceiling.tokenize_s / (ceiling.tokenize_s + ceiling.forward_s)
+    whole = ceiling.tokenize_s + ceiling.forward_s + ceiling.postprocess_s
     return (
         f"{ceiling.texts_per_s:.1f} texts/s, {ceiling.tokens_per_s:,.0f} tokens/s in process, without a server "
-        f"(budget {ceiling.budget}, {ceiling.attention}; tokenizing {share:.1%})"
+        f"(budget {ceiling.budget}, {ceiling.attention}; tokenizing {ceiling.tokenize_s / whole:.1%}, "
+        f"postprocessing {ceiling.postprocess_s / whole:.1%})"
     )
 
 

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
+from transformers import pipeline
 
-from serve_app.cli.bench.ceiling import CeilingPlan, direct_vectors, gather, measure_ceiling, split
+from serve_app.cli.bench.ceiling import CeilingPlan, InProcess, direct_vectors, gather, measure_ceiling, split
 from serve_app.cli.bench.children import ChildError
 from serve_app.cli.bench.corpus import make_corpus
 from serve_app.cli.bench.measure import cosines
 from serve_app.types import TokenBatch
+from tests.bench import tasks
 
 
 @pytest.fixture
@@ -67,3 +70,24 @@ def test_gather_puts_sequences_in_order() -> None:
 )
 def test_split_fills_the_budget(lengths: list[int], budget: int, expected: list[list[int]]) -> None:
     assert [part.lengths().tolist() for part in split(batch(lengths), budget)] == expected
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_the_ceiling_makes_the_answers_of_the_pipeline(task: str, plan: CeilingPlan, tmp_path: Path) -> None:
+    tasks.make(task, tmp_path)
+    found = InProcess(replace(plan, model_path=str(tmp_path), task=task, texts=6), 0).compute(512)
+
+    texts, answers = list(make_corpus(tmp_path, 6).texts), cast("Any", found.answers)
+    reference = pipeline(task, str(tmp_path), device="cpu")
+    reference.tokenizer.model_max_length = 256
+    if task == "text-classification":
+        expected = [[(o["label"], o["score"]) for o in one] for one in reference(texts, top_k=None, truncation=True)]
+        got = [[(label.label, label.score) for label in one] for one in answers]
+    else:
+        entities = [reference(text, aggregation_strategy="simple") for text in texts]
+        expected = [[(o["entity_group"], o["score"]) for o in one] for one in entities]
+        got = [[(entity.label, entity.score) for entity in one] for one in answers]
+        assert sum(map(len, expected)) > 6
+    assert [[name for name, _ in one] for one in got] == [[name for name, _ in one] for one in expected]
+    scores = ([score for one in side for _, score in one] for side in (got, expected))
+    np.testing.assert_allclose(*scores, atol=1e-4)

@@ -27,7 +27,7 @@ def measured(rate: float, errors: dict[str, int] | None = None) -> Measured:
 
 
 def ceiling(tokens_per_s: float) -> Ceiling:
-    return Ceiling(tokens_per_s / 50, tokens_per_s, 0.1, 9.9, 1024, "packed")
+    return Ceiling(tokens_per_s / 50, tokens_per_s, 0.1, 9.8, 0.1, 1024, "packed")
 
 
 def report(*repeats: Measured, verdict: Verdict | None = None, ceilings: tuple[Ceiling, ...] = ()) -> Report:

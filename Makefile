@@ -28,7 +28,6 @@ examples: $(VENV)/.installed-serve
 	$(bin)/python deploy/examples/make_tiny_models.py
 	exec $(bin)/serve-app serve deploy/examples/all-tasks.yaml
 
-test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .

@@ -1,11 +1,13 @@
 """Every test, in two lanes side by side: `python -m tests [pytest's options]`.
 
 Tests with a cluster wait more than they compute, so the others run beside them, and there is one cluster at a time.
-What the cluster's lane says is shown when both have ended.
+What the cluster's lane says is shown when both have ended. Every process computes with one thread, unless
+OMP_NUM_THREADS says otherwise: with one for each core, each waits for cores that the other lane has.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ def start(lane: str, options: list[str], output: IO[bytes] | None = None) -> sub
 
 
 def main(options: list[str]) -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryFile() as log:
         lanes = [start("cluster", options, log), start("not cluster", options)]
         try:

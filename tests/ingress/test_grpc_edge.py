@@ -218,9 +218,10 @@ async def test_a_stream_on_which_nothing_comes_is_ended(service: FakeService) ->
 
 async def test_streams_are_counted_as_long_as_they_are_open(service: FakeService) -> None:
     async with called(service, max_concurrent_requests=1) as channel:
-        first, second = streamed_on(channel), streamed_on(channel)
+        first = streamed_on(channel)
         await first.write(request_of("a"))
         await first.read()
+        second = streamed_on(channel)
         assert await asyncio.wait_for(second.code(), 20) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert dict(await second.trailing_metadata())["retry-after"] == "1"
         await first.done_writing()

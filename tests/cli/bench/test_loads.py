@@ -48,10 +48,11 @@ def test_every_task_that_is_answered_at_once_has_a_load_with_a_ceiling() -> None
 def test_the_ceiling_computes_all_texts(task: str, models: Path) -> None:
     engine = InProcess(CeilingPlan(str(models / FOLDERS[task]), 64, 8, 0, 1, 1, (256,), task), 0)
 
-    _, took = engine.compute(256)
+    computed = engine.compute(256)
 
-    assert took["texts"] == 8
-    assert took["attention"] == "packed"
+    assert computed.took["texts"] == 8
+    assert computed.took["attention"] == "packed"
+    assert computed.answers is not None
 
 
 @pytest.mark.parametrize("task", LOADS)

@@ -10,11 +10,14 @@ from typing import Any
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from huggingface_hub import AsyncInferenceClient, InferenceClient
 
 from deploy.examples.make_tiny_models import MODELS
+from tests.cluster.client_tables import HUGGINGFACE, MESSAGES, TEXT, Call
 from tests.live import Live, examples_served
 from tests.test_readme import answers_of, blocks, run
 
@@ -111,6 +114,47 @@ def test_tritonclient_asks_any_model_what_its_metadata_tells(name: str, all_task
             answers.append([answer.as_numpy(each["name"]).tolist() for each in told["outputs"]])
     assert answers[0]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("call", HUGGINGFACE, ids=lambda call: f"{call.model}-{call.method}")
+async def test_huggingface_hubs_clients_do_every_task(call: Call, all_tasks: Live) -> None:
+    url = f"{all_tasks.base_url}/models/{call.model}"
+    answer = getattr(InferenceClient(url, timeout=60), call.method)(*call.arguments, **call.options)
+    async with AsyncInferenceClient(url, timeout=60) as client:
+        assert np.array_equal(await getattr(client, call.method)(*call.arguments, **call.options), answer)
+    assert len(answer)
+    for item in answer if call.fields else ():
+        assert [name for name in call.fields if getattr(item, name) is None] == []
+
+
+def test_huggingface_hubs_client_streams_chats_and_asks_how_the_server_is(all_tasks: Live) -> None:
+    client = InferenceClient(f"{all_tasks.base_url}/models/text-generation", provider="hf-inference", timeout=60)
+    options = {"max_new_tokens": 8, "do_sample": True, "seed": 3}
+    pieces = client.text_generation(TEXT, stream=True, details=True, **options)
+    assert "".join(piece.token.text for piece in pieces) == client.text_generation(TEXT, **options)
+    chat = client.chat_completion(MESSAGES, max_tokens=8, seed=3)
+    streamed = client.chat_completion(MESSAGES, max_tokens=8, seed=3, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in streamed) == chat.choices[0].message.content
+    assert client.health_check()
+    assert client.get_endpoint_info()["served_model_name"] == "text-generation"
+
+
+async def test_openais_clients_complete_chat_and_embed(all_tasks: Live) -> None:
+    options = {"base_url": f"{all_tasks.base_url}/v1", "api_key": "none", "max_retries": 0, "timeout": 60}
+    completing = {"model": "text-generation", "prompt": TEXT, "max_tokens": 8, "seed": 3}
+    chatting = {"model": "text-generation", "messages": MESSAGES, "max_tokens": 8, "seed": 3}
+    client = openai.OpenAI(**options)
+    assert set(MODELS) <= {model.id for model in client.models.list()}
+    whole = client.completions.create(**completing).choices[0].text
+    assert whole == "".join(piece.choices[0].text for piece in client.completions.create(**completing, stream=True))
+    said = client.chat.completions.create(**chatting).choices[0].message.content
+    vector = client.embeddings.create(model="embedding", input=[TEXT]).data[0].embedding
+    async with openai.AsyncOpenAI(**options) as later:
+        pieces = [piece async for piece in await later.chat.completions.create(**chatting, stream=True)]
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == said
+        assert (await later.completions.create(**completing)).choices[0].text == whole
+        again = await later.embeddings.create(model="embedding", input=TEXT, encoding_format="float")
+    np.testing.assert_allclose(again.data[0].embedding, vector, atol=1e-6)
 
 
 def _tensor(package: Any, name: str, text: str) -> Any:

@@ -48,6 +48,6 @@ HUGGINGFACE = [
     ),
     Call("summarization", "summarization", [TEXT], {"generate_parameters": {"max_new_tokens": 5}}),
     Call("translation", "translation", [TEXT], {"generate_parameters": {"max_new_tokens": 5}}),
-    Call("text2text", "text_generation", [TEXT], {"max_new_tokens": 5}),
+    Call("text2text", "text_generation", [TEXT], {"max_new_tokens": 9, "do_sample": True, "seed": 3}),
     Call("text-generation", "text_generation", [TEXT], {"max_new_tokens": 5, "do_sample": True, "seed": 3}),
 ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.model.attention import Plan, Rule, Run, attention, one_kernel, runs, use
+from serve_app.model.attention import Plan, Rule, Run, attention, no_mask, one_kernel, runs, use
 
 HEADS, D = 4, 8
 
@@ -73,6 +73,28 @@ def test_position_bias_starts_anew_in_each_sequence(causal: bool, window: int | 
         )
 
     torch.testing.assert_close(output, by_hand(query, key, value, lengths, causal, window, bias))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both ways", "causal"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_bias_that_is_the_same_for_all_keys_changes_nothing(causal: bool, window: int | None) -> None:
+    query, key, value = projected(14), projected(14), projected(14)
+    layer, bias = SimpleNamespace(is_causal=causal), torch.randn(1, HEADS, 1, 1)
+
+    with use(plan_of([3, 3, 8])):
+        output, _ = attention(layer, query, key, value, None, D**-0.5, None, window, position_bias=bias)
+
+    torch.testing.assert_close(output, by_hand(query, key, value, [3, 3, 8], causal, window, None))
+
+
+def test_only_a_mask_of_nothing_is_taken_in_a_packed_row() -> None:
+    query, key, value = projected(5), projected(5), projected(5)
+    layer = SimpleNamespace(is_causal=True)
+    with use(plan_of([3, 2])):
+        output, _ = attention(layer, query, key, value, no_mask(query.device), D**-0.5)
+        with pytest.raises(ValueError, match="mask of its own"):
+            attention(layer, query, key, value, torch.ones(1, 1, 5, 5, dtype=torch.bool), D**-0.5)
+    torch.testing.assert_close(output, by_hand(query, key, value, [3, 2], True, None, None))
 
 
 def test_filler_behind_the_last_sequence_gets_zeros_and_is_not_seen() -> None:

@@ -28,7 +28,9 @@ def reason_why_not() -> str | None:
     if missing:
         return f"hosts in network namespaces need the commands {', '.join(missing)}"
     probe = subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True, check=False)
-    return None if probe.returncode == 0 else f"unshare is not allowed here: {probe.stderr.decode().strip()}"
+    if probe.returncode == 0:
+        return None
+    return f"hosts in network namespaces need `unshare -n -m`, which fails here: {probe.stderr.decode().strip()}"
 
 
 class Host:

@@ -16,6 +16,8 @@ from serve_app.options import GenerationOptions
 from tests.model.generation.models import (
     DECODERS,
     ENCODER_DECODERS,
+    GREEDY,
+    LENGTHS,
     answer,
     prompts,
     reference,
@@ -24,8 +26,6 @@ from tests.model.generation.models import (
     tokens_of,
 )
 
-LENGTHS = [3, 9, 20, 5, 1, 14, 7, 30]
-GREEDY = [GenerationOptions(max_new_tokens=n) for n in (5, 12, 9, 30, 17, 8, 21, 2)]
 SAMPLED = [
     GenerationOptions(max_new_tokens=5 + 3 * i, do_sample=True, seed=i, temperature=0.6 + i / 5, top_k=(0, 40)[i % 2])
     for i in range(len(LENGTHS))

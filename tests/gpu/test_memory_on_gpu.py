@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -45,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def started(folder: Path, fraction: float, **options: Any) -> EncodingModel:
+def started(folder: Path, fraction: float) -> EncodingModel:
     config = ModelConfig(
         name="m",
         source=str(folder),
@@ -54,7 +53,6 @@ def started(folder: Path, fraction: float, **options: Any) -> EncodingModel:
         dtype="bfloat16",
         max_input_tokens=LONGEST,
         memory_fraction=fraction,
-        **options,
     )
     return EncodingModel(folder, read_card(folder, config, ""), config, mock.MagicMock())
 

@@ -127,9 +127,8 @@ class InProcess:
         self.texts = corpus.texts[part :: plan.processes]
         self._tokens = sum(corpus.computed_tokens(plan.max_input_tokens)[part :: plan.processes])
         self._encoder = Encoder(path, plan.max_input_tokens)
+        self._vocabulary = Vocabulary.read(self._encoder.definition)
         self._request = self._asked()
-        needs_vocabulary = self._request is not None and TASKS[self._task].needs_vocabulary
-        self._vocabulary = Vocabulary.read(self._encoder.definition) if needs_vocabulary else None
 
         # Seconds to import, so after what can be wrong with the model's files.
         from serve_app.model.loader import load
@@ -186,7 +185,7 @@ class InProcess:
         load = LOADS[self._task]
         assert load.options is not None
         token_id = self._card.mask_token_id
-        mask = "" if token_id is None else Vocabulary.read(self._encoder.definition).token(token_id)
+        mask = "" if token_id is None else self._vocabulary.token(token_id)
         # Long texts are cut, or read in windows where that is the task's own way, as the server does unasked.
         return Request("ceiling", "ceiling", self._task, tuple(load.inputs(self.texts, mask)), load.options)
 

@@ -27,6 +27,10 @@ WINDOW = 64
 DECODERS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "bloom")
 ENCODER_DECODERS = ("t5", "mt5", "bart", "marian", "mbart", "pegasus")
 
+LENGTHS = [3, 9, 20, 5, 1, 14, 7, 30]
+"""Of prompts that are answered together, in tokens; GREEDY is what each is asked for."""
+GREEDY = [GenerationOptions(max_new_tokens=n) for n in (5, 12, 9, 30, 17, 8, 21, 2)]
+
 
 @cache
 def tiny(model_type: str, vocabulary: int = VOCABULARY) -> Any:

@@ -23,6 +23,8 @@ from tests.model.generation.models import (
     CPU,
     DECODERS,
     ENCODER_DECODERS,
+    GREEDY,
+    LENGTHS,
     WINDOW,
     answer,
     configured,
@@ -35,8 +37,6 @@ from tests.model.generation.models import (
     tokens_of,
 )
 
-LENGTHS = [3, 9, 20, 5, 1, 14, 7, 30]
-GREEDY = [GenerationOptions(max_new_tokens=n) for n in (5, 12, 9, 30, 17, 8, 21, 2)]
 SAMPLED = [
     GenerationOptions(max_new_tokens=12, do_sample=True, seed=1),
     GenerationOptions(max_new_tokens=25, do_sample=True, seed=2, temperature=0.7),

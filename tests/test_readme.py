@@ -201,7 +201,10 @@ def test_every_link_leads_to_a_file() -> None:
 
 @pytest.mark.cluster
 def test_metrics_that_are_named_are_exported(live: Live) -> None:
-    httpx.post(f"{live.base_url}/embed", json={"inputs": "hello"}, timeout=60)
+    """A counter is exported from its first event on, so each event is made here: an answer, and a client that leaves."""
+    httpx.post(f"{live.base_url}/embed", json={"inputs": "hello"}, timeout=60).raise_for_status()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{live.base_url}/embed", json={"inputs": ["word " * 250] * 100}, timeout=0.5)
     wanted = set(re.findall(r"`(ray_serve_app_\w+)`", README))
     assert wanted
     deadline = time.monotonic() + 60  # replicas report every few seconds

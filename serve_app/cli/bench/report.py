@@ -103,6 +103,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def is_quiet(speeds: Sequence[float]) -> bool:
+    """Whether ceilings, in tokens per second, are so alike that what lies between them can be compared with them."""
+    return not speeds or min(speeds) >= QUIET * max(speeds)
+
+
 def as_text(report: Report) -> str:
     lines = [f"{key:<9}{value}" for key, value in _facts(report)]
     rows = [_HEAD, *(_row(report, result) for result in report.results)]
@@ -160,8 +165,7 @@ def _complaints(report: Report) -> list[str]:
         for result in report.results
         if result.verdict.wrong
     ]
-    speeds = [ceiling.tokens_per_s for ceiling in report.ceilings]
-    if speeds and min(speeds) < QUIET * max(speeds):
+    if not is_quiet([ceiling.tokens_per_s for ceiling in report.ceilings]):
         lines.append("the ceilings before and after differ: other work ran here, so keep no figure of this run")
     return lines
 

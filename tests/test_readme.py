@@ -201,7 +201,7 @@ def test_every_link_leads_to_a_file() -> None:
 
 @pytest.mark.cluster
 def test_metrics_that_are_named_are_exported(live: Live) -> None:
-    """A counter is exported from its first event on, so each event is made here: an answer, and a client that leaves."""
+    """A counter is exported from its first event on: an answer, and a client that leaves, are made here."""
     httpx.post(f"{live.base_url}/embed", json={"inputs": "hello"}, timeout=60).raise_for_status()
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{live.base_url}/embed", json={"inputs": ["word " * 250] * 100}, timeout=0.5)

@@ -1,4 +1,5 @@
-"""`serve-app serve`: `serve run` that checks first, says when it is ready, and ends when it cannot start.
+"""`serve-app serve`: `serve run` that checks the file and the ports first, says when it is ready, and ends when it
+cannot start.
 
 `serve run` alone keeps waiting when an application cannot be deployed, prints nothing when it is ready, and does not
 shut down on SIGTERM, which is what process supervisors send.
@@ -21,6 +22,7 @@ import httpx
 import yaml
 
 from serve_app.cli import check, haproxy
+from serve_app.cli.ports import port_findings
 
 POLL_S = 0.5
 STATUS_POLL_S = 2.0
@@ -34,13 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    refused = check.run(args)
+    refused = check.run(args) or _without_ports(args.config)
     if refused:
         return refused
     server = ServeRun(args.config)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())
     return server.wait()
+
+
+def _without_ports(path: Path) -> int:
+    """1, and the reasons, if a port cannot be had."""
+    findings = port_findings(yaml.safe_load(path.read_text()))
+    for finding in findings:
+        print(f"{path}: {finding}", file=sys.stderr)
+    return int(bool(findings))
 
 
 def _environment() -> dict[str, str]:

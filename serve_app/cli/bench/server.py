@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from serve_app.cli.bench.wire import Prepared, Target
 from serve_app.errors import ServeAppError
 
 _POLL_S = 0.5
+_CONNECT_S = 5.0
 
 
 class ServerError(ServeAppError):
@@ -35,8 +37,11 @@ def launched(
 ) -> Iterator[int]:
     """Start `command` (in `folder`) and yield its process id once it answers `probe` with 200; stop it as Ctrl-C would.
 
-    What it prints goes to `log`. Raises ServerError, with the end of the log, if it ends or takes too long.
+    What it prints goes to `log`. Raises ServerError, with the end of the log, if it ends or takes too long, and before
+    it starts anything if another server has the port already, which would be measured in its place.
     """
+    if is_listening(target):
+        raise ServerError(f"{target.host}:{target.port} has a server already; stop that one first")
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -69,6 +74,15 @@ def _wait_until_ready(
         if time.monotonic() > deadline:
             raise ServerError(f"the server does not answer {target.route} in time:\n{_tail(log)}")
         time.sleep(_POLL_S)
+
+
+def is_listening(target: Target) -> bool:
+    """Whether anybody takes connections there."""
+    try:
+        socket.create_connection((target.host, target.port), timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def answers(target: Target, probe: Prepared, timeout_s: float = 10.0) -> bool:

@@ -73,6 +73,18 @@ def test_it_is_stopped_when_the_measurement_fails(target: Target, probe: Prepare
     assert not answers(target, probe)
 
 
+def test_nothing_is_started_where_another_server_listens(target: Target, probe: Prepared, tmp_path: Path) -> None:
+    with launched(command(target), target, probe, tmp_path / "log"):
+        with (
+            pytest.raises(ServerError, match=f"{target.port} has a server already"),
+            launched(command(target), target, probe, tmp_path / "other"),
+        ):
+            pass
+        assert answers(target, probe)
+
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_server_that_ends_is_reported_with_what_it_said(target: Target, probe: Prepared, tmp_path: Path) -> None:
     dying = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
 

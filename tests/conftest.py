@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
 from tests.live import Live, served
+
+with suppress(ModuleNotFoundError):  # tests/gpu runs where hypothesis is not installed
+    from hypothesis import HealthCheck, settings
+
+    # Both are limits in wall-clock time, which a busy machine exceeds.
+    settings.register_profile("serve_app", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("serve_app")
 
 
 @pytest.fixture(scope="session")

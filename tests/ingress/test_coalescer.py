@@ -492,7 +492,7 @@ async def test_what_was_abandoned_is_counted_by_the_stage_it_had_reached(bench: 
     batches=st.integers(1, 3),
     max_requests=st.integers(1, 20),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_whoever_leaves_and_whenever_those_that_stay_get_their_own_rows(
     leaving: list[tuple[int, int]], batches: int, max_requests: int
 ) -> None:
@@ -534,7 +534,7 @@ requests = st.lists(st.lists(st.sampled_from(["bad", "poison", "cut!"]) | texts,
     max_characters=st.integers(1, 300),
     pauses=st.lists(st.booleans(), min_size=40, max_size=40),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_request_gets_its_own_rows_whatever_came_with_it(
     several: list[list[str]], batches: int, max_requests: int, max_characters: int, pauses: list[bool]
 ) -> None:

@@ -251,19 +251,19 @@ JSON_VALUES = st.recursive(
 BODY_OBJECTS = st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(path=st.sampled_from(POSTS), body=BODY_OBJECTS)
 def test_no_json_object_is_too_much(path: str, body: dict[str, Any]) -> None:
     assert _status(concrete(path), json.dumps(body).encode()) < 500
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(task=st.sampled_from(sorted(BODIES)), body=BODY_OBJECTS)
 def test_no_json_object_is_too_much_for_any_task(task: str, body: dict[str, Any]) -> None:
     assert _status(f"/models/{task}", json.dumps(body).encode()) < 500
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(path=st.sampled_from(POSTS), data=st.data())
 def test_no_mangled_example_is_too_much(path: str, data: st.DataObject) -> None:
     raw = bytearray(json.dumps(example_of(path)).encode())

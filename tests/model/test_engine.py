@@ -417,7 +417,7 @@ async def test_a_cancelled_call_counts_what_it_leaves(abandoned):
     forgotten=st.lists(st.tuples(st.integers(0, 13), st.booleans()), max_size=12),
     depth=st.integers(1, 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_is_forgotten_and_whenever_the_others_get_their_own_rows(lengths, forgotten, depth):
     call = named_call(lengths)
 

@@ -248,11 +248,11 @@ class AnyTraffic(RuleBasedStateMachine):
 
 
 TestAnyTraffic = AnyTraffic.TestCase
-TestAnyTraffic.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnyTraffic.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 @given(st.lists(st.tuples(st.integers(1, 100), st.booleans()), min_size=1, max_size=60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_bulk_waits_for_no_more_than_a_bounded_number_of_batches(arrivals):
     scheduler = Scheduler(LIMITS)
     bulk = job([100], priority="bulk")

@@ -63,7 +63,6 @@ def plain_ids(kind: str, text: str) -> list[int]:
 
 @pytest.mark.parametrize("kind", WITH_SEAMS)
 @given(text=texts)
-@settings(deadline=None)
 def test_the_tokens_of_both_sides_of_a_seam_are_those_of_the_whole(kind: str, text: str) -> None:
     whole = plain_ids(kind, text)
     for seam in seams_for(kind).pattern.finditer(text):
@@ -97,14 +96,13 @@ def kept(kind: str, side: Side, texts: Sequence[str | TextPair]) -> list[Any]:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", [*WITH_SEAMS, "llama"])
 @given(several=st.lists(texts, min_size=1, max_size=3))
-@settings(deadline=None)
 def test_what_is_kept_of_a_text_is_what_is_kept_of_it_uncut(kind: str, side: Side, several: list[str]) -> None:
     assert kept(kind, side, several) == told(uncut(kind, side).encode_batch(several))
 
 
 @pytest.mark.parametrize("kind", [*WITH_SEAMS, "llama"])
 @given(text=texts)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_without_truncation_a_text_is_whole_or_known_to_be_too_long(kind: str, text: str) -> None:
     (encoding,) = bounded(kind, None).encode([text * 8])
     whole = tokenizer_of(kind).encode(text * 8).ids
@@ -148,7 +146,7 @@ def test_a_text_without_spaces_is_read_too(text: str, side: Side) -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", [*WITH_SEAMS, "llama"])
 @given(first=texts, second=texts)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_what_is_kept_of_a_pair_is_what_the_tokenizer_keeps(kind: str, side: Side, first: str, second: str) -> None:
     pair = (first, second[: len(second) // 2])
     assert kept(kind, side, [pair, pair[::-1]]) == told(uncut(kind, side).encode_batch([pair, pair[::-1]]))

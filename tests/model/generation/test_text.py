@@ -52,7 +52,7 @@ def pieces(kind: str, tokens: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", GENERATING)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_pieces_of_any_tokens_are_the_decoded_whole(kind: str, data: st.DataObject) -> None:
     size = tokenizer_of(kind).get_vocab_size()
@@ -130,7 +130,7 @@ def marian(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_decoder(folder)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_pieces_of_a_slow_tokenizer_are_the_decoded_whole(marian: Any, data: st.DataObject) -> None:
     assert isinstance(marian, SlowDecoder)

@@ -22,15 +22,22 @@ RUN_S = 150.0
 
 def reason_why_not() -> str | None:
     """Why such hosts cannot be made here; None if they can."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        return "hosts in network namespaces need root on Linux"
-    missing = [tool for tool in ("ip", "unshare", "nsenter", "mount") if shutil.which(tool) is None]
-    if missing:
-        return f"hosts in network namespaces need the commands {', '.join(missing)}"
+    missing = _what_is_missing()
+    return None if missing is None else f"hosts in network namespaces need {missing}"
+
+
+def _what_is_missing() -> str | None:
+    if sys.platform != "linux":
+        return f"Linux, and this is {sys.platform}"
+    if os.geteuid() != 0:
+        return f"root, and this is user {os.geteuid()}"
+    commands = [name for name in ("ip", "unshare", "nsenter", "mount") if shutil.which(name) is None]
+    if commands:
+        return f"{', '.join(commands)}, not found here (.ci/install-system-packages installs them on Debian)"
     probe = subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True, check=False)
     if probe.returncode == 0:
         return None
-    return f"hosts in network namespaces need `unshare -n -m`, which fails here: {probe.stderr.decode().strip()}"
+    return f"`unshare -n -m`, which fails here: {probe.stderr.decode().strip()}"
 
 
 class Host:

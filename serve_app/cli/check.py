@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from serve_app.cli.exposure import exposure_findings
@@ -26,15 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = check_file(args.config)
-    for finding in findings:
-        print(f"{args.config}: {finding}", file=sys.stderr)
-    errors = sum(finding.is_error for finding in findings)
+    errors = show(args.config, check_file(args.config))
     if errors:
         print(f"{args.config}: {errors} error{'s' if errors > 1 else ''}", file=sys.stderr)
         return 1
     print(f"{args.config}: no errors")
     return 0
+
+
+def show(path: Path, findings: Sequence[Finding]) -> int:
+    """Print findings of a file to standard error; how many of them are errors."""
+    for finding in findings:
+        print(f"{path}: {finding}", file=sys.stderr)
+    return sum(finding.is_error for finding in findings)
 
 
 def check_file(path: Path, cores: int | None = None) -> list[Finding]:

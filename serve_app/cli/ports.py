@@ -9,11 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from serve_app.cli.serve_file import Finding
+from serve_app.cli.serve_file import Finding, ServeFile
 
 _EVERYWHERE = "0.0.0.0"
 _HAPROXY = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
@@ -29,14 +28,14 @@ class Listener:
     port: int
 
 
-def port_findings(config: Mapping[str, Any]) -> list[Finding]:
-    """The ports of a Serve config (as parsed from its file) that cannot be had on this machine.
+def port_findings(file: ServeFile) -> list[Finding]:
+    """The ports of a Serve config file that cannot be had on this machine.
 
     None where `serve run` would go to a cluster that is up already: its Serve may be what has them.
     """
     if joins_a_cluster():
         return []
-    found = ((listener, _obstacle(listener)) for listener in listeners(config))
+    found = ((listener, _obstacle(listener)) for listener in listeners(file))
     return [Finding(listener.key, reason) for listener, reason in found if reason is not None]
 
 
@@ -48,17 +47,15 @@ def joins_a_cluster() -> bool:
     return address != "local" and bool(address or read_ray_address())
 
 
-def listeners(config: Mapping[str, Any]) -> Iterator[Listener]:
-    http, grpc = config.get("http_options") or {}, config.get("grpc_options") or {}
-    yield Listener("http_options.port", str(http.get("host", _EVERYWHERE)), int(http.get("port", 8000)))
-    if grpc.get("grpc_servicer_functions"):
-        yield Listener("grpc_options.port", _EVERYWHERE, int(grpc.get("port", 9000)))
-    where = "controller_options.runtime_env.env_vars"
-    variables = ((config.get("controller_options") or {}).get("runtime_env") or {}).get("env_vars") or {}
-    settings = {**os.environ, **variables}
+def listeners(file: ServeFile) -> Iterator[Listener]:
+    yield Listener("http_options.port", file.host, file.http_port)
+    if file.grpc_port is not None:
+        yield Listener("grpc_options.port", _EVERYWHERE, file.grpc_port)
+    settings = {**os.environ, **file.controller_variables}
     if settings.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         for name, port in _HAPROXY.items():
-            yield Listener(f"{where}.{name}", _EVERYWHERE, int(settings.get(name, port)))
+            key = f"controller_options.runtime_env.env_vars.{name}"
+            yield Listener(key, _EVERYWHERE, int(settings.get(name, port)))
 
 
 def _obstacle(listener: Listener) -> str | None:

@@ -23,6 +23,7 @@ import yaml
 
 from serve_app.cli import check, haproxy
 from serve_app.cli.ports import port_findings
+from serve_app.cli.serve_file import parse_file
 
 POLL_S = 0.5
 STATUS_POLL_S = 2.0
@@ -36,21 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    refused = check.run(args) or _without_ports(args.config)
+    refused = check.run(args)
     if refused:
         return refused
+    file, _ = parse_file(args.config)
+    assert file is not None, "checked above"
+    if check.show(args.config, port_findings(file)):
+        return 1
     server = ServeRun(args.config)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())
     return server.wait()
-
-
-def _without_ports(path: Path) -> int:
-    """1, and the reasons, if a port cannot be had."""
-    findings = port_findings(yaml.safe_load(path.read_text()))
-    for finding in findings:
-        print(f"{path}: {finding}", file=sys.stderr)
-    return int(bool(findings))
 
 
 def _environment() -> dict[str, str]:

@@ -64,8 +64,11 @@ class ServeFile:
     applications: tuple[Application, ...]
     host: str
     """Where HTTP listens; Serve's default is every address."""
-    grpc_port: int | None = None
+    http_port: int
+    grpc_port: int | None
     """None where there is no gRPC."""
+    controller_variables: Mapping[str, str]
+    """Environment variables of Serve's controller, which starts HAProxy."""
 
 
 def parse_file(path: Path) -> tuple[ServeFile | None, list[Finding]]:
@@ -81,10 +84,16 @@ def parse_file(path: Path) -> tuple[ServeFile | None, list[Finding]]:
     findings = schema_findings(raw)
     if any(finding.is_error for finding in findings):
         return None, findings
-    host = str((raw.get("http_options") or {}).get("host", "0.0.0.0"))
-    grpc = raw.get("grpc_options") or {}
-    grpc_port = int(grpc.get("port", 9000)) if grpc.get("grpc_servicer_functions") else None
-    return ServeFile(tuple(_applications(raw)), host, grpc_port), findings
+    http, grpc = raw.get("http_options") or {}, raw.get("grpc_options") or {}
+    runtime_env = (raw.get("controller_options") or {}).get("runtime_env") or {}
+    file = ServeFile(
+        applications=tuple(_applications(raw)),
+        host=str(http.get("host", "0.0.0.0")),
+        http_port=int(http.get("port", 8000)),
+        grpc_port=int(grpc.get("port", 9000)) if grpc.get("grpc_servicer_functions") else None,
+        controller_variables=runtime_env.get("env_vars") or {},
+    )
+    return file, findings
 
 
 def schema_findings(raw: dict[str, Any]) -> list[Finding]:

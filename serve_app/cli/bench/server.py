@@ -40,7 +40,7 @@ def launched(
     What it prints goes to `log`. Raises ServerError, with the end of the log, if it ends or takes too long, and before
     it starts anything if another server has the port already, which would be measured in its place.
     """
-    if is_listening(target):
+    if _is_listening(target):
         raise ServerError(f"{target.host}:{target.port} has a server already; stop that one first")
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -76,7 +76,7 @@ def _wait_until_ready(
         time.sleep(_POLL_S)
 
 
-def is_listening(target: Target) -> bool:
+def _is_listening(target: Target) -> bool:
     """Whether anybody takes connections there."""
     try:
         socket.create_connection((target.host, target.port), timeout=_CONNECT_S).close()

@@ -56,7 +56,7 @@ def test_the_server_does_as_its_document_says(document: Any, method: str, path: 
         aimed = st.tuples(allowed, st.sampled_from(models_for(path))).map(lambda drawn: asked_of(*drawn))
         cases += [aimed, aimed, operation.as_strategy(generation_mode=GenerationMode.NEGATIVE)]
 
-    @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=st.one_of(cases))
     def agree(case: Any) -> None:
         patient(case).call_and_validate(checks=AGREEMENT, timeout=60)

@@ -141,7 +141,10 @@ async def test_nothing_that_is_sent_makes_a_line_of_its_own(service: FakeService
 
 
 @given(st.text(max_size=40), st.binary(max_size=40))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=100,
+    suppress_health_check=[*settings.default.suppress_health_check, HealthCheck.function_scoped_fixture],
+)
 def test_any_text_and_header_leave_one_line(lines: Lines, text: str, header: bytes) -> None:
     async def post() -> None:
         async with client_of(FakeService(), log_requests=True) as client:

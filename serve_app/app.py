@@ -1,4 +1,8 @@
-"""The application graph: the only place where deployments are bound together."""
+"""The application graphs: the only place where deployments are bound together.
+
+The ingress is one application, and each model is one beside it. Serve replaces every replica of an application when its
+`args` change, so a change of one model touches no other.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,17 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.cache.prewarm import warmer_actors
-from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse
-from serve_app.ingress.deployment import Ingress, ModelHandles
+from serve_app.config import (
+    SURGE_PERCENT,
+    IngressConfig,
+    IngressSettings,
+    ModelAppConfig,
+    ModelSettings,
+    model_deployment,
+    parse,
+    tokenizer_deployment,
+)
+from serve_app.ingress.deployment import Ingress
 from serve_app.model.deployment import ModelReplica
 from serve_app.tokenizer.deployment import TokenizerReplica
 
@@ -17,6 +30,9 @@ MAX_ONGOING_REQUESTS = 1024
 
 HEALTH_CHECK_PERIOD_S = 5.0
 
+HEALTH_CHECK_TIMEOUT_S = 10.0
+"""A replica whose process hangs is replaced after three checks that time out."""
+
 START_RETRIES = 3
 """Tries of a deployment of which nothing has ever started, its pre-warm included: what 20, Serve's default, would only
 tell minutes later (a source that refuses us, a model that cannot be loaded) fails soon. The reason shows at once."""
@@ -24,50 +40,74 @@ tell minutes later (a source that refuses us, a model that cannot be loaded) fai
 ROUTER = RequestRouterConfig(request_router_class="serve_app.ingress.router.LeastOutstandingRouter")
 """How the ingress chooses among a tier's replicas."""
 
-LIGHT_TIER_CPUS = 0.2
-"""Cores that Ray reserves for an ingress or tokenizer replica: what they use on a small machine, beside the model."""
+LIGHT_TIER_CPUS = 0.1
+"""Cores that Ray reserves for an ingress or tokenizer replica, which leave most of a small machine to the model."""
 
 
-def build(args: AppConfig) -> Application:
-    """The graph ingress -> <model>-tokenizer -> <model>-model. Pure: starts nothing, and may run more than once.
+def build(args: IngressConfig) -> Application:
+    """The application that answers clients. Pure: starts nothing, and may run more than once.
 
     What stands under `deployments:` in serve_config.yaml overrides the options given here. Serve passes `args:` as it
     stands in the file. Raises ConfigError that names every wrong key and the reason.
     """
-    config = parse(AppConfig, args, "args")
-    handles = {model.name: _model_tiers(model, config) for model in config.models}
+    config = parse(IngressConfig, args, "args")
     ingress = serve.deployment(
         serve.ingress(None)(Ingress),
         name="ingress",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         user_config=IngressSettings().model_dump(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        max_surge_percent=SURGE_PERCENT,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
-    return ingress.bind(config, handles)
+    return ingress.bind(config)
 
 
-def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
-    warm = warmer_actors(config.models, config.cache)
+def build_model(args: ModelAppConfig) -> Application:
+    """The application of one model: its tokenizer and model tiers, which ingress replicas call. As pure as `build`."""
+    config = parse(ModelAppConfig, args, "args")
+    model, warm = config.model, warmer_actors([config.model], config.cache)
     tokenizer = serve.deployment(
         TokenizerReplica,
-        name=f"{model.name}-tokenizer",
+        name=tokenizer_deployment(model.name),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         deployment_actors=warm,
         max_constructor_retry_count=START_RETRIES,
         request_router_config=ROUTER,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        max_surge_percent=SURGE_PERCENT,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
     tier = serve.deployment(
         ModelReplica,
-        name=f"{model.name}-model",
+        name=model_deployment(model.name),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         deployment_actors=warm,
         max_constructor_retry_count=START_RETRIES,
         request_router_config=ROUTER,
         user_config=ModelSettings().model_dump(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        max_surge_percent=SURGE_PERCENT,
         ray_actor_options={"num_cpus": model.num_threads, "num_gpus": 1 if model.device == "cuda" else 0},
     )
-    return ModelHandles(tokenizer.bind(model, config.cache), tier.bind(model, config.cache))
+    root = serve.deployment(
+        ModelRoot,
+        name=model.name,
+        autoscaling_config={"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1},
+        ray_actor_options={"num_cpus": 0},
+    )
+    return root.bind(tokenizer.bind(model, config.cache), tier.bind(model, config.cache))
+
+
+class ModelRoot:
+    """The deployment that Serve wants at the root of an application.
+
+    Nobody calls it, so it has no replica. It cannot be one of the tiers: Serve would open ports for HTTP in each of a
+    root's replicas, and behind HAProxy it takes no request router of ours there.
+    """
+
+    def __init__(self, *tiers: object) -> None:
+        pass

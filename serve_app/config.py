@@ -1,19 +1,31 @@
 """Configuration, frozen after parsing; unknown keys are refused.
 
-`AppConfig` is the `args:` of the application in `serve_config.yaml`: what a deployment *is* (changing it restarts
-replicas). `IngressSettings` and `ModelSettings` are the `user_config:` of the deployments: what
+`IngressConfig` and `ModelAppConfig` are the `args:` of applications in `serve_config.yaml`: what a deployment *is*
+(changing it replaces replicas). `IngressSettings` and `ModelSettings` are the `user_config:` of the deployments: what
 an operator tunes while they run (changing a number applies without a restart).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve_app.errors import ConfigError
+
+BUILDER = "serve_app.app:build"
+"""`import_path` of the ingress application in a Serve file."""
+
+MODEL_BUILDER = "serve_app.app:build_model"
+"""`import_path` of a model's application in a Serve file."""
+
+SURGE_PERCENT = 50
+"""How many new replicas of a deployment may run beside the old ones while they are replaced, in percent of these and at
+least one. An old replica stops only when a new one is ready."""
 
 _REVISION = re.compile(r"[0-9a-f]{40}")
 _ALIAS = re.compile(r"[!-~]{1,256}")
@@ -252,53 +264,81 @@ class ApiKeysConfig(_Frozen):
         return self
 
 
-class AppConfig(_Frozen):
-    """The whole application: `args:` in serve_config.yaml."""
+class IngressConfig(_Frozen):
+    """The ingress application: `args` of `serve_app.app:build` in serve_config.yaml."""
 
-    models: tuple[ModelConfig, ...] = Field(description="The models to serve, at least one.")
-    cache: CacheConfig = Field(CacheConfig(), description="Where models lie on each node.")
+    cache: CacheConfig = Field(CacheConfig(), description="Where models lie on each node; the same as the models'.")
     api_keys: ApiKeysConfig | None = Field(
         None,
         description="Ask every client for an API key of this list. Without it anybody who reaches the server may ask.",
     )
 
-    @model_validator(mode="after")
-    def _serves_something(self) -> AppConfig:
-        if not self.models:  # not min_length, which also complains where the only model is wrong in itself
-            raise ValueError("models is empty: name at least one")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _models_are_applications(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("models"):
+            raise ValueError(
+                "models are applications of their own, so that a change of one restarts nothing of another. Take "
+                "`models` out here, move the deployments of each model too, and add:\n" + _as_applications(value)
+            )
+        return value
 
-    @model_validator(mode="after")
-    def _names_are_unique(self) -> AppConfig:
-        names = [model.name for model in self.models]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two models have the same name: {', '.join(twice)}")
-        return self
 
-    @model_validator(mode="after")
-    def _aliases_are_unique(self) -> AppConfig:
-        names = {model.name for model in self.models}
-        aliases = [alias for model in self.models for alias in model.aliases]
-        clashing = sorted({alias for alias in aliases if alias in names or aliases.count(alias) > 1})
-        if clashing:
-            raise ValueError(f"each alias leads to one model; these are names, or stand twice: {', '.join(clashing)}")
-        return self
+class ModelAppConfig(_Frozen):
+    """The application of one model: `args` of `serve_app.app:build_model` in serve_config.yaml."""
 
-    def aliases(self) -> Mapping[str, str]:
-        """Every other name that a request may give a model, with the model's own.
+    model: ModelConfig = Field(description="The model to serve.")
+    cache: CacheConfig = Field(CacheConfig(), description="Where models lie on each node; the same for all models.")
 
-        Sources on the Hub are among them, but for one that two models have or that is another model's name or alias.
-        """
-        listed = {alias: model.name for model in self.models for alias in model.aliases}
-        names = {model.name for model in self.models}
-        sources = [model.source for model in self.models]
-        implied = {
-            model.source: model.name
-            for model in self.models
-            if source_kind(model.source) == "hub" and sources.count(model.source) == 1 and model.source not in names
+
+def _as_applications(args: Mapping[str, Any]) -> str:
+    """The models of `args`, as it was once written for all of them, each as an application."""
+    models = args["models"] if isinstance(args["models"], list) else []
+    cache = {"cache": args["cache"]} if args.get("cache") else {}
+    applications = [
+        {
+            "name": model.get("name", "model") if isinstance(model, Mapping) else "model",
+            "route_prefix": None,
+            "import_path": MODEL_BUILDER,
+            "args": {**cache, "model": model},
         }
-        return {**implied, **listed}
+        for model in models
+    ]
+    return textwrap.indent(yaml.safe_dump(applications, sort_keys=False), "  ")
+
+
+def name_clashes(models: Sequence[ModelConfig]) -> list[str]:
+    """Names and aliases that would lead to more than one of the models."""
+    names = [model.name for model in models]
+    aliases = [alias for model in models for alias in model.aliases]
+    return sorted({name for name in (*names, *aliases) if names.count(name) + aliases.count(name) > 1})
+
+
+def aliases_of(models: Sequence[ModelConfig]) -> Mapping[str, str]:
+    """Every other name that a request may give a model, with the model's own.
+
+    Sources on the Hub are among them. A name that could mean two models is left to the first that lists it, and is no
+    alias where it is a model's own name; a source that two models have is no alias.
+    """
+    names = {model.name for model in models}
+    sources = [model.source for model in models]
+    implied = {
+        model.source: model.name
+        for model in models
+        if source_kind(model.source) == "hub" and sources.count(model.source) == 1
+    }
+    listed = {alias: model.name for model in reversed(models) for alias in model.aliases}
+    return {alias: name for alias, name in {**implied, **listed}.items() if alias not in names}
+
+
+def tokenizer_deployment(model: str) -> str:
+    """The name of a model's tokenizer deployment."""
+    return f"{model}-tokenizer"
+
+
+def model_deployment(model: str) -> str:
+    """The name of a model's model deployment."""
+    return f"{model}-model"
 
 
 class IngressSettings(_Frozen):

@@ -26,6 +26,7 @@ ServeAppError
     ├── OverloadedError         a bounded queue is full: come back later
     │   └── QuotaExceededError  an API key has used up what it may
     ├── UnavailableError        not ready, draining, or a replica was lost
+    │   └── VersionGoneError    no replica of the version that the request began with is left
     ├── DeadlineExceededError   the request's time ran out before the answer
     └── ModelFailureError       the forward pass failed for this input
 
@@ -160,6 +161,10 @@ class QuotaExceededError(OverloadedError):
 
 
 class UnavailableError(ServerError):
+    code = "unavailable"
+
+
+class VersionGoneError(UnavailableError):
     code = "unavailable"
 
 

@@ -102,6 +102,8 @@ class GeneratedPiece:
     prompt_tokens: int = 0
     truncated: bool = False
     """Whether the prompt was cut, which the first piece tells."""
+    revision: str = ""
+    """The revision of the model that makes the answer, which the first piece tells an ingress's clients."""
 
 
 TaskOutput: TypeAlias = (

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.errors import ServeAppError
+from serve_app.errors import ServeAppError, VersionGoneError
 from serve_app.options import GenerationOptions, TaskOptions
 from serve_app.outputs import TaskOutput
 
@@ -91,6 +91,39 @@ class TokenizeRequest:
     """Whether `TokenBatch.alignment` is wanted."""
     max_windows: int = 512
     """Most windows of inputs that need more than one, of all inputs together; beyond it the request is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What a replica has loaded, so that replicas of two tiers are never put together by mistake.
+
+    `fingerprint` changes with the files, the model's configuration or the software; `revision` is for people.
+    """
+
+    fingerprint: str
+    revision: str
+
+    def check(self, fingerprint: str) -> None:
+        """Raises VersionGoneError unless a call is meant for a replica of this version."""
+        if fingerprint != self.fingerprint:
+            raise VersionGoneError(f"this replica has version {self.fingerprint}, and the call is for {fingerprint}")
+
+
+@dataclass(frozen=True, slots=True)
+class VersionCall:
+    """A call without arguments of its own, to a replica of one version."""
+
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeCall:
+    """One coalesced batch for a tokenizer replica of one version."""
+
+    requests: tuple[TokenizeRequest, ...]
+    version: str
+    id: str = ""
+    """By which the replica that has the call can be found while it is under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +288,8 @@ class ForwardCall:
     """(m,), or empty where all are interactive."""
     arguments: tuple[HeadArguments | None, ...] = ()
     """(m,), or empty where the head needs none."""
+    version: str = ""
+    """Fingerprint of the replicas that made `tokens`; only a model replica of the same one computes them."""
     id: str = ""
     """By which some of its requests can be taken back while it is under way (Forget); empty if they cannot."""
 
@@ -286,6 +321,10 @@ class GenerationCall:
     time_left_s: float | None = None
     """Seconds left when the call is sent; None for no limit."""
     priority: Priority = "interactive"
+    version: str = ""
+    """Fingerprint of the replica that made `input_ids`; only a model replica of the same one computes them."""
+    id: str = ""
+    """By which the replica that has the call can be found while it is under way."""
 
     @property
     def weight(self) -> int:
@@ -356,6 +395,8 @@ class Answer:
     """How many of the inputs were cut."""
     windows: int = 0
     """How many windows were computed for inputs that needed more than one."""
+    version: Version | None = None
+    """What computed it; None where no model did."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import os
 import pickle
 import socket
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,14 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.schema import ReplicaRank
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.config import AppConfig, CacheConfig, IngressSettings, ModelConfig, ModelSettings
-from serve_app.ingress.deployment import Ingress, ModelHandles
+from serve_app.config import CacheConfig, IngressConfig, IngressSettings, ModelConfig, ModelSettings
+from serve_app.ingress.deployment import Ingress
 from serve_app.ingress.front import Front
+from serve_app.ingress.served_model import ModelTiers
+from serve_app.ingress.tier import Tier, TierView
 from serve_app.model.deployment import ModelReplica
 from serve_app.tokenizer.deployment import TokenizerReplica
+from serve_app.types import Version
 
 T = TypeVar("T")
 
@@ -104,10 +107,10 @@ def running(models: Sequence[ModelConfig], root: Path, **settings: Any) -> Itera
 
     The environment, in which replicas write, is put back at the end.
     """
-    config = AppConfig(models=tuple(models), cache=CacheConfig(root=str(root), directory_mode="direct"))
+    cache = CacheConfig(root=str(root), directory_mode="direct")
     started: Future[tuple[uvicorn.Server, asyncio.AbstractEventLoop]] = Future()
     listener = _listening()
-    work = _run(config, IngressSettings.model_validate(settings), listener, started)
+    work = _run(models, cache, IngressSettings.model_validate(settings), listener, started)
     thread = threading.Thread(target=asyncio.run, args=(work,), name="application")
     with mock.patch.dict(os.environ), in_a_replica(), contextlib.closing(listener):
         thread.start()
@@ -143,16 +146,18 @@ def _listening() -> socket.socket:
 
 
 async def _run(
-    config: AppConfig,
+    models: Sequence[ModelConfig],
+    cache: CacheConfig,
     settings: IngressSettings,
     listener: socket.socket,
     started: Future[tuple[uvicorn.Server, asyncio.AbstractEventLoop]],
 ) -> None:
     replicas: list[Any] = []
     try:
-        handles = {model.name: await _tiers(model, config.cache, replicas) for model in config.models}
-        ingress = Ingress(config, handles)
+        served = {model.name: (model, await _tiers(model, cache, replicas)) for model in models}
+        ingress = Ingress(IngressConfig(cache=cache), Listed(served))
         ingress.reconfigure(settings.model_dump())
+        await ingress.look()
         app = Front(TellsRequestId(ingress.__serve_build_asgi_app__()))
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
         started.set_result((server, asyncio.get_running_loop()))
@@ -164,6 +169,19 @@ async def _run(
     finally:
         for replica in replicas:
             replica.__del__()  # which is what Serve calls when a replica ends
+
+
+class Listed:
+    """A directory of models that do not change."""
+
+    def __init__(self, served: Mapping[str, tuple[ModelConfig, ModelTiers]]) -> None:
+        self._served = served
+
+    async def models(self) -> Mapping[str, ModelConfig]:
+        return {name: model for name, (model, _) in self._served.items()}
+
+    def tiers(self, application: str, model: str) -> ModelTiers:
+        return self._served[application][1]
 
 
 class TellsRequestId:
@@ -182,12 +200,19 @@ class TellsRequestId:
         await self._app(scope, receive, told if scope["type"] == "http" else send)
 
 
-async def _tiers(model: ModelConfig, cache: CacheConfig, replicas: list[Any]) -> ModelHandles:
+async def _tiers(model: ModelConfig, cache: CacheConfig, replicas: list[Any]) -> ModelTiers:
     tokenizer = await _replica(TokenizerReplica, model, cache)
     tier = await _replica(ModelReplica, model, cache)
     tier.reconfigure(ModelSettings().model_dump())
     replicas.append(tier)
-    return ModelHandles(Handle(tokenizer), Handle(tier))
+    return ModelTiers(tier_of(tokenizer), tier_of(tier))
+
+
+def tier_of(replica: Any) -> Tier:
+    """A tier of which `replica` is the only one."""
+    view = TierView()
+    view.update({ReplicaID("test", DeploymentID("tier", "model")): Version(**replica.record_replica_metadata())})
+    return Tier(Handle(replica), view)
 
 
 async def _replica(cls: Any, model: ModelConfig, cache: CacheConfig) -> Any:

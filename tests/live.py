@@ -26,6 +26,7 @@ from deploy.examples.make_tiny_models import make
 from serve_app.cli import haproxy
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "deploy" / "examples" / "all-tasks.yaml"
 START_TIMEOUT_S = 150
 STOP_TIMEOUT_S = 60
 EXAMPLES_START_TIMEOUT_S = 600
@@ -95,9 +96,15 @@ def local_config(folder: Path, change: Callable[[dict[str, Any]], None] = lambda
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_port + 20),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + 39),
     }
-    config["applications"][0]["args"]["cache"]["root"] = str(folder / "models")
+    for application in config["applications"]:
+        application["args"]["cache"] = {"root": str(folder / "models")}
     change(config)
     return config
+
+
+def models_of(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models of a Serve configuration, to be read or edited."""
+    return [application["args"]["model"] for application in config["applications"] if "model" in application["args"]]
 
 
 @contextmanager
@@ -148,12 +155,13 @@ def examples_served(models: Path, settings: Mapping[str, Any] | None = None) -> 
     make(models)
 
     def serve_examples(config: dict[str, Any]) -> None:
-        (application,) = yaml.safe_load((ROOT / "deploy" / "examples" / "all-tasks.yaml").read_text())["applications"]
-        application["args"]["cache"] = config["applications"][0]["args"]["cache"]
-        application["deployments"][0]["user_config"] |= settings or {}
-        for model in application["args"]["models"]:
+        cache = config["applications"][0]["args"]["cache"]
+        config["applications"] = applications = yaml.safe_load(EXAMPLES.read_text())["applications"]
+        applications[0]["deployments"][0]["user_config"] |= settings or {}
+        for application in applications:
+            application["args"]["cache"] = cache
+        for model in models_of(config):
             model["source"] = model["source"].replace("~/.cache/serve_app/examples", str(models))
-        config["applications"] = [application]
 
     with served(serve_examples, wait=False) as live:
         wait_until_ready(live, EXAMPLES_START_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The one actor of an application that warms nodes, and how to reach it.
+"""The one actor of a cluster that warms nodes and lets replicas become ready, and how to reach it.
 
 Whoever finds no warmer makes one: it knows nothing that is not on the nodes' disks too, so it may die at any time.
 """
@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from serve_app.cache.delivery import Delivery
@@ -27,8 +26,12 @@ from serve_app.cache.status import PHASES, ModelOnNode
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import CacheError, SourceNotFoundError, SourceUnavailableError
 from serve_app.metrics import CacheMetrics
+from serve_app.types import TokenBatch
+from serve_app.versions import Member, VersionBarrier
 
 NAMESPACE = "serve_app"
+APPLICATIONS = "applications"
+"""The warmer that all applications with one cache configuration share."""
 ON_HEAD = {"node:__internal_head__": 0.001}
 """Warmers and gates run on the head node: on another they would keep it from being scaled away."""
 _RETRY_S = 0.5
@@ -58,6 +61,7 @@ class Warmer:
         self._wanted: dict[str, tuple[ModelConfig, float]] = {}
         self._metrics = CacheMetrics()
         self._tending: asyncio.Task[None] | None = None
+        self._barrier = VersionBarrier()
 
     async def warm(self, models: Sequence[ModelConfig], keep_going: bool = False) -> None:
         """Put `models` on every node that is alive.
@@ -90,6 +94,18 @@ class Warmer:
         if process is not None and key is not None:
             await (await self._site(node_id)).lease(key, process)
         return path
+
+    async def present(self, member: Member, probe: TokenBatch | None) -> None:
+        """A replica that has loaded lives."""
+        self._barrier.present(member, probe)
+
+    async def probe(self, model: str, fingerprint: str) -> TokenBatch:
+        """What a tokenizer replica of that version of the model has encoded; waits until there is one."""
+        return await self._barrier.probe(model, fingerprint)
+
+    async def enter(self, member: Member, probe: TokenBatch | None) -> None:
+        """Wait until a replica may become ready without an old version being lost to it."""
+        await self._barrier.enter(member, probe)
 
     async def pid(self) -> int:
         return os.getpid()
@@ -305,15 +321,14 @@ async def keep_warm(models: list[dict[str, Any]], cache: dict[str, Any]) -> None
 
 
 async def _ask_mine(method: str, models: list[dict[str, Any]], cache: dict[str, Any]) -> None:
-    app = serve.get_deployment_actor_context().app_name
     parsed = [ModelConfig.model_validate(model) for model in models]
-    await ask_warmer(app, CacheConfig.model_validate(cache), method, parsed)
+    await ask_warmer(APPLICATIONS, CacheConfig.model_validate(cache), method, parsed)
 
 
-async def ask_warmer(app: str, cache: CacheConfig, method: str, *arguments: Any) -> Any:
-    """Call the application's warmer, made now if there is none, again if it dies meanwhile. Raises CacheError."""
+async def ask_warmer(of: str, cache: CacheConfig, method: str, *arguments: Any) -> Any:
+    """Call the warmer of that name, made now if there is none, again if it dies meanwhile. Raises CacheError."""
     while True:
-        warmer = await asyncio.to_thread(_warmer, app, cache)
+        warmer = await asyncio.to_thread(_warmer, of, cache)
         try:
             return await getattr(warmer, method).remote(*arguments)
         except RayTaskError as error:
@@ -321,12 +336,12 @@ async def ask_warmer(app: str, cache: CacheConfig, method: str, *arguments: Any)
                 raise error.cause from None
             raise
         except RayActorError:
-            _held.pop(_place(app, cache), None)
+            _held.pop(_place(of, cache), None)
             await asyncio.sleep(_RETRY_S)
 
 
-def _warmer(app: str, cache: CacheConfig) -> Any:
-    place = _place(app, cache)
+def _warmer(of: str, cache: CacheConfig) -> Any:
+    place = _place(of, cache)
     if place not in _held:
         options = {
             "name": place[-1],
@@ -340,12 +355,12 @@ def _warmer(app: str, cache: CacheConfig) -> Any:
     return _held[place]
 
 
-def _place(app: str, cache: CacheConfig) -> tuple[str, str, str]:
+def _place(of: str, cache: CacheConfig) -> tuple[str, str, str]:
     here = ray.get_runtime_context()
-    return here.get_node_id(), here.get_worker_id(), warmer_name(app, cache)
+    return here.get_node_id(), here.get_worker_id(), warmer_name(of, cache)
 
 
-def warmer_name(app: str, cache: CacheConfig) -> str:
+def warmer_name(of: str, cache: CacheConfig) -> str:
     """Differs with the cache's configuration, so that a changed one does not meet a warmer that has the old."""
     digest = hashlib.sha256(cache.model_dump_json().encode()).hexdigest()[:12]
-    return f"warmer::{app}::{digest}"
+    return f"warmer::{of}::{digest}"

@@ -7,18 +7,30 @@ itself refuses shows up only in a replica's log. Here each is one line: file, ke
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from serve_app.cli.exposure import exposure_findings
 from serve_app.cli.serve_file import Application, Finding, ServeFile, parse_file
-from serve_app.cli.tuning import Deployed, tuning_findings
-from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse
+from serve_app.cli.tuning import Deployed, ServedModel, tuning_findings
+from serve_app.config import (
+    BUILDER,
+    MODEL_BUILDER,
+    IngressConfig,
+    IngressSettings,
+    ModelAppConfig,
+    ModelConfig,
+    ModelSettings,
+    model_deployment,
+    name_clashes,
+    parse,
+    tokenizer_deployment,
+)
 from serve_app.errors import ConfigError
-
-BUILDER = "serve_app.app:build"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,27 +58,55 @@ def check_file(path: Path, cores: int | None = None) -> list[Finding]:
     file, findings = parse_file(path)
     if file is None:
         return findings
+    deployed = Deployed()
     for application in file.applications:
-        if application.import_path == BUILDER:
-            findings += _check_application(application, file, cores or os.cpu_count() or 1)
-    return findings
+        findings += _check_application(application, file, deployed)
+    return [*findings, *_together(file, deployed), *tuning_findings(deployed, cores or os.cpu_count() or 1)]
 
 
-def _check_application(application: Application, file: ServeFile, cores: int) -> list[Finding]:
+def _check_application(application: Application, file: ServeFile, deployed: Deployed) -> list[Finding]:
+    """What is wrong with one application by itself; its settings go to `deployed`."""
     where = f"{application.where}.args"
     try:
-        config = parse(AppConfig, application.args, where)
+        if application.import_path == BUILDER:
+            config = parse(IngressConfig, application.args, where)
+            found = list(exposure_findings(config, file, where))
+            return [*_read_deployments(application, _ingress_reader(deployed), deployed), *found]
+        if application.import_path == MODEL_BUILDER:
+            model = parse(ModelAppConfig, application.args, where).model
+            deployed.models.append(ServedModel(model, f"{where}.model"))
+            return _read_deployments(application, _model_readers(model, deployed), deployed)
     except ConfigError as error:
-        return [_from_line(line) for line in error.message.splitlines()]
-    deployed, findings = _read_deployments(application, config)
-    found = (*tuning_findings(config, deployed, where, cores), *exposure_findings(config, file, where))
-    return [*findings, *found]
+        return list(_from_lines(error))
+    return []
 
 
-def _read_deployments(application: Application, config: AppConfig) -> tuple[Deployed, list[Finding]]:
-    """The settings of every deployment that the application has, and what is wrong with the file's entries."""
-    deployed = Deployed()
-    readers = _readers(config, deployed)
+def _together(file: ServeFile, deployed: Deployed) -> Iterator[Finding]:
+    """What is wrong with our applications beside each other."""
+    ours = [one for one in file.applications if one.import_path in (BUILDER, MODEL_BUILDER)]
+    models = [one for one in ours if one.import_path == MODEL_BUILDER]
+    for one in models:
+        if one.route_prefix is not None:
+            reason = "write null: clients reach a model through the ingress application, and only through it"
+            yield Finding(f"{one.where}.route_prefix", reason)
+    if models and len(ours) == len(models):
+        yield Finding("applications", f"no application has import_path {BUILDER}: nothing would answer clients")
+    if ours and not models:
+        reason = f"no application has import_path {MODEL_BUILDER}: no model would be served"
+        yield Finding("applications", reason, is_error=False)
+    for name in name_clashes([served.config for served in deployed.models]):
+        yield Finding("applications", f"{name} is a name or alias of two models; each leads to one")
+    caches = {json.dumps((one.args or {}).get("cache"), sort_keys=True) for one in ours}
+    if len(caches) > 1:
+        reason = "cache differs between applications; write it once (&cache) and repeat it (*cache)"
+        yield Finding("applications", reason, is_error=False)
+
+
+Reader = Callable[[object, str], None]
+
+
+def _read_deployments(application: Application, readers: dict[str, Reader], deployed: Deployed) -> list[Finding]:
+    """Put the settings of the application's deployments into `deployed`; what is wrong with the file's entries."""
     findings: list[Finding] = []
     for entry in application.deployments:
         reader = readers.get(entry.name)
@@ -78,32 +118,24 @@ def _read_deployments(application: Application, config: AppConfig) -> tuple[Depl
         try:
             reader(entry.user_config, f"{entry.where}.user_config")
         except ConfigError as error:
-            findings += [_from_line(line) for line in error.message.splitlines()]
-    return deployed, findings
+            findings += _from_lines(error)
+    return findings
 
 
-Reader = Callable[[object, str], None]
-
-
-def _readers(config: AppConfig, deployed: Deployed) -> dict[str, Reader]:
-    """What `user_config` of each deployment means, by the names that the application's builder gives them."""
-
-    def read_ingress(raw: object, where: str) -> None:
+def _ingress_reader(deployed: Deployed) -> dict[str, Reader]:
+    def read(raw: object, where: str) -> None:
         deployed.ingress = parse(IngressSettings, raw, where)
 
-    def read_model(model: ModelConfig) -> Reader:
-        def read(raw: object, where: str) -> None:
-            deployed.models[model.name] = parse(ModelSettings, raw, where)
-
-        return read
-
-    return {"ingress": read_ingress, **dict(_tiers(config, read_model))}
+    return {"ingress": read}
 
 
-def _tiers(config: AppConfig, read_model: Callable[[ModelConfig], Reader]) -> Iterator[tuple[str, Reader]]:
-    for model in config.models:
-        yield f"{model.name}-tokenizer", _read_nothing
-        yield f"{model.name}-model", read_model(model)
+def _model_readers(model: ModelConfig, deployed: Deployed) -> dict[str, Reader]:
+    """What `user_config` of each of a model's deployments means, by the names that `build_model` gives them."""
+
+    def read(raw: object, where: str) -> None:
+        deployed.settings[model.name] = parse(ModelSettings, raw, where)
+
+    return {tokenizer_deployment(model.name): _read_nothing, model_deployment(model.name): read}
 
 
 def _read_nothing(raw: object, where: str) -> None:
@@ -111,6 +143,8 @@ def _read_nothing(raw: object, where: str) -> None:
         raise ConfigError(f"{where}: this deployment takes none; its settings are in args")
 
 
-def _from_line(line: str) -> Finding:
-    key, _, reason = line.partition(": ")
-    return Finding(key, reason)
+def _from_lines(error: ConfigError) -> Iterator[Finding]:
+    """A line for each key; a reason of several lines goes on at an indented one."""
+    for line in re.split(r"\n(?=\S)", error.message):
+        key, _, reason = line.partition(": ")
+        yield Finding(key, reason)

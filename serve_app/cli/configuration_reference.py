@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from serve_app.config import AppConfig, IngressSettings, ModelSettings
+from serve_app.config import IngressConfig, IngressSettings, ModelAppConfig, ModelSettings
 
 HEAD = """\
 # Configuration
@@ -19,14 +19,15 @@ HEAD = """\
 Every key of `args` and `user_config` in `serve_config.yaml`, with its default. This page is made from
 `serve_app/config.py`: `python -m serve_app.cli.configuration_reference > docs/configuration.md`.
 
-Keys under `args` say what a deployment *is*: changing one restarts replicas. Keys under `user_config` are what an
-operator tunes: a changed number applies to running replicas on the next `serve deploy`. Unknown keys are refused.
+Keys under `args` say what a deployment *is*: changing one replaces the application's replicas. Keys under `user_config`
+are what an operator tunes: a changed number applies to running replicas on the next deploy. Unknown keys are refused.
 `serve-app check serve_config.yaml` checks a file without starting anything. The other keys of the file are Ray Serve's
 own; `serve_config.yaml` lists those worth tuning, each with its unit.
 """
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
-    ("applications[].args", AppConfig),
+    ("args of the ingress application", IngressConfig),
+    ("args of a model's application", ModelAppConfig),
     ("user_config of the deployment `ingress`", IngressSettings),
     ("user_config of each deployment `<model>-model`", ModelSettings),
 )
@@ -51,7 +52,7 @@ def _section(where: str, model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         for inner in _models_in(field.annotation):
             brackets = "[]" if _is_list(field.annotation) else ""
-            yield from _section(f"{where.removeprefix('applications[].')}.{name}{brackets}", inner)
+            yield from _section(f"{where}, `{name}{brackets}`", inner)
 
 
 def _row(name: str, field: FieldInfo) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serve_app.cli.serve_file import Finding, ServeFile
-from serve_app.config import AppConfig
+from serve_app.config import IngressConfig
 from serve_app.errors import ConfigError
 from serve_app.ingress.keys import keys_of_file
 from serve_app.ingress.reach import is_loopback
@@ -18,7 +18,7 @@ OPEN = (
 )
 
 
-def exposure_findings(config: AppConfig, file: ServeFile, where: str) -> Iterator[Finding]:
+def exposure_findings(config: IngressConfig, file: ServeFile, where: str) -> Iterator[Finding]:
     """`where` is the key of the application's args."""
     if config.api_keys is None:
         if not is_loopback(file.host):

@@ -20,10 +20,9 @@ from serve_app.cache.manifest import Manifest
 from serve_app.cache.node import NodeCache, warm_this_node
 from serve_app.cache.status import ModelOnNode, Progress
 from serve_app.cli.serve_file import parse_file
-from serve_app.config import AppConfig, CacheConfig, ModelConfig, parse
+from serve_app.config import MODEL_BUILDER, CacheConfig, ModelAppConfig, ModelConfig, parse
 from serve_app.errors import CacheError, ConfigError
 
-BUILDER = "serve_app.app:build"
 LOOK_S = 0.5
 KNOCK_S = 10.0
 HERE = "this machine"
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The models of one application, and their cache."""
+    """The models that share a cache."""
 
     models: tuple[ModelConfig, ...]
     cache: CacheConfig
@@ -62,13 +61,16 @@ class Plan:
 
 
 def read_plans(path: Path) -> list[Plan]:
-    """What the applications in a Serve config file serve. Raises ConfigError that names every wrong key."""
+    """What a Serve config file serves, a plan for each cache. Raises ConfigError that names every wrong key."""
     file, findings = parse_file(path)
     if file is None:
         raise ConfigError("\n".join(f"{path}: {finding}" for finding in findings))
-    ours = [application for application in file.applications if application.import_path == BUILDER]
-    configs = [parse(AppConfig, application.args, f"{path}: {application.where}.args") for application in ours]
-    return [Plan(config.models, config.cache) for config in configs]
+    ours = [application for application in file.applications if application.import_path == MODEL_BUILDER]
+    configs = [parse(ModelAppConfig, application.args, f"{path}: {application.where}.args") for application in ours]
+    models: dict[str, list[ModelConfig]] = {}
+    for config in configs:
+        models.setdefault(config.cache.model_dump_json(), []).append(config.model)
+    return [Plan(tuple(of_one), CacheConfig.model_validate_json(cache)) for cache, of_one in models.items()]
 
 
 def warm_machine(plans: Sequence[Plan], board: Board) -> list[ModelOnNode]:

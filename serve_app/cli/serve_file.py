@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+from serve_app.config import SURGE_PERCENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +51,20 @@ class Entry:
         fewest = int(bounds.get("min_replicas", 1))
         return fewest, int(bounds.get("max_replicas", max(fewest, 1)))
 
+    @property
+    def surge(self) -> int:
+        """How many new replicas may run beside the fewest old ones while they are replaced."""
+        percent = int(self.options.get("max_surge_percent", SURGE_PERCENT))
+        return math.ceil(percent * self.replicas[0] / 100)
+
 
 @dataclass(frozen=True, slots=True)
 class Application:
     """One item of `applications:`."""
 
+    name: str
     where: str
+    route_prefix: str | None
     import_path: str
     args: Any
     deployments: tuple[Entry, ...]
@@ -136,7 +147,8 @@ def _applications(raw: dict[str, Any]) -> Iterator[Application]:
             Entry(options["name"], f"{where}.deployments[{j}]", options)
             for j, options in enumerate(application.get("deployments") or [])
         )
-        yield Application(where, application["import_path"], application.get("args"), entries)
+        name, route_prefix = application.get("name", "default"), application.get("route_prefix", "/")
+        yield Application(name, where, route_prefix, application["import_path"], application.get("args"), entries)
 
 
 def _unknown_keys(value: Any, model: type[BaseModel], where: str) -> Iterator[Finding]:

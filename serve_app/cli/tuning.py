@@ -8,9 +8,24 @@ from typing import Any
 
 from serve_app.cache.resolve import source_folder
 from serve_app.cli.serve_file import Entry, Finding
-from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, source_kind
+from serve_app.config import (
+    IngressSettings,
+    ModelConfig,
+    ModelSettings,
+    model_deployment,
+    source_kind,
+    tokenizer_deployment,
+)
 from serve_app.errors import ServeAppError, SourceNotFoundError
 from serve_app.tasks.card import read_card
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model of the file, and the key that it stands at."""
+
+    config: ModelConfig
+    where: str
 
 
 @dataclass(slots=True)
@@ -18,15 +33,17 @@ class Deployed:
     """The deployments as the file tunes them; what it does not name keeps its defaults."""
 
     ingress: IngressSettings = field(default_factory=IngressSettings)
-    models: dict[str, ModelSettings] = field(default_factory=dict)
+    models: list[ServedModel] = field(default_factory=list)
+    settings: dict[str, ModelSettings] = field(default_factory=dict)
+    """By the model's name."""
     entries: dict[str, Entry] = field(default_factory=dict)
+    """By the deployment's name."""
 
 
-def tuning_findings(config: AppConfig, deployed: Deployed, where: str, cores: int) -> list[Finding]:
-    """`where` is the key of the application's args."""
+def tuning_findings(deployed: Deployed, cores: int) -> list[Finding]:
     findings = [*_ingress(deployed)]
-    for i, model in enumerate(config.models):
-        findings += _model(model, deployed, f"{where}.models[{i}]", cores)
+    for served in deployed.models:
+        findings += _model(served.config, deployed, served.where, cores)
     return [*findings, *_cpus(deployed, cores)]
 
 
@@ -43,8 +60,8 @@ def _ingress(deployed: Deployed) -> Iterator[Finding]:
 
 
 def _model(model: ModelConfig, deployed: Deployed, where: str, cores: int) -> Iterator[Finding]:
-    settings = deployed.models.get(model.name, ModelSettings())
-    entry = deployed.entries.get(f"{model.name}-model")
+    settings = deployed.settings.get(model.name, ModelSettings())
+    entry = deployed.entries.get(model_deployment(model.name))
     at = f"{entry.where}.user_config" if entry is not None else where
     longest, problem = _longest_input(model, where)
     if problem is not None:
@@ -90,10 +107,11 @@ def _threads(model: ModelConfig, entry: Entry, cores: int) -> Iterator[Finding]:
             is_error=False,
         )
     cpus = _resources(entry).get("num_cpus", model.num_threads)
-    if cpus and int(cores / cpus) * model.num_threads > cores:
+    together = min(int(cores / cpus), most) if cpus else 0
+    if together * model.num_threads > cores and most * model.num_threads <= cores:
         yield Finding(
             f"{entry.where}.ray_actor_options.num_cpus",
-            f"at {cpus:g} for {model.num_threads} threads Ray may put {int(cores / cpus)} replicas on a machine of "
+            f"at {cpus:g} for {model.num_threads} threads Ray may put {together} replicas on a machine of "
             f"{cores} cores: more threads than cores",
             is_error=False,
         )
@@ -107,6 +125,26 @@ def _cpus(deployed: Deployed, cores: int) -> Iterator[Finding]:
             f"the fewest replicas need {needed:g} CPUs and this machine has {cores}: alone, it would wait for ever",
             is_error=False,
         )
+        return
+    for surging in _surging(deployed):
+        room = needed + sum(entry.surge * _resources(entry).get("num_cpus", 0) for entry in surging)
+        if room > cores:
+            names = " and ".join(entry.name for entry in surging)
+            yield Finding(
+                "deployments",
+                f"the fewest replicas need {needed:g} CPUs, {room:g} while {names} are replaced, and this machine has "
+                f"{cores}: alone, it would wait with the roll-out for ever. Lower num_cpus, or set max_surge_percent "
+                "to 0, with which the old replicas stop first and requests wait",
+                is_error=False,
+            )
+
+
+def _surging(deployed: Deployed) -> Iterator[list[Entry]]:
+    """The deployments that are replaced together: those of each application."""
+    together = [["ingress"]]
+    together += [[tokenizer_deployment(m.config.name), model_deployment(m.config.name)] for m in deployed.models]
+    for names in together:
+        yield [deployed.entries[name] for name in names if name in deployed.entries]
 
 
 def _option(entry: Entry | None, name: str) -> Any:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from ray import serve
@@ -18,9 +18,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serve_app.config import IngressSettings
-from serve_app.errors import OverloadedError, ServeAppError, UnavailableError
+from serve_app.errors import OverloadedError, ServeAppError, UnavailableError, VersionGoneError
 from serve_app.ingress.gate import Gate, GateLimits, Group
 from serve_app.ingress.shared_call import NobodyWaitsError, SharedCall, Waiter
+from serve_app.ingress.tier import Tier
 from serve_app.metrics import IngressMetrics
 from serve_app.types import (
     Chat,
@@ -33,6 +34,7 @@ from serve_app.types import (
     TextInput,
     Timings,
     TokenBatch,
+    TokenizeCall,
     TokenizeRequest,
 )
 
@@ -44,10 +46,14 @@ REPLICA_LOST = (RayError, RayServeException, ConnectionError)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one request asks of the tiers: texts to tokenize, the head to apply and what that needs to know."""
+    """What one request asks of the tiers: texts to tokenize, the head to apply and what that needs to know.
+
+    `version` is the fingerprint of the replicas, of both tiers, that are to do it.
+    """
 
     tokenize: TokenizeRequest
     head: str
+    version: str
     priority: Priority = "interactive"
     arguments: HeadArguments | None = None
 
@@ -82,8 +88,8 @@ class Coalescer:
     def __init__(
         self,
         name: str,
-        tokenizer: Any,
-        model: Any,
+        tokenizer: Tier,
+        model: Tier,
         settings: IngressSettings,
         metrics: IngressMetrics,
         wait_s: Callable[[], float] = lambda: 1.0,
@@ -134,9 +140,9 @@ class Coalescer:
         for item in items:
             self._gate.seal(item.group)
         self._metrics.coalesced_requests.observe(len(items), {"model": self._name})
-        heads = sorted({item.work.head for item in items})
-        members = [[item for item in items if item.work.head == head] for head in heads]
-        answered = await asyncio.gather(*(self._run_head(*each) for each in zip(heads, members, strict=True)))
+        kinds = sorted({_kind(item) for item in items})
+        members = [[item for item in items if _kind(item) == kind] for kind in kinds]
+        answered = await asyncio.gather(*(self._run_alike(group) for group in members))
         outcome_of = {
             id(item): outcome
             for group, outcomes in zip(members, answered, strict=True)
@@ -144,21 +150,25 @@ class Coalescer:
         }
         return [outcome_of[id(item)] for item in items]
 
-    async def _run_head(self, head: str, items: list[Item]) -> list[Outcome]:
-        """Once, and once more for what a lost replica took with it: inference has no side effects."""
-        outcomes = await self._try(head, items)
-        lost = [i for i, outcome in enumerate(outcomes) if isinstance(outcome, UnavailableError) and not items[i].left]
+    async def _run_alike(self, items: list[Item]) -> list[Outcome]:
+        """Items of one head and version.
+
+        Once, and once more for what a lost replica took with it: inference has no side effects. What a version took
+        with it that is gone is for the caller, who knows how to begin with another.
+        """
+        outcomes = await self._try(items)
+        lost = [i for i, outcome in enumerate(outcomes) if _is_lost(outcome) and not items[i].left]
         if lost:
             logger.warning("%d of %d requests for model %s are sent again", len(lost), len(items), self._name)
             self._metrics.retries.inc(1, {"model": self._name})
-            for i, outcome in zip(lost, await self._try(head, [items[i] for i in lost]), strict=True):
+            for i, outcome in zip(lost, await self._try([items[i] for i in lost]), strict=True):
                 outcomes[i] = outcome
         return outcomes
 
-    async def _try(self, head: str, items: list[Item]) -> list[Outcome]:
+    async def _try(self, items: list[Item]) -> list[Outcome]:
         """Errors of the whole batch become each item's; a bug, ours or of a replica's code, is raised."""
         try:
-            return await self._through_the_tiers(head, items)
+            return await self._through_the_tiers(items)
         except BackPressureError:
             wait_s = self._wait_s()
             return [OverloadedError("every replica's queue is full; try again later", retry_after_s=wait_s)] * len(
@@ -172,42 +182,55 @@ class Coalescer:
             logger.warning("a replica of model %s was lost: %s", self._name, _in_short(error))
             return [UnavailableError("the replica that computed this request was lost", retry_after_s=1.0)] * len(items)
 
-    async def _through_the_tiers(self, head: str, items: list[Item]) -> list[Outcome]:
+    async def _through_the_tiers(self, items: list[Item]) -> list[Outcome]:
         tokens = await self._tokenize(items)
         waiting = [i for i, item in enumerate(items) if not (item.left or i in tokens.failures)]
         if not waiting:
             return [tokens.failures.get(i) for i in range(len(items))]
-        rows = await self._forward(head, items, tokens)
+        rows = await self._forward(items, tokens)
         return [None if item.left else _outcome(i, tokens, rows) for i, item in enumerate(items)]
 
     async def _tokenize(self, items: list[Item]) -> TokenBatch:
         """The sequences of all items but those that left meanwhile."""
-        call = SharedCall("tokenize", self._tokenizer.tokenize, items)
-        tokens: TokenBatch = await call.answer([item.work.tokenize for item in items])
+        requests, version = tuple(item.work.tokenize for item in items), items[0].work.version
+        call, tier = TokenizeCall(requests, version, id=next(self._call_ids)), self._tokenizer
+        shared = SharedCall("tokenize", tier.handle.tokenize, items, tier, call.id)
+        tokens: TokenBatch = await shared.answer(call)
         left = [i for i, item in enumerate(items) if item.left]
         return tokens.without(left) if left else tokens
 
-    async def _forward(self, head: str, items: list[Item], tokens: TokenBatch) -> Rows:
+    async def _forward(self, items: list[Item], tokens: TokenBatch) -> Rows:
         now = time.monotonic()
         call = ForwardCall(
             tokens=tokens.for_model(),
-            head=head,
+            head=items[0].work.head,
             time_left_s=tuple(item.deadline - now for item in items),
             priorities=tuple(item.work.priority for item in items),
             arguments=_arguments(items),
+            version=items[0].work.version,
             id=next(self._call_ids),
         )
-        shared = SharedCall("model", self._model.forward, items, partial(self._forget, call.id))
+        tier, forget = self._model, partial(self._forget, call.id)
+        shared = SharedCall("model", tier.handle.forward, items, tier, call.id, forget)
         rows: Rows = await shared.answer(call)
         return rows
 
     async def _forget(self, call_id: str, requests: tuple[int, ...]) -> bool:
         """Best effort: whether it reaches the replica that has the call, or none, is nobody's failure."""
         try:
-            return bool(await self._model.forget.remote(Forget(call_id, requests)))
+            return bool(await self._model.handle.forget.remote(Forget(call_id, requests)))
         except REPLICA_LOST as error:
             logger.debug("a replica of model %s could not be told who left: %s", self._name, _in_short(error))
             return False
+
+
+def _kind(item: Item) -> tuple[str, str]:
+    """Items of one kind can share a call."""
+    return item.work.version, item.work.head
+
+
+def _is_lost(outcome: Outcome) -> bool:
+    return isinstance(outcome, UnavailableError) and not isinstance(outcome, VersionGoneError)
 
 
 def _outcome(index: int, tokens: TokenBatch, rows: Rows) -> Outcome:

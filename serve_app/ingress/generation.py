@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from serve_app.errors import DeadlineExceededError, OverloadedError, ServeAppError, UnavailableError
+from serve_app.errors import (
+    DeadlineExceededError,
+    OverloadedError,
+    ServeAppError,
+    UnavailableError,
+    VersionGoneError,
+)
 from serve_app.ingress.coalescer import REPLICA_LOST
+from serve_app.ingress.shared_call import Pulse
+from serve_app.ingress.tier import Tier
 from serve_app.metrics import IngressMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import Generated, GeneratedPiece
@@ -24,10 +34,10 @@ from serve_app.types import (
     GenerationCall,
     Int32Array,
     ModelCard,
-    Priority,
     Request,
     Timings,
     TokenBatch,
+    TokenizeCall,
     TokenizeRequest,
 )
 
@@ -54,7 +64,12 @@ class GenerationPath:
     """Everything that one ingress replica sends to one generating model's replicas. Belongs to one event loop."""
 
     def __init__(
-        self, name: str, tokenizer: Any, model: Any, metrics: IngressMetrics, wait_s: Callable[[], float] = lambda: 1.0
+        self,
+        name: str,
+        tokenizer: Tier,
+        model: Tier,
+        metrics: IngressMetrics,
+        wait_s: Callable[[], float] = lambda: 1.0,
     ) -> None:
         """`wait_s` is how long to stay away where no replica takes more."""
         self._name = name
@@ -62,19 +77,26 @@ class GenerationPath:
         self._model = model
         self._metrics = metrics
         self._wait_s = wait_s
+        self._call_ids = map(f"{secrets.token_hex(8)}-{{}}".format, itertools.count())
 
     async def answer(
-        self, request: Request, card: ModelCard, timeout_s: float, echoes: Sequence[str] | None = None
+        self,
+        request: Request,
+        card: ModelCard,
+        version: str,
+        timeout_s: float,
+        echoes: Sequence[str] | None = None,
     ) -> Answer:
-        """Every input's whole answer, each after its text in `echoes`.
+        """Every input's whole answer, each after its text in `echoes`, by replicas of the version of that fingerprint.
 
         Raises ServeAppError; cancelling it cancels what is under way.
         """
         started = time.perf_counter()
         deadline = time.monotonic() + timeout_s
-        prompts = await self._prompts(request, card, deadline)
+        prompts = await self._prompts(request, card, version, deadline)
         tokenized = time.perf_counter()
-        tasks = [asyncio.ensure_future(self._whole(ids, request, card, deadline)) for ids in prompts.input_ids]
+        calls = [self._call(ids, request, card, version, deadline) for ids in prompts.input_ids]
+        tasks = [asyncio.ensure_future(self._whole(call, deadline)) for call in calls]
         try:
             generated = await asyncio.gather(*tasks)
         finally:
@@ -86,68 +108,87 @@ class GenerationPath:
         timings = Timings(now - started, prompts.tokenize_s, forward_s=now - tokenized)
         return Answer(tuple(generated), prompts.tokens, timings, prompts.truncated)
 
-    async def _whole(self, ids: Int32Array, request: Request, card: ModelCard, deadline: float) -> Generated:
+    def _call(
+        self, ids: Int32Array, request: Request, card: ModelCard, version: str, deadline: float
+    ) -> GenerationCall:
+        left_s, call_id = max(0.0, deadline - time.monotonic()), next(self._call_ids)
+        return GenerationCall(ids, _options(request, card), left_s, request.priority, version, call_id)
+
+    async def _whole(self, call: GenerationCall, deadline: float) -> Generated:
         pieces: list[GeneratedPiece] = []
-        async with aclosing(self._pieces(ids, _options(request, card), request.priority, deadline)) as lists:
+        async with aclosing(self._pieces(call, deadline)) as lists:
             async for some in lists:
                 pieces.extend(some)
         return collected(pieces)
 
     async def stream(
-        self, request: Request, card: ModelCard, timeout_s: float, echo: str = ""
+        self, request: Request, card: ModelCard, version: str, timeout_s: float, echo: str = ""
     ) -> AsyncGenerator[GeneratedPiece, None]:
         """The first input's answer, piece by piece, after `echo`. Closing it cancels the work."""
         deadline = time.monotonic() + timeout_s
-        prompts = await self._prompts(request, card, deadline)
+        prompts = await self._prompts(request, card, version, deadline)
         ids, untold = prompts.input_ids[0], bool(prompts.truncated)
         if echo:
             yield GeneratedPiece(echo, prompt_tokens=len(ids), truncated=untold)
             untold = False
-        async with aclosing(self._pieces(ids, _options(request, card), request.priority, deadline)) as lists:
+        call = self._call(ids, request, card, version, deadline)
+        async with aclosing(self._pieces(call, deadline)) as lists:
             async for some in lists:
                 for piece in some:
                     yield replace(piece, truncated=True) if untold else piece
                     untold = False
 
-    async def probe(self, timeout_s: float) -> None:
+    async def probe(self, version: str, timeout_s: float) -> None:
         """One token through the whole graph. Raises ServeAppError."""
         deadline = time.monotonic() + timeout_s
-        prompts = await self._tokenized(TokenizeRequest(("ok",), "truncate", "left", max_tokens=None), deadline)
+        asked = TokenizeRequest(("ok",), "truncate", "left", max_tokens=None)
+        prompts = await self._tokenized(asked, version, deadline)
         options = GenerationOptions(max_new_tokens=1, num_beams=1, do_sample=False)
-        async with aclosing(self._pieces(prompts.input_ids[0], options, "interactive", deadline)) as lists:
+        call = GenerationCall(prompts.input_ids[0], options, timeout_s, version=version, id=next(self._call_ids))
+        async with aclosing(self._pieces(call, deadline)) as lists:
             async for _ in lists:
                 pass
 
-    async def _prompts(self, request: Request, card: ModelCard, deadline: float) -> Prompts:
-        return await self._tokenized(GENERATING[request.task].prepare(request, card), deadline)
+    async def _prompts(self, request: Request, card: ModelCard, version: str, deadline: float) -> Prompts:
+        return await self._tokenized(GENERATING[request.task].prepare(request, card), version, deadline)
 
-    async def _tokenized(self, request: TokenizeRequest, deadline: float) -> Prompts:
+    async def _tokenized(self, request: TokenizeRequest, version: str, deadline: float) -> Prompts:
         try:
-            tokens: TokenBatch = await _in_time(self._tokenizer.tokenize.remote([request]), deadline, self._wait_s)
+            tokens = await self._tokenize(request, version, deadline)
+        except VersionGoneError:
+            raise
         except UnavailableError:
             self._again()
-            tokens = await _in_time(self._tokenizer.tokenize.remote([request]), deadline, self._wait_s)
+            tokens = await self._tokenize(request, version, deadline)
         if tokens.failures:
             raise tokens.failures[0]
         ids = tuple(tokens.select(i, i + 1).input_ids for i in range(tokens.num_sequences))
         return Prompts(ids, int(tokens.truncated.sum()), tokens.tokenize_s)
 
-    async def _pieces(
-        self, ids: Int32Array, options: GenerationOptions, priority: Priority, deadline: float
-    ) -> AsyncGenerator[list[GeneratedPiece], None]:
+    async def _tokenize(self, request: TokenizeRequest, version: str, deadline: float) -> TokenBatch:
+        call = TokenizeCall((request,), version, next(self._call_ids))
+        response = self._tokenizer.handle.tokenize.remote(call)
+        with self._pulse(self._tokenizer, call.id, response) as pulse:
+            batch: TokenBatch = await _in_time(response, deadline, self._wait_s, pulse)
+        return batch
+
+    async def _pieces(self, call: GenerationCall, deadline: float) -> AsyncGenerator[list[GeneratedPiece], None]:
         """Once, and once more if the replica was lost before anything had come."""
         sent = False
         try:
-            async with aclosing(self._one_try(ids, options, priority, deadline)) as lists:
+            async with aclosing(self._one_try(call, deadline)) as lists:
                 async for some in lists:
                     yield some
                     sent = True
             return
+        except VersionGoneError:
+            raise
         except UnavailableError:
             if sent:
                 raise
         self._again()
-        async with aclosing(self._one_try(ids, options, priority, deadline)) as lists:
+        again = replace(call, time_left_s=max(0.0, deadline - time.monotonic()), id=next(self._call_ids))
+        async with aclosing(self._one_try(again, deadline)) as lists:
             async for some in lists:
                 yield some
 
@@ -155,30 +196,41 @@ class GenerationPath:
         logger.warning("a request for model %s is sent again", self._name)
         self._metrics.retries.inc(1, {"model": self._name})
 
-    async def _one_try(
-        self, ids: Int32Array, options: GenerationOptions, priority: Priority, deadline: float
-    ) -> AsyncGenerator[list[GeneratedPiece], None]:
-        call = GenerationCall(ids, options, max(0.0, deadline - time.monotonic()), priority)
-        response = self._model.options(stream=True).stream.remote(call)
+    async def _one_try(self, call: GenerationCall, deadline: float) -> AsyncGenerator[list[GeneratedPiece], None]:
+        response = self._model.handle.options(stream=True).stream.remote(call)
         ended = False
+        with self._pulse(self._model, call.id, response) as pulse:
+            try:
+                while not ended:
+                    some: list[GeneratedPiece] = await _in_time(anext(response), deadline, self._wait_s, pulse)
+                    ended = some[-1].finish_reason is not None
+                    yield some
+            except StopAsyncIteration as error:
+                raise UnavailableError("the replica ended its answer too early", retry_after_s=1.0) from error
+            finally:
+                if not ended:
+                    response.cancel()
+
+    @contextmanager
+    def _pulse(self, tier: Tier, call_id: str, response: Any) -> Iterator[Pulse]:
+        """Cancels `response` within the block if the replica that has the call falls silent."""
+        pulse = Pulse(tier, call_id, response.cancel)
         try:
-            while not ended:
-                some: list[GeneratedPiece] = await _in_time(anext(response), deadline, self._wait_s)
-                ended = some[-1].finish_reason is not None
-                yield some
-        except StopAsyncIteration as error:
-            raise UnavailableError("the replica ended its answer too early", retry_after_s=1.0) from error
+            yield pulse
         finally:
-            if not ended:
-                response.cancel()
+            pulse.stop()
 
 
-async def _in_time(answer: Any, deadline: float, wait_s: Callable[[], float]) -> Any:
+async def _in_time(answer: Any, deadline: float, wait_s: Callable[[], float], pulse: Pulse) -> Any:
     """What a replica answers, with its errors as ours."""
     try:
         return await asyncio.wait_for(answer, max(0.0, deadline - time.monotonic()) + GRACE_S)
     except asyncio.TimeoutError as error:
         raise DeadlineExceededError("the request's time ran out before its answer was complete") from error
+    except asyncio.CancelledError as error:
+        if pulse.is_silent:
+            raise UnavailableError("the replica that had the request fell silent", retry_after_s=1.0) from error
+        raise
     except RayTaskError as error:
         if isinstance(error.cause, ServeAppError):
             raise error.cause from None

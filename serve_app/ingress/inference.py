@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from serve_app.errors import MalformedRequestError, ModelNotFoundError
+from serve_app.errors import MalformedRequestError, ModelNotFoundError, UnavailableError
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.deadlines import TIMEOUT
 from serve_app.ingress.dialect import Dialect
@@ -19,7 +19,7 @@ from serve_app.ingress.service import served_name
 from serve_app.ingress.streaming import Events, stream_reply
 from serve_app.ingress.visit import Visit
 from serve_app.outputs import Generated, GeneratedPiece
-from serve_app.types import Answer, Request
+from serve_app.types import Answer, Request, Version
 
 BodyT = TypeVar("BodyT", bound=InferenceBody)
 Wait: TypeAlias = Callable[[Coroutine[Any, Any, Answer], float], Coroutine[Any, Any, Answer]]
@@ -147,9 +147,11 @@ def _named_in_body(exchange: Exchange, asked: str) -> str:
 
 
 def _only_model(models: Sequence[str]) -> str:
-    """Raises MalformedRequestError."""
+    """Raises MalformedRequestError, or UnavailableError while there is no model."""
     if len(models) == 1:
         return models[0]
+    if not models:
+        raise UnavailableError("no model is deployed yet", retry_after_s=1.0)
     raise MalformedRequestError(
         f"several models are served: {', '.join(models)}. Name one in `model`, or post to /models/<name>/…"
     )
@@ -176,4 +178,12 @@ def cost_headers(compute_type: str, characters: int, answer: Answer, total_s: fl
         (b"x-truncated-inputs", b"%d" % answer.truncated),
         (b"x-windows", b"%d" % answer.windows),
         (b"server-timing", timing.encode()),
+        *version_headers(answer.version),
     )
+
+
+def version_headers(version: Version | None) -> tuple[Header, ...]:
+    """Which version of the model made the answer: the revision of its files, and the fingerprint of the whole."""
+    if version is None:
+        return ()
+    return ((b"x-model-revision", version.revision.encode()), (b"x-model-version", version.fingerprint.encode()))

@@ -34,6 +34,8 @@ _COST_HEADERS = {
     "x-truncated-inputs": "How many inputs were cut because they are too long.",
     "x-windows": "How many windows were computed for inputs that are read in several.",
     "server-timing": "The same times, with decimals.",
+    "x-model-revision": "Revision of the model files that made the answer.",
+    "x-model-version": "Fingerprint of the model's files, configuration and software, as in /info.",
 }
 _TIMEOUT_PARAMETER: Json = {
     "name": TIMEOUT.decode(),

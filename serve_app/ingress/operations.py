@@ -85,6 +85,9 @@ class ModelFacts(BaseModel):
 
     model_id: str = Field(description="Where the model's files come from.")
     model_sha: str = Field(description="Revision of the files.")
+    model_version: str | None = Field(
+        description="Fingerprint of the version that answers now: of its files, its configuration and the software."
+    )
     model_dtype: str | None = Field(description="Type of the weights; null until a replica of the model has answered.")
     model_type: EmbeddingType | ClassifierType | RerankerType | OtherType
     served_model_name: str
@@ -112,6 +115,7 @@ class Info(BaseModel):
         description="Calls that are tokenized at once by one tokenizer replica of each model, all models together."
     )
     models: list[ModelFacts]
+    starting: list[str] = Field(description="Names of further models, of which no version answers yet.")
 
 
 class OneModelInfo(Info, ModelFacts):
@@ -176,6 +180,8 @@ async def _asked(exchange: Exchange, question: Coroutine[Any, Any, T]) -> T:
 
 async def _info(exchange: Exchange) -> Mapping[str, Any]:
     names = exchange.service.models if exchange.path_model is None else (choose_model(exchange, None),)
+    starting = [name for name in names if not exchange.service.has_version(name)] if len(names) > 1 else []
+    names = [name for name in names if name not in starting]
     found = [await exchange.service.info(name) for name in names]
     models = [model_facts(model) for model in found]
     server = {
@@ -184,8 +190,9 @@ async def _info(exchange: Exchange) -> Mapping[str, Any]:
         "max_concurrent_requests": exchange.settings.max_concurrent_requests,
         "tokenization_workers": sum(model.card.tokenizer_threads for model in found),
         "models": models,
+        "starting": starting,
     }
-    return {**models[0], **server} if len(models) == 1 else server
+    return {**models[0], **server} if len(models) == 1 and not starting else server
 
 
 def model_facts(model: ModelInfo) -> Mapping[str, Any]:
@@ -193,6 +200,7 @@ def model_facts(model: ModelInfo) -> Mapping[str, Any]:
     return {
         "model_id": card.source,
         "model_sha": card.revision,
+        "model_version": model.version and model.version.fingerprint,
         "model_dtype": state and state.dtype,
         "model_type": model_type(card),
         "served_model_name": card.name,

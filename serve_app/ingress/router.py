@@ -6,15 +6,21 @@ length at the time the call *began*: a replica with many calls waiting looks emp
 the next ones too, while another one idles. Seen on ray 2.60 (`serve/_private/router.py`, `get_rejection_response`).
 Counting what was sent and has not come back needs no remembering of answers, and weighs calls by their tokens.
 
-It also knows which replica has a call, and sends there what is said about it (Forget).
+It also knows which replica has a call, and sends there what is said about it (Forget). And it keeps to the version that
+a call is for (`serve_app.versions`): replicas of other versions are no candidates.
+
+The replica is chosen and the call counted in one turn of the event loop, so that calls made side by side see each
+other. Serve's own way, which waits for a routing task and asks replicas how long their queues are, is taken where no
+replica is there yet, and after a replica has refused a call.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any
 
+from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import (
     FIFOMixin,
@@ -25,7 +31,9 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from serve_app.types import Forget
+from serve_app.errors import VersionGoneError
+from serve_app.ingress.tier import view_of
+from serve_app.types import Forget, Version
 
 
 class CallNotUnderWayError(RayServeException):  # type: ignore[misc]  # Ray is untyped
@@ -33,45 +41,76 @@ class CallNotUnderWayError(RayServeException):  # type: ignore[misc]  # Ray is u
 
 
 class LeastOutstandingRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyped
-    """A call weighs the `weight` of its first argument, or 1. Belongs to one event loop, as all routers do."""
+    """A call weighs the `weight` of its first argument, or 1, and is for the replicas of its `version`, or for all.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._outstanding: Counter[ReplicaID] = Counter()
+    Belongs to one event loop, as all routers do.
+    """
+
+    def __init__(self, *args: Any, deployment_id: DeploymentID, **kwargs: Any) -> None:
+        super().__init__(*args, deployment_id=deployment_id, **kwargs)
+        self._view = view_of(deployment_id)
         self._sent: dict[tuple[ReplicaID, str], list[tuple[str, int]]] = defaultdict(list)
-        self._replica_of: dict[str, ReplicaID] = {}
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._tell_view()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_died(replica_id)
+        self._tell_view()
+
+    def _tell_view(self) -> None:
+        self._view.update({replica_id: _version(replica) for replica_id, replica in self._replicas.items()})
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The least loaded replica first, the others for when it takes no more calls."""
-        replicas = [self._replicas[i] for i in self.apply_locality_routing(pending_request) if i in self._replicas]
-        random.shuffle(replicas)  # so that equals share
-        replicas.sort(key=lambda replica: self._outstanding[replica.replica_id])
+        """The least loaded replica first, the others for when it takes no more calls.
+
+        A call that waits here for a replica of a version that is gone is ended with VersionGoneError.
+        """
+        fingerprint = "" if pending_request is None else _fingerprint(pending_request)
+        replicas = self._ranked(pending_request, fingerprint)
+        if not replicas and fingerprint and pending_request is not None and not pending_request.future.done():
+            pending_request.future.set_exception(_gone(fingerprint))
         return [ranked for ranked in (replicas[:1], replicas[1:]) if ranked]
+
+    def _ranked(self, pending_request: PendingRequest | None, fingerprint: str) -> list[RunningReplica]:
+        ids = self.apply_locality_routing(pending_request)
+        replicas = [self._replicas[i] for i in ids if i in self._replicas and self._view.has(i, fingerprint)]
+        random.shuffle(replicas)  # so that equals share
+        return sorted(replicas, key=lambda replica: self._view.rank(replica.replica_id))
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
         """Count a call from the moment it has a replica; Serve tells of its end whatever becomes of it.
 
-        Raises CallNotUnderWayError for a message that can reach nobody.
+        Raises CallNotUnderWayError for a message that can reach nobody, VersionGoneError for a call whose version has
+        no replica.
         """
         first = pending_request.args[0] if pending_request.args else None
         if isinstance(first, Forget):
             replica = self._replica_with(first.call_id, is_retry)
         else:
-            replica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+            replica = await self._least_loaded(pending_request, is_retry)
         call_id, weight = getattr(first, "id", ""), int(getattr(first, "weight", 1))
         self._sent[replica.replica_id, pending_request.metadata.internal_request_id].append((call_id, weight))
-        self._outstanding[replica.replica_id] += weight
-        if call_id:
-            self._replica_of[call_id] = replica.replica_id
+        self._view.sent(replica.replica_id, call_id, weight)
         return replica
+
+    async def _least_loaded(self, pending_request: PendingRequest, is_retry: bool) -> RunningReplica:
+        fingerprint = _fingerprint(pending_request)
+        replicas = self._ranked(pending_request, fingerprint)
+        if not replicas and fingerprint:
+            raise _gone(fingerprint)
+        if replicas and not is_retry:
+            return replicas[0]
+        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
 
     def _replica_with(self, call_id: str, is_retry: bool) -> RunningReplica:
         """A message goes out once: Serve would try a replica that refuses it, or is gone, again and again."""
-        replica = self._replicas.get(self._replica_of.get(call_id))
+        replica = self._replicas.get(self._view.replica_with(call_id))
         if replica is None or is_retry:
             raise CallNotUnderWayError(f"no replica has call {call_id} and can be told of it")
         return replica
@@ -84,8 +123,18 @@ class LeastOutstandingRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: 
         call_id, weight = sent.pop()
         if not sent:
             del self._sent[replica_id, internal_request_id]
-        self._outstanding[replica_id] -= weight
-        if self._outstanding[replica_id] <= 0:
-            del self._outstanding[replica_id]
-        if self._replica_of.get(call_id) == replica_id:
-            del self._replica_of[call_id]
+        self._view.ended(replica_id, call_id, weight)
+
+
+def _version(replica: RunningReplica) -> Version:
+    told = replica.replica_metadata
+    return Version(told.get("fingerprint", ""), told.get("revision", ""))
+
+
+def _fingerprint(pending_request: PendingRequest) -> str:
+    first = pending_request.args[0] if pending_request.args else None
+    return str(getattr(first, "version", ""))
+
+
+def _gone(fingerprint: str) -> VersionGoneError:
+    return VersionGoneError(f"no replica of version {fingerprint} is left", retry_after_s=1.0)

@@ -8,13 +8,18 @@ from typing import Protocol
 
 from serve_app.cache.status import ModelOnNode
 from serve_app.config import IngressSettings
-from serve_app.errors import ModelNotFoundError
+from serve_app.errors import ModelNotFoundError, UnavailableError
 from serve_app.outputs import GeneratedPiece
-from serve_app.types import Answer, ModelCard, ModelState, Request, TokenIds
+from serve_app.types import Answer, ModelCard, ModelState, Request, TokenIds, Version
 
 
 def check_model(name: str | None, models: Sequence[str]) -> None:
-    """Raises ModelNotFoundError, which does not repeat a name that came from a client."""
+    """Raises ModelNotFoundError, which does not repeat a name that came from a client.
+
+    Raises UnavailableError while no model at all is deployed.
+    """
+    if not models:
+        raise UnavailableError("no model is deployed yet", retry_after_s=1.0)
     if name not in models:
         raise ModelNotFoundError(f"no model of that name is served; there is: {', '.join(models)}")
 
@@ -35,10 +40,14 @@ class SettingsRef:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """One model as `/info` tells it; `state` is None while no replica of the model has answered yet."""
+    """One model as `/info` tells it, of a version that answers now.
+
+    `state` is None while no replica of the model has answered yet.
+    """
 
     card: ModelCard
     state: ModelState | None = None
+    version: Version | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class Service(Protocol):
 
     @property
     def models(self) -> Sequence[str]:
-        """Names of the models that are served, in the order of the configuration; known from the start."""
+        """Names of the models that are served now, in the order of the configuration."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -92,8 +101,13 @@ class Service(Protocol):
     async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
         """The text of each sequence of token ids. Raises ServeAppError."""
 
+    def has_version(self, name: str) -> bool:
+        """Whether the model has a version that can answer. Raises ModelNotFoundError."""
+
     async def ready(self, name: str | None = None) -> None:
         """Return once that model, or every model, has answered a real forward pass; do not wait for one that cannot.
+
+        Of all models, one that was added while the others served counts from its first version on.
 
         Raises UnavailableError with the reason, or ModelNotFoundError.
         """

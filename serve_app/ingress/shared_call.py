@@ -1,7 +1,10 @@
 """One call to a replica that several requests wait for, and what becomes of it when they leave.
 
 The replica is told of those that leave while others stay, so that it need not compute for them; with the last one the
-call itself is cancelled. While nobody leaves, none of this sends or schedules anything.
+call itself is cancelled. While nobody leaves, none of this sends anything.
+
+A call may take long, because a replica has a queue. So no call has a limit of its own; the replica that has a long call
+is asked whether it lives, and one that does not answer (its process is stopped, its machine is gone) loses the call.
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from ray.exceptions import RayTaskError
-from ray.serve.exceptions import RequestCancelledError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException, RequestCancelledError
+
+from serve_app.errors import UnavailableError
+from serve_app.ingress.tier import Tier
 
 Stage: TypeAlias = Literal["waiting", "tokenize", "model"]
 """Where a request is when its client leaves: not sent yet, or at a tier."""
@@ -23,6 +29,45 @@ Forgetting: TypeAlias = Callable[[tuple[int, ...]], Awaitable[bool]]
 
 TELL_AGAIN_S = 0.05
 """The first pause before a replica is told again that had not got the call yet; each is twice the one before."""
+
+PULSE_S = 3.0
+"""Seconds after which the replica that has a call is asked whether it lives, and between two such questions."""
+
+PULSE_TIMEOUT_S = 3.0
+"""Seconds that it may take to say so; its event loop is never busy for a tenth of that."""
+
+
+class Pulse:
+    """Asks the replica that has a call, while it takes long, whether it lives. Belongs to one event loop."""
+
+    def __init__(self, tier: Tier, call_id: str, on_silence: Callable[[], None]) -> None:
+        """`on_silence` is called once, if the replica that has the call says nothing; it is then distrusted."""
+        self.is_silent = False
+        self._tier, self._call_id, self._on_silence = tier, call_id, on_silence
+        self._context = contextvars.copy_context()  # see SharedCall
+        self._asking: asyncio.Future[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(PULSE_S, self._start)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        if self._asking is not None:
+            self._asking.cancel()
+
+    def _start(self) -> None:
+        self._asking = self._context.run(asyncio.ensure_future, self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(self._tier.lives(self._call_id), PULSE_TIMEOUT_S)
+            except asyncio.TimeoutError:
+                self.is_silent = True
+                self._tier.view.distrust(self._call_id)
+                self._on_silence()
+                return
+            except (RayError, RayServeException):
+                pass  # no replica has the call yet, or the call itself is about to tell what happened to its replica
+            await asyncio.sleep(PULSE_S)
 
 
 class NobodyWaitsError(Exception):
@@ -52,11 +97,20 @@ class Waiter:
 class SharedCall:
     """Belongs to one event loop. Waiters that have left before it is made keep their index, and nothing else."""
 
-    def __init__(self, stage: Stage, method: Any, waiters: Sequence[Waiter], forget: Forgetting | None = None) -> None:
-        """`method` is a deployment handle's; without `forget` the replica cannot be told of some that leave."""
+    def __init__(
+        self,
+        stage: Stage,
+        method: Any,
+        waiters: Sequence[Waiter],
+        tier: Tier,
+        call_id: str,
+        forget: Forgetting | None = None,
+    ) -> None:
+        """`method` is one of the tier's handle; without `forget` the replica cannot be told of some that leave."""
         self.stage = stage
         self._method = method
         self._forget = forget
+        self._tier, self._call_id = tier, call_id
         self._waiting = sum(not waiter.left for waiter in waiters)
         self._gone: list[int] = []
         self._response: Any = None
@@ -71,19 +125,23 @@ class SharedCall:
     async def answer(self, argument: Any) -> Any:
         """What the replica answers; what user code raised there is raised as it was.
 
-        Raises NobodyWaitsError once every waiter has left.
+        Raises NobodyWaitsError once every waiter has left, and UnavailableError if the replica has fallen silent.
         """
         self._response = self._method.remote(argument)
+        pulse = Pulse(self._tier, self._call_id, self._response.cancel)
         try:
             return await self._response
         except RayTaskError as error:
             raise error.cause from None
-        except (asyncio.CancelledError, RequestCancelledError):
+        except (asyncio.CancelledError, RequestCancelledError) as error:
+            if pulse.is_silent:
+                raise UnavailableError("the replica that had the request fell silent", retry_after_s=1.0) from error
             if self._waiting:
                 raise
             raise NobodyWaitsError from None
         finally:
             self._ended = True
+            pulse.stop()
 
     def without(self, index: int) -> None:
         """The waiter at `index` has left."""

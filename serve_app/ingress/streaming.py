@@ -45,8 +45,10 @@ async def stream_reply(
     pieces = _counted(exchange, stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s))
     events = _closing(pieces, write(pieces))
     first = await anext(events, b"")
-    told = (*_HEADERS, *headers, (b"x-truncated-inputs", b"%d" % exchange.truncated))
-    return Reply(_framed(first, events, dialect, exchange), content_type=EVENT_STREAM, headers=told)
+    told = [*_HEADERS, *headers, (b"x-truncated-inputs", b"%d" % exchange.truncated)]
+    if exchange.revision:
+        told.append((b"x-model-revision", exchange.revision.encode()))
+    return Reply(_framed(first, events, dialect, exchange), content_type=EVENT_STREAM, headers=tuple(told))
 
 
 async def _counted(
@@ -57,6 +59,7 @@ async def _counted(
         async for piece in pieces:
             exchange.tokens += (piece.token is not None) + (0 if exchange.tokens else piece.prompt_tokens)
             exchange.truncated += piece.truncated
+            exchange.revision = exchange.revision or piece.revision
             yield piece
 
 

@@ -38,6 +38,8 @@ class Visit:
     """Tokens that its account was charged with before they were computed."""
     truncated: int = 0
     """Inputs that were cut, of an answer in pieces."""
+    revision: str = ""
+    """Revision of the model that makes an answer in pieces, once it is known."""
     counted: bool = False
     """Whether it is among the requests under way, of which there may be only so many."""
     route: tuple[str, str] | None = None

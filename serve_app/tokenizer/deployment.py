@@ -6,9 +6,10 @@ import asyncio
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
-from serve_app.cache.prewarm import ensure_local, replica_environment
+from serve_app.cache.prewarm import Membership, ensure_local, replica_environment, version_here
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.logs import show_log
 from serve_app.metrics import ReplicaMetrics
@@ -16,7 +17,10 @@ from serve_app.tasks.card import read_card
 from serve_app.tokenizer.encoder import Encoder
 from serve_app.tokenizer.loader import slow_tokenizer
 from serve_app.tokenizer.slow import SlowEncoder
-from serve_app.types import ModelCard, TokenBatch, TokenizeRequest
+from serve_app.types import Forget, ModelCard, TokenBatch, TokenizeCall, TokenizeRequest, VersionCall
+
+PROBE = TokenizeRequest(("ok",), "truncate")
+"""What a new replica encodes before it is ready, for the model replicas of its version to compute."""
 
 
 class TokenizerReplica:
@@ -29,31 +33,57 @@ class TokenizerReplica:
         os.environ["RAYON_NUM_THREADS"] = "1"
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         path = await ensure_local(model, cache)
-        self._card = await asyncio.to_thread(read_card, path, model, path.name)
+        self._version = await version_here(path, model, cache)
+        self._card = await asyncio.to_thread(read_card, path, model, self._version.revision)
         self._encoder = await asyncio.to_thread(encoder_of, path, self._card.max_input_tokens)
         if self._card.can_chat and self._card.task == "text-generation":
             await asyncio.to_thread(self._encoder.load_chat_template)
         self._metrics = ReplicaMetrics()
         self._threads = ThreadPoolExecutor(model.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._membership = Membership(cache, model.name, "tokenizer", self._version)
+        await self._membership.enter(await self._prove())
 
-    async def tokenize(self, requests: list[TokenizeRequest]) -> TokenBatch:
-        """Encode the requests of one coalesced batch; failures are per request, in the answer."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._encoder.encode, requests)
+    async def _prove(self) -> TokenBatch:
+        """Encode a text. Raises the error that it ends in."""
+        batch = await self._encode((PROBE,))
+        if batch.failures:
+            raise batch.failures[0]
+        return batch
 
-    async def definition(self) -> str:
+    async def _encode(self, requests: tuple[TokenizeRequest, ...]) -> TokenBatch:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encoder.encode, requests)
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """What Serve tells every router of this replica."""
+        return asdict(self._version)
+
+    async def tokenize(self, call: TokenizeCall) -> TokenBatch:
+        """Encode the requests of one coalesced batch; failures are per request, in the answer.
+
+        Raises VersionGoneError, as the other methods do, if the call is for another version.
+        """
+        self._version.check(call.version)
+        return await self._encode(call.requests)
+
+    async def forget(self, forget: Forget) -> bool:
+        """Nothing is forgotten: within one call no text can be skipped. The answer shows that the replica lives."""
+        return False
+
+    async def definition(self, call: VersionCall) -> str:
         """The tokenizer as the JSON of a `tokenizer.json`; an ingress asks once, for tasks that answer with words.
 
         Empty where the tokenizer has no fast form.
         """
+        self._version.check(call.version)
         return self._encoder.definition
 
     async def check_health(self) -> None:
         """A tokenizer that gets here is healthy: its event loop turns."""
         self._metrics.look()
 
-    async def card(self) -> ModelCard:
+    async def card(self, call: VersionCall) -> ModelCard:
         """What the model's files say; the ingress asks once."""
+        self._version.check(call.version)
         return self._card
 
 

@@ -9,8 +9,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from serve_app.errors import InputTooLongError, ModelFailureError, RequestError
+from serve_app.ingress.tier import Tier, TierView
 from serve_app.tokenizer.encoder import Encoded, flatten
-from serve_app.types import FloatArray, Forget, ForwardCall, Rows, TextInput, TokenBatch, TokenizeRequest
+from serve_app.types import FloatArray, Forget, ForwardCall, Rows, TextInput, TokenBatch, TokenizeCall, TokenizeRequest
 
 ArgumentT = TypeVar("ArgumentT")
 AnswerT = TypeVar("AnswerT")
@@ -47,17 +48,18 @@ class Method(Generic[ArgumentT, AnswerT]):
 
 
 class Tiers:
-    """Both handles of one model."""
+    """Both handles of one model, and the tier that stands for both."""
 
     def __init__(self) -> None:
-        self.tokenize: Method[list[TokenizeRequest], TokenBatch] = Method(tokenize)
+        self.tokenize: Method[TokenizeCall, TokenBatch] = Method(tokenize)
         self.forward: Method[ForwardCall, Rows] = Method(forward)
         self.forget: Method[Forget, bool] = Method(lambda forget: True)
+        self.tier = Tier(self, TierView())
 
 
-def tokenize(requests: list[TokenizeRequest]) -> TokenBatch:
+def tokenize(call: TokenizeCall) -> TokenBatch:
     """A token for each character; a text that starts with "bad" is refused, one with "!" was cut."""
-    return flatten([_outcome(request) for request in requests], tokenize_s=0.5)
+    return flatten([_outcome(request) for request in call.requests], tokenize_s=0.5)
 
 
 def _outcome(request: TokenizeRequest) -> list[Encoded] | RequestError:

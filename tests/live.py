@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -55,6 +56,24 @@ class Live:
     @property
     def log(self) -> str:
         return (self.folder / "log").read_text(errors="replace")
+
+    @property
+    def dashboard(self) -> str:
+        """Address of Ray's dashboard, as `serve run` prints it."""
+        found = re.search(r"dashboard at (?:\x1b\[[0-9;]*m)*(?:http://)?([\w.]+:\d+)", self.log)
+        assert found is not None, self.log
+        return found.group(1)
+
+    def serve_app(self, *command: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+        """Run a command of `serve-app` from the user's side, against this server's dashboard."""
+        return subprocess.run(
+            [sys.executable, "-m", "serve_app.cli.main", *command, "--address", self.dashboard],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=timeout_s,
+            check=False,
+        )
 
     def processes(self) -> list[psutil.Process]:
         """Every process of this server: all that carry its Ray folder in their environment or were its children."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ FLOORS: list[set[str]] = [
     {"errors", "logs"},
     {"options", "outputs"},
     {"types", "config", "metrics"},
+    {"versions"},
     {"tasks", "cache"},
     {"tokenizer", "model", "autoscaling"},
     {"ingress"},
@@ -24,7 +27,7 @@ FLOORS: list[set[str]] = [
 ]
 """From the ground up; `errors` is below the rest of the ground floor, which raises them."""
 
-RAY_FREE = {"errors", "logs", "options", "outputs", "types", "config", "tasks", "model"}
+RAY_FREE = {"errors", "logs", "options", "outputs", "types", "config", "versions", "tasks", "model"}
 
 
 class Import(NamedTuple):
@@ -70,6 +73,12 @@ def trespasses(room: str, source: str) -> list[str]:
         and (other := found.module.split(".")[1]) in rooms() - {room}
         and floor_of(other) >= floor_of(room)
     ]
+
+
+def test_building_an_application_loads_no_torch() -> None:
+    """Serve builds each application in a process of its own, all at once."""
+    code = "import serve_app.app, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_every_room_has_a_floor() -> None:

@@ -12,6 +12,7 @@ from serve_app.errors import ServeAppError
 COMMANDS = {
     "serve": ("serve_app.cli.serve", "check a serve_config.yaml, run it with `serve run`, and say when it is ready"),
     "check": ("serve_app.cli.check", "check a serve_config.yaml in seconds, without starting anything"),
+    "deploy": ("serve_app.cli.deploy", "put an edited serve_config.yaml into force on a running server, and watch it"),
     "bench": ("serve_app.cli.bench.command", "measure a running server against what its hardware can do"),
     "profile": ("serve_app.cli.profile", "where a model's time goes, and the settings that suit this machine"),
     "key": ("serve_app.cli.key", "make an API key"),

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from serve_app.errors import InputTooLongError, ModelFailureError, ServeAppError
 from serve_app.model.rows import SequenceRows, failed, stack
@@ -167,6 +166,8 @@ def halfway(batch: TokenBatch) -> int:
 
 def is_device_broken(error: BaseException) -> bool:
     """Whether this is a sticky CUDA error. Out of memory is not: the context survives it."""
+    import torch  # here, so that who builds an application, and computes nothing, need not load it
+
     if isinstance(error, torch.OutOfMemoryError):
         return False
     accelerator_error = getattr(torch, "AcceleratorError", None)
@@ -179,6 +180,8 @@ _OUT_OF_MEMORY = "out of memory"
 
 
 def _describe(error: Exception) -> str:
+    import torch
+
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return _OUT_OF_MEMORY
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
@@ -196,6 +199,8 @@ def _as_answer(description: str, batch: TokenBatch) -> ServeAppError:
 
 
 def _free_cached_memory() -> None:
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -38,7 +38,7 @@ from serve_app.cli.bench.report import Report, ScenarioResult, as_json, as_text
 from serve_app.cli.bench.server import ServerError, answers, launched
 from serve_app.cli.bench.soak import SoakPlan, SoakReport, mixed_requests, soak, soak_json, soak_text
 from serve_app.cli.bench.wire import EMBEDDING, Prepared, ProtocolName, Target, prepare, target_of
-from serve_app.config import ModelConfig
+from serve_app.config import MODEL_BUILDER, ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.tasks.card import read_card, transformer_folder
 from serve_app.types import FloatArray, ModelCard
@@ -259,8 +259,9 @@ def _model_name(args: argparse.Namespace) -> str:
         return str(args.model)
     try:
         applications = yaml.safe_load(args.serve.read_text("utf-8"))["applications"]
-        return str(applications[0]["args"]["models"][0]["name"])
-    except (OSError, yaml.YAMLError, KeyError, IndexError, TypeError) as error:
+        models = (application for application in applications if application["import_path"] == MODEL_BUILDER)
+        return str(next(models)["args"]["model"]["name"])
+    except (OSError, yaml.YAMLError, KeyError, StopIteration, TypeError) as error:
         raise ConfigError(f"--serve: {args.serve} names no model; see serve-app check {args.serve}") from error
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from serve_app.metrics import CacheMetrics
 from serve_app.types import TokenBatch
 from serve_app.versions import Member, VersionBarrier
 
+logger = logging.getLogger(__name__)
+
 NAMESPACE = "serve_app"
 APPLICATIONS = "applications"
 """The warmer that all applications with one cache configuration share."""
@@ -40,6 +43,8 @@ _SURVEY_S = 30.0
 _TEND_S = 5.0
 _KEEP_S = 10.0
 _WANTED_S = 60.0
+_SILENT_S = 30.0
+"""A warmer that does not say a word for so long hangs: its event loop is never busy for more than milliseconds."""
 _IDLE_S = 60.0
 """After so long without work the depots are ended; they are made again when they are needed."""
 
@@ -317,7 +322,18 @@ async def keep_warm(models: list[dict[str, Any]], cache: dict[str, Any]) -> None
     while True:
         await asyncio.sleep(_KEEP_S)
         with suppress(RayError):
-            await _ask_mine("keep", models, cache)
+            try:
+                await asyncio.wait_for(_ask_mine("keep", models, cache), _SILENT_S)
+            except asyncio.TimeoutError:
+                _restart(APPLICATIONS, CacheConfig.model_validate(cache))
+
+
+def _restart(of: str, cache: CacheConfig) -> None:
+    """End a warmer that hangs. Ray starts it again."""
+    warmer = _held.get(_place(of, cache))
+    if warmer is not None:
+        logger.warning("the warmer has not answered for %g s; it is started again", _SILENT_S)
+        ray.kill(warmer, no_restart=False)
 
 
 async def _ask_mine(method: str, models: list[dict[str, Any]], cache: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ configuration in force, by which it could not start an old replica again that is
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +22,13 @@ from serve_app.cli import check
 from serve_app.cli.dashboard import Dashboard, add_address_argument, failures
 
 POLL_S = 1.0
-UNPLACED_AFTER_S = 10.0
-"""A replica that has no node by then waits for room; a node of an autoscaling cluster may still be coming."""
+UNPLACED_AFTER_S = 20.0
+"""A replica that has no node by then probably waits for room; a node of an autoscaling cluster may still be coming."""
 
 RUNNING = "RUNNING"
 FAILED = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
+
+_OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
 
 Details = Mapping[str, Any]
 
@@ -114,8 +117,8 @@ def _deployment(name: str, state: Details, waited_s: float) -> str:
             f"{key} {value:g}" for key, value in asks.items() if key in ("num_cpus", "num_gpus") and value
         )
         line += (
-            f"; no node has room ({needs}) for a new replica beside the old ones, which answer meanwhile: free or add "
-            "that much, or set max_surge_percent: 0, with which the old ones stop first and requests wait"
+            f"; no node has had room yet ({needs}) for a new replica beside the old ones, which answer meanwhile: free "
+            "or add that much, or set max_surge_percent: 0, with which the old ones stop first and requests wait"
         )
     return line
 
@@ -123,7 +126,14 @@ def _deployment(name: str, state: Details, waited_s: float) -> str:
 def reasons(application: Details) -> Iterator[str]:
     """Why an application cannot be deployed, or does not run any more."""
     found = [reason for reason in failures(application) if reason]
-    yield from found or (d["message"] for d in application["deployments"].values() if d["message"])
+    found = found or [d["message"] for d in application["deployments"].values() if d["message"]]
+    yield from dict.fromkeys(map(in_short, found))
+
+
+def in_short(reason: str) -> str:
+    """Of a traceback that ends in an error which this application raised on purpose, only what that says."""
+    said = _OUR_ERROR.split(reason)
+    return said[-1].strip() if len(said) > 1 else reason
 
 
 def restored_config(config: Mapping[str, Any], failed: Sequence[str], before: Details) -> dict[str, Any] | None:

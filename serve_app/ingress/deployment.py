@@ -77,6 +77,8 @@ class Ingress(OpenInferenceMethods):
         """
         self._replica_metrics.look()
         self._put_error_page()
+        if self._looking is not None and self._looking.done():
+            self._looking.result()  # raises what ended it, so that Serve replaces this replica
         if self._looking is None:
             await self.look()
             self._needed |= set(self._served)

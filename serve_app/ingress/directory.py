@@ -77,7 +77,7 @@ def _is_model(config: Any) -> bool:
 
 
 def _tier(deployment: str, application: str) -> Tier:
-    handle = serve.get_deployment_handle(deployment, application)
+    handle = serve.get_deployment_handle(deployment, application, _check_exists=False)  # it may be about to be made
     if not handle.is_initialized:  # so that its router learns of the replicas now, and not at the first call
         handle._init()
     return Tier(handle, view_of(DeploymentID(name=deployment, app_name=application)))

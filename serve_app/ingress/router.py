@@ -59,6 +59,11 @@ class LeastOutstandingRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: 
         super().on_replica_actor_died(replica_id)
         self._tell_view()
 
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        """A replica whose process is gone stays among the candidates until Serve's controller has noticed."""
+        super().on_replica_actor_unavailable(replica_id)
+        self._view.distrust(replica_id)
+
     def _tell_view(self) -> None:
         self._view.update({replica_id: _version(replica) for replica_id, replica in self._replicas.items()})
 

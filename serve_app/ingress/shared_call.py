@@ -62,7 +62,7 @@ class Pulse:
                 await asyncio.wait_for(self._tier.lives(self._call_id), PULSE_TIMEOUT_S)
             except asyncio.TimeoutError:
                 self.is_silent = True
-                self._tier.view.distrust(self._call_id)
+                self._tier.view.distrust(self._tier.view.replica_with(self._call_id))
                 self._on_silence()
                 return
             except (RayError, RayServeException):

@@ -13,7 +13,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from serve_app.types import Forget, Version
 
 DISTRUSTED_S = 30.0
-"""How long a replica that fell silent gets no calls while others take them."""
+"""How long a replica that did not answer gets no calls while others take them."""
 
 
 class TierView:
@@ -37,9 +37,8 @@ class TierView:
         replicas = [replica for replica, has in self._versions.items() if has == version]
         return sum(self._outstanding[replica] for replica in replicas) / len(replicas)
 
-    def distrust(self, call_id: str) -> None:
-        """The replica that has this call did not answer in time: others are taken before it for a while."""
-        replica = self._replica_of.get(call_id)
+    def distrust(self, replica: ReplicaID | None) -> None:
+        """The replica did not answer: others are taken before it for a while."""
         if replica is not None:
             self._distrusted[replica] = time.monotonic() + DISTRUSTED_S
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,12 @@ class Site:
             assert time.monotonic() < deadline, self.details(MODEL)
             time.sleep(0.5)
 
+    def wait_until(self, application: str, status: str) -> None:
+        deadline = time.monotonic() + 180
+        while self.details(application)["status"] != status:
+            assert time.monotonic() < deadline, self.details(application)
+            time.sleep(0.5)
+
     def info(self, model: str) -> Any:
         return httpx.get(f"{self.live.base_url}/models/{model}/info", timeout=30, trust_env=False).json()
 
@@ -184,6 +191,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "damaged weights": damaged(first, root / "damaged-weights", "model.safetensors"),
         "weights that are no numbers": not_numbers(first, root / "not-numbers"),
         "damaged tokenizer": damaged(first, root / "damaged-tokenizer", "tokenizer.json"),
+        "third": write_encoder(root / "third", seed=3),
         "unsupported": unsupported(first, root / "unsupported"),
         "writer": writer,
         "next writer": write_decoder(root / "next-writer", seed=2),
@@ -248,19 +256,20 @@ def test_a_model_that_generates_changes_without_a_wrong_or_a_cut_answer(site: Si
     assert {site.revisions[r] for r in load.streams[WRITER].versions_since(0.0)} == {"writer", "next writer"}
 
 
-def cannot_be_stored(config: Config) -> None:
-    use(MODEL, models_of(config)[0]["source"])(config)
+def cannot_be_stored(config: Config, folder: Path) -> None:
+    use(MODEL, folder)(config)
     for application in config["applications"]:
         if application["name"] == MODEL:
             application["args"]["cache"] = {**application["args"]["cache"], "min_free_bytes": 10**18}
-            application["args"]["model"]["prompts"] = {"a": "b"}
 
 
 BAD = {
-    "damaged weights": "model.safetensors",
+    "damaged weights": "the weights in",
     "weights that are no numbers": "not finite",
-    "damaged tokenizer": "tokenizer.json",
-    "unsupported": "Mystery",
+}
+FOUND_BY_CHECK = {
+    "damaged tokenizer": "tokenizer.json cannot be read as JSON",
+    "unsupported": "modules.json has the module Mystery",
 }
 
 
@@ -302,8 +311,30 @@ def test_a_typo_in_a_source_leaves_the_old_version_in_service(site: Site) -> Non
     assert_a_bad_deploy_is_refused(site, use(MODEL, "/no/such/folder"), "/no/such/folder")
 
 
-def test_a_disk_without_room_leaves_the_old_version_in_service(site: Site) -> None:
-    assert_a_bad_deploy_is_refused(site, cannot_be_stored, "bytes")
+def test_a_disk_without_room_leaves_the_old_version_in_service(site: Site, folders: dict[str, Path]) -> None:
+    change = partial(cannot_be_stored, folder=folders["third"])
+    assert_a_bad_deploy_is_refused(site, change, "must stay free (cache.min_free_bytes)")
+
+
+@pytest.mark.parametrize("kind", FOUND_BY_CHECK)
+def test_what_the_check_would_find_is_harmless_too_where_nobody_checks(
+    site: Site, folders: dict[str, Path], kind: str
+) -> None:
+    """As `serve deploy` sends a file: the replicas' constructors raise, and the new version never begins."""
+    revision, config = site.info(MODEL)["model_sha"], copy.deepcopy(site.config)
+    use(MODEL, folders[kind])(config)
+    dashboard = Dashboard(site.live.dashboard)
+    with site.load() as load:
+        refused = site.deploy(use(MODEL, folders[kind]))
+        dashboard.deploy(config)
+        site.wait_until(MODEL, "DEPLOY_FAILED")
+        told = "".join(state["message"] for state in site.details(MODEL)["deployments"].values())
+        dashboard.deploy(site.config)
+        site.wait_until_running()
+    assert FOUND_BY_CHECK[kind] in refused.stderr
+    assert FOUND_BY_CHECK[kind] in told
+    assert_nothing_went_wrong(load)
+    assert load.streams[MODEL].versions_since(0.0) == {revision}
 
 
 def test_a_roll_out_for_which_no_node_has_room_waits_and_says_so(site: Site) -> None:
@@ -312,10 +343,10 @@ def test_a_roll_out_for_which_no_node_has_room_waits_and_says_so(site: Site) -> 
             deployment["ray_actor_options"] = {"num_cpus": 64}
 
     with site.load() as load:
-        done = site.deploy(too_large, "--timeout", "25")
+        done = site.deploy(too_large, "--timeout", "30")
         assert site.deploy(lambda config: None).returncode == 0
     assert done.returncode == 1
-    assert "no node has room (num_cpus 64)" in done.stdout
+    assert "no node has had room yet (num_cpus 64)" in done.stdout
     assert "the roll-out is not over" in done.stderr.lower()
     assert_nothing_went_wrong(load)
 

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import shutil
 import subprocess
+import sys
+import sysconfig
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -92,16 +96,6 @@ def test_a_model_replica_with_a_gpu_fits_on_a_worker() -> None:
     assert [name for name in WORKERS if fits(gpu, TYPES[name]["resources"])] == ["gpu", "gpu-spot"]
 
 
-def test_every_package_is_installed_under_the_constraints(prepared: dict[str, Any]) -> None:
-    """The default setup would install a nightly wheel of Ray."""
-    commands = prepared["head_setup_commands"] + prepared["worker_setup_commands"]
-    installs = [command for command in commands if "pip" in command and "install" in command and "apt" not in command]
-
-    assert installs
-    assert all("-c" in command and "constraints.txt" in command for command in installs)
-    assert not any("http" in command or "-U" in command for command in commands)
-
-
 def test_constraints_pin_everything_that_the_project_asks_for() -> None:
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = {Requirement(line).name for line in lines if not line.startswith("#")}
@@ -110,20 +104,122 @@ def test_constraints_pin_everything_that_the_project_asks_for() -> None:
     assert asked - pinned == {"serve-app"}
 
 
-def test_everything_that_is_mounted_is_there() -> None:
-    mounted = {source for source in RAW["file_mounts"].values() if not source.startswith("~")}
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every installed package but this one, so that pip finds what the project depends on and downloads nothing."""
+    folder = tmp_path_factory.mktemp("packages")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "serve_app" not in entry.name:
+            (folder / entry.name).symlink_to(entry)
+    return folder
 
-    assert all((ROOT / source).exists() for source in mounted)
-    assert {"serve_app", "constraints.txt", "pyproject.toml"} <= mounted
+
+class Machine:
+    """A home that has what `ray up` copies there and nothing else, in which the commands of cluster.yaml are run."""
+
+    def __init__(self, root: Path, packages: Path) -> None:
+        self.home, self.programs, self.packages = root / "home", root / "bin", packages
+        self.programs.mkdir()
+        (self.programs / "python3").symlink_to(sys.executable)
+        (self.programs / "dpkg").symlink_to("/bin/true")  # python3-venv is there
+        for target, source in RAW["file_mounts"].items():
+            mount(source, Path(self.local(target)))
+
+    def local(self, text: str) -> str:
+        return text.replace("/home/ubuntu", str(self.home))
+
+    def run(self, command: str, **environment: str) -> str:
+        """What a command prints, in a shell that knows this home only and from which nothing can be downloaded."""
+        own = {
+            "HOME": str(self.home),
+            "PATH": f"{self.programs}:/usr/local/bin:/usr/bin:/bin",
+            "PYTHONPATH": str(self.packages),
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",  # this is how pip wants to be told that there is none
+        }
+        shell = ["bash", "-c", self.local(command)]
+        done = subprocess.run(shell, cwd=self.home, env=own | environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+
+def mount(source: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.startswith("~"):
+        target.write_text("something of whoever runs `ray up`")
+    elif (ROOT / source).is_dir():
+        shutil.copytree(ROOT / source, target, ignore=shutil.ignore_patterns(*RAW["rsync_exclude"]))
+    else:
+        shutil.copy(ROOT / source, target)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory, packages: Path, prepared: dict[str, Any]) -> Machine:
+    """One that has been set up as `ray up` sets up the head."""
+    machine = Machine(tmp_path_factory.mktemp("machine"), packages)
+    for command in prepared["head_setup_commands"]:
+        machine.run(command)
+    return machine
+
+
+def test_the_package_is_installed_from_what_is_mounted(machine: Machine) -> None:
+    printed = machine.run('"$HOME/venv/bin/python" -c "import serve_app; print(serve_app.__file__)"')
+
+    assert Path(printed.strip()).parent == machine.home / "serve-app" / "serve_app"
+
+
+def test_whoever_logs_in_finds_the_commands_and_uses_the_token(machine: Machine) -> None:
+    printed = machine.run('. ~/.bashrc; echo "$RAY_AUTH_MODE"; command -v serve-app; serve-app --help')
+
+    assert printed.splitlines()[:2] == ["token", f"{machine.home}/venv/bin/serve-app"]
+    assert "check a serve_config.yaml" in printed
+
+
+def test_setting_up_a_second_time_changes_nothing(machine: Machine, prepared: dict[str, Any]) -> None:
+    before = (machine.home / ".bashrc").read_text()
+    for command in prepared["worker_setup_commands"]:
+        machine.run(command)
+
+    assert (machine.home / ".bashrc").read_text() == before
+
+
+def test_the_installed_command_checks_the_default_file(machine: Machine) -> None:
+    shutil.copy(ROOT / "serve_config.yaml", machine.home)
+
+    assert "serve_config.yaml: no errors" in machine.run('"$HOME/venv/bin/serve-app" check')
+
+
+def test_every_install_keeps_to_the_constraints(machine: Machine) -> None:
+    """If they ask for a torch that there is not, none goes through."""
+    constraints = machine.home / "serve-app" / "constraints.txt"
+    told = constraints.read_text()
+    constraints.write_text(re.sub(r"^torch==.*$", "torch==0.0.1", told, flags=re.MULTILINE))
+    installs = [command for command in RAW["setup_commands"] if command.startswith('"$HOME/venv/bin/pip" install')]
+    try:
+        for command in installs:
+            with pytest.raises(AssertionError, match=r"conflicting dependencies|No matching distribution"):
+                machine.run(command)
+    finally:
+        constraints.write_text(told)
+    assert len(installs) == 2
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
-def test_ray_asks_for_the_token_everywhere(commands: str) -> None:
-    started = [command for command in RAW[commands] if "ray" in command and " start " in command]
+def test_ray_is_started_with_the_token_and_with_a_haproxy_that_is_there(machine: Machine, commands: str) -> None:
+    """`ray` itself is a stand-in, which repeats what it was started with."""
+    ray = machine.home / "venv" / "bin" / "ray"
+    ray.write_text('#!/bin/sh\necho "$*"\necho "$RAY_AUTH_MODE"\necho "$RAY_SERVE_HAPROXY_BINARY_PATH"\n')
+    ray.chmod(0o755)
+    try:
+        stop, start = (machine.run(command, RAY_HEAD_IP="10.0.0.1").splitlines() for command in RAW[commands])
+    finally:
+        ray.unlink()
 
-    assert started
-    assert all("RAY_AUTH_MODE=token" in command for command in started)
-    assert all('RAY_SERVE_HAPROXY_BINARY_PATH="$HOME/venv/bin/serve-app-haproxy"' in command for command in started)
+    assert stop[0] == "stop"
+    assert start[0].startswith("start ")
+    assert start[1:] == ["token", f"{machine.home}/venv/bin/serve-app-haproxy"]
+    assert Path(start[2]).read_bytes() == (ROOT / "deploy" / "serve-app-haproxy").read_bytes()
+    assert os.access(start[2], os.X_OK)
 
 
 def test_the_dashboard_is_on_loopback() -> None:

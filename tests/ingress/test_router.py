@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from ray.serve.request_router import PendingRequest
 
 from serve_app.app import ROUTER
 from serve_app.ingress.router import CallNotUnderWayError, LeastOutstandingRouter
-from serve_app.types import Forget, ForwardCall, TokenBatch
+from serve_app.types import Forget, ForwardCall, TokenBatch, Version
+from tests.ingress.tiers import VERSION
 
 DEPLOYMENT = DeploymentID(name="m-model", app_name="app")
 
@@ -29,6 +30,11 @@ class Replica:
     availability_zone: str | None = None
     multiplexed_model_ids: set[str] = field(default_factory=set)
     queue_len: int = 0
+    version: Version = VERSION
+
+    @property
+    def replica_metadata(self) -> dict[str, str]:
+        return asdict(self.version)
 
     @property
     def replica_id(self) -> ReplicaID:
@@ -134,8 +140,8 @@ async def test_what_has_ended_is_forgotten(router: LeastOutstandingRouter) -> No
         calls.end(await calls.send(10, "call"), length_when_begun=1)
     calls.end(("a", "never sent"), length_when_begun=0)
     assert not router._sent
-    assert not router._outstanding
-    assert not router._replica_of
+    assert not router._view._outstanding
+    assert not router._view._replica_of
 
 
 def test_serve_finds_the_router_by_its_name() -> None:
@@ -161,7 +167,7 @@ async def test_what_is_said_about_a_call_goes_to_the_replica_that_has_it(router:
     calls, messages = Calls(router), Messages(router)
     sent = [await calls.send(10, f"id-{i}") for i in range(20)]
     assert [await messages.about(f"id-{i}") for i in range(20)] == [replica for replica, _ in sent]
-    assert sum(router._outstanding.values()) == 200, "messages weigh nothing"
+    assert sum(router._view._outstanding.values()) == 200, "messages weigh nothing"
 
 
 async def test_nothing_can_be_said_about_a_call_that_has_ended_or_never_was(router: LeastOutstandingRouter) -> None:
@@ -193,14 +199,14 @@ async def test_a_call_that_its_replica_refused_is_known_where_it_went_then(route
     assert taken[0] != refused[0]
     calls.end(refused, length_when_begun=1)
     assert await Messages(router).about("call") == taken[0]
-    assert router._outstanding == {ReplicaID(taken[0], DEPLOYMENT): 10}
+    assert router._view._outstanding == {ReplicaID(taken[0], DEPLOYMENT): 10}
 
 
 async def test_calls_that_one_request_makes_side_by_side_all_end(router: LeastOutstandingRouter) -> None:
     calls = Calls(router)
     for sent in [await calls.send(tokens, internal_id="one request") for tokens in (10, 20, 30, 40)]:
         calls.end(sent, length_when_begun=1)
-    assert not router._outstanding
+    assert not router._view._outstanding
     assert not router._sent
 
 
@@ -210,5 +216,5 @@ async def test_a_message_that_shares_its_id_with_the_call_does_not_end_it(router
         assert await Messages(router).about("call", internal_id="one request") == sent[0]
     Calls(router).end(sent, length_when_begun=1)
     assert not router._sent
-    assert not router._outstanding
-    assert not router._replica_of
+    assert not router._view._outstanding
+    assert not router._view._replica_of

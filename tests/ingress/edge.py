@@ -167,18 +167,16 @@ class FakeService:
 
     def _computed(self, request: Request, card: ModelCard) -> Answer:
         if request.task not in ("embedding", "similarity"):
-            return Answer(
-                made_up(request),
-                sum(map(characters_of, request.inputs)) + 2,
-                TIMINGS,
-                *self.long_texts,
-                version=VERSION,
-            )
+            return self._told(request, made_up(request))
         task = TASKS[request.task]
         prompt = task.prepare(request, card).prompt
         rows = np.stack([vector(value, prompt) for value in request.inputs])
         output = task.postprocess(request, card, Features(NO_TOKENS, rows), None)
-        return Answer(output, sum(map(characters_of, request.inputs)) + 2, TIMINGS, *self.long_texts, version=VERSION)
+        return self._told(request, output)
+
+    def _told(self, request: Request, output: TaskOutput) -> Answer:
+        tokens = sum(map(characters_of, request.inputs)) + 2
+        return Answer(output, tokens, TIMINGS, *self.long_texts, version=VERSION)
 
     async def estimate(self, request: Request) -> int:
         return sum(map(characters_of, request.inputs))

@@ -25,6 +25,7 @@ import yaml
 
 from deploy.examples.make_tiny_models import make
 from serve_app.cli import haproxy
+from serve_app.config import MODEL_BUILDER
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "deploy" / "examples" / "all-tasks.yaml"
@@ -124,6 +125,18 @@ def local_config(folder: Path, change: Callable[[dict[str, Any]], None] = lambda
 def models_of(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The models of a Serve configuration, to be read or edited."""
     return [application["args"]["model"] for application in config["applications"] if "model" in application["args"]]
+
+
+def application_of(config: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """An application for one more model, with one small replica of each tier."""
+    one_replica = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
+    return {
+        "name": model["name"],
+        "route_prefix": None,
+        "import_path": MODEL_BUILDER,
+        "args": {"cache": config["applications"][0]["args"]["cache"], "model": model},
+        "deployments": [{"name": f"{model['name']}-{tier}", **one_replica} for tier in ("tokenizer", "model")],
+    }
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -25,11 +24,12 @@ from transformers import AutoTokenizer
 from serve_app import errors
 from serve_app.cli.check import check_file
 from serve_app.ingress.statuses import STATUSES
-from tests.live import ROOT, Live
-from tests.reference import cosines, minilm_embeddings, minilm_folder
+from tests.live import ROOT, Live, models_of
+from tests.reference import MINILM, cosines, minilm_embeddings, minilm_folder
 
 COMMIT = "0123456789" * 4
 README = (ROOT / "README.md").read_text("utf-8")
+CONFIG = (ROOT / "serve_config.yaml").read_text("utf-8")
 
 _BLOCK = re.compile(r"(?:<!-- (?P<kind>\w+): (?P<name>\w+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.DOTALL)
 
@@ -157,20 +157,32 @@ def test_nothing_is_shown_that_is_not_run() -> None:
     assert [block.text.split()[:2] for block in unmarked] == [["make", "serve"]]
 
 
-@pytest.mark.parametrize("name", ["directory", "hub", "several"])
-def test_models_as_shown_make_a_file_without_errors(name: str, tmp_path: Path) -> None:
-    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    application = config["applications"][0]
-    models = yaml.safe_load(blocks("models")[name].text)["models"]
-    application["args"]["models"] = models
-    ingress, tokenizer, model = application["deployments"]
-    application["deployments"] = [ingress]
-    for served in models:
-        for tier, entry in (("tokenizer", tokenizer), ("model", model)):
-            application["deployments"].append({**copy.deepcopy(entry), "name": f"{served['name']}-{tier}"})
-    file = tmp_path / "serve_config.yaml"
-    file.write_text(yaml.safe_dump(config))
-    assert [str(finding) for finding in check_file(file, cores=8) if finding.is_error] == []
+def errors_of(text: str, folder: Path) -> list[str]:
+    """What `serve-app check` finds wrong with a file, on a machine that is large enough for it."""
+    file = folder / "serve_config.yaml"
+    file.write_text(text)
+    return [str(finding) for finding in check_file(file, cores=8) if finding.is_error]
+
+
+@pytest.mark.parametrize("name", ["directory", "hub"])
+def test_a_model_as_shown_in_the_place_of_the_first_makes_a_file_without_errors(name: str, tmp_path: Path) -> None:
+    config = yaml.safe_load(CONFIG)
+    _, application = config["applications"]
+    application["args"] |= yaml.safe_load(blocks("model")[name].text)
+    application["name"] = application["args"]["model"]["name"]
+    for entry, tier in zip(application["deployments"], ("tokenizer", "model"), strict=True):
+        entry["name"] = f"{application['name']}-{tier}"
+    assert errors_of(yaml.safe_dump(config), tmp_path) == []
+    del application["args"]["model"]["source"]
+    assert errors_of(yaml.safe_dump(config), tmp_path) == ["applications[1].args.model.source: Field required"]
+
+
+def test_a_second_model_as_shown_can_be_put_at_the_end_of_the_file(tmp_path: Path) -> None:
+    text = CONFIG + blocks("application")["several"].text
+    assert errors_of(text, tmp_path) == []
+    served = [model["name"] for model in models_of(yaml.safe_load(text))]
+    assert served == [MINILM, "my-model"]
+    assert errors_of(text + blocks("application")["several"].text, tmp_path) != []
 
 
 def test_the_table_of_errors_is_complete_and_right() -> None:
@@ -189,8 +201,7 @@ def test_settings_that_are_named_exist() -> None:
     codes = {cls.code for cls in STATUSES}
     named = set(re.findall(r"`((?:max|body|request|min|num)_\w+)`", README)) - codes
     assert "max_body_bytes" in named
-    known = (ROOT / "serve_config.yaml").read_text()
-    assert [name for name in sorted(named) if f"{name}:" not in known] == []
+    assert [name for name in sorted(named) if f"{name}:" not in CONFIG] == []
 
 
 def test_every_link_leads_to_a_file() -> None:

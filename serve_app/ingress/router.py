@@ -111,7 +111,15 @@ class LeastOutstandingRouter(FIFOMixin, LocalityMixin, RequestRouter):  # type: 
             raise _gone(fingerprint)
         if replicas and not is_retry:
             return replicas[0]
-        return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        return await self._waited_for(pending_request, fingerprint, is_retry)
+
+    async def _waited_for(self, pending_request: PendingRequest, fingerprint: str, is_retry: bool) -> RunningReplica:
+        """Serve gives a replica that it has found for one call to the one that has waited longest."""
+        while True:
+            replica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+            if self._view.has(replica.replica_id, fingerprint):
+                return replica
+            is_retry = True
 
     def _replica_with(self, call_id: str, is_retry: bool) -> RunningReplica:
         """A message goes out once: Serve would try a replica that refuses it, or is gone, again and again."""

@@ -75,16 +75,16 @@ def calibrate(task: str, model: Any, tokenizer: Any) -> None:
 def serve_config(task: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The project's own file, with this model in the place of its own."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.yaml").read_text("utf-8"))
-    application = config["applications"][0]
-    old = application["args"]["models"][0]["name"]
-    application["args"]["models"] = [
-        {"name": "m", "source": str(folder / "model"), "task": task, "max_input_tokens": 256}
-    ]
-    application["args"]["cache"]["root"] = str(folder / "cache")
-    for deployment in application["deployments"]:
+    ingress, served = config["applications"]
+    old = served["name"]
+    served["name"] = "m"
+    served["args"]["model"] = {"name": "m", "source": str(folder / "model"), "task": task, "max_input_tokens": 256}
+    for application in (ingress, served):
+        application["args"]["cache"]["root"] = str(folder / "cache")
+    for deployment in served["deployments"]:
         deployment["name"] = deployment["name"].replace(old, "m")
-        if deployment["name"] == "ingress" and args.max_concurrent_batches:
-            deployment["user_config"]["max_concurrent_batches"] = args.max_concurrent_batches
+    if args.max_concurrent_batches:
+        ingress["deployments"][0]["user_config"]["max_concurrent_batches"] = args.max_concurrent_batches
     return config
 
 

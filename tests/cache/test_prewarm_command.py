@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from serve_app.cache.status import ModelOnNode
 from serve_app.cache.store import READY
 from serve_app.cli.main import main
 from serve_app.cli.prewarm import Board
-from serve_app.config import CacheConfig, ModelConfig
+from serve_app.config import BUILDER, MODEL_BUILDER, CacheConfig, ModelConfig
 from tests.hub.server import Fault, LocalHub
 
 CANARY = "hf_canary0123456789"
@@ -20,11 +21,17 @@ CANARY = "hf_canary0123456789"
 def config(tiny_model: ModelConfig, tiny_bert: Path, cache: CacheConfig, tmp_path: Path) -> Path:
     """Serves tiny-org/tiny-bert from the hub as `tiny`, and the same files from their directory as `local`."""
     hub_model = {"name": "tiny", "source": tiny_model.source, "revision": tiny_model.revision}
-    arguments = {"cache": {"root": cache.root}, "models": [hub_model, {"name": "local", "source": str(tiny_bert)}]}
-    application = {"name": "app", "import_path": "serve_app.app:build", "args": arguments}
+    models = [hub_model, {"name": "local", "source": str(tiny_bert)}]
+    ingress = {"name": "app", "import_path": BUILDER, "args": {"cache": {"root": cache.root}}}
+    applications = [ingress, *(_application(model, cache) for model in models)]
     path = tmp_path / "serve_config.yaml"
-    path.write_text(json.dumps({"applications": [application]}))
+    path.write_text(json.dumps({"applications": applications}))
     return path
+
+
+def _application(model: dict[str, Any], cache: CacheConfig) -> dict[str, Any]:
+    args = {"model": model, "cache": {"root": cache.root}}
+    return {"name": model["name"], "route_prefix": None, "import_path": MODEL_BUILDER, "args": args}
 
 
 def ready(cache: CacheConfig) -> set[str]:

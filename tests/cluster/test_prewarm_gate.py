@@ -15,12 +15,15 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.util import list_named_actors
 
-from serve_app.app import build
+from serve_app.app import build_model
 from serve_app.cache.node import NodeCache
 from serve_app.cache.prewarm import cache_status, ensure_local, warmer_actors
 from serve_app.cache.store import READY
+from serve_app.cache.warmer import APPLICATIONS, warmer_name
 from serve_app.config import CacheConfig, ModelConfig
-from serve_app.errors import DiskFullError
+from serve_app.errors import DiskFullError, VersionGoneError
+from serve_app.types import VersionCall
+from serve_app.versions import version_of
 from tests.cluster.prewarm_cluster import (
     ROOT,
     Nodes,
@@ -153,10 +156,18 @@ def test_a_copy_that_a_replica_uses_is_not_removed(nodes: Nodes, model: ModelCon
     assert ready_at(nodes.models("a") / model.name / manifest.revision / READY) is not None
 
 
-def test_the_application_has_one_warmer(nodes: Nodes) -> None:
-    names = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
-    assert len([name for name in names if name.startswith("warmer::gated")]) == 1
-    assert len([name for name in names if name.endswith("warm-gate")]) == 2
+def named(part: str) -> list[dict[str, str]]:
+    """Actors whose name contains this."""
+    return [actor for actor in list_named_actors(all_namespaces=True) if part in actor["name"]]
+
+
+def test_all_applications_with_one_cache_share_one_warmer(nodes: Nodes, model: ModelConfig) -> None:
+    serve.run(application(model, nodes, ["c"]), name="second", route_prefix=None)
+    assert [actor["name"] for actor in named("warmer::")] == [warmer_name(APPLICATIONS, CACHE)]
+    assert len(named("warm-gate")) == 3
+    serve.delete("second")
+    wait_until(lambda: not named("second"))
+    assert len(named("warmer::")) == 1, "the other application still uses it"
 
 
 def test_every_node_is_seen_as_ready(nodes: Nodes, model: ModelConfig) -> None:
@@ -194,7 +205,7 @@ def test_a_node_that_joins_is_warm_without_any_replica(hub: LocalHub, nodes: Nod
 
 
 def test_a_warmer_that_was_killed_is_made_again_and_knows_all_nodes(nodes: Nodes) -> None:
-    (warmer,) = (a for a in list_named_actors(all_namespaces=True) if a["name"].startswith("warmer::gated"))
+    (warmer,) = named("warmer::applications")
     ray.kill(ray.get_actor(**warmer))
     handle = serve.get_app_handle("gated")
     wait_until(lambda: [s.phase for s in handle.status.remote().result()] == ["ready"] * len(nodes.names()))
@@ -236,20 +247,26 @@ def test_a_deploy_that_the_hub_refuses_fails_and_says_what_to_do(
 
 def test_nothing_of_an_application_is_left_when_it_is_deleted(nodes: Nodes) -> None:
     serve.delete("gated")
-    wait_until(lambda: not [a for a in list_named_actors(all_namespaces=True) if "gated" in a["name"]])
+    wait_until(lambda: not named("gated"))
+    wait_until(lambda: not named("warmer::"))
 
 
 def test_the_true_application_is_warm_and_its_replicas_write_nothing(
     hub: LocalHub, nodes: Nodes, model: ModelConfig
 ) -> None:
     hub.seen.clear()
-    true = {**model.model_dump(mode="json"), "name": "true"}
-    arguments = {"models": [true], "cache": CACHE.model_dump(mode="json")}
-    serve.run(build(arguments), name="true", route_prefix=None)  # type: ignore[arg-type]
+    true = model.model_copy(update={"name": "true"})
+    arguments = {"model": true.model_dump(mode="json"), "cache": CACHE.model_dump(mode="json")}
+    serve.run(build_model(arguments), name="true", route_prefix=None)  # type: ignore[arg-type]
     assert set(hub.downloads().values()) == {1}
-    card = serve.get_deployment_handle("true-tokenizer", "true").card.remote().result()
-    assert card.revision == model.revision
-    gates = [a["name"] for a in list_named_actors(all_namespaces=True) if a["name"].endswith("warm-gate")]
+    folder = nodes.models("a") / "true" / str(model.revision)
+    version = version_of(folder, true, is_pinned=True)
+    tokenizer = serve.get_deployment_handle("true-tokenizer", "true")
+    card = tokenizer.card.remote(VersionCall(version.fingerprint)).result()
+    assert card.revision == version.revision == model.revision
+    with pytest.raises(VersionGoneError):
+        tokenizer.card.remote(VersionCall("another")).result()
+    gates = [actor["name"] for actor in named("warm-gate")]
     assert len([name for name in gates if "true-tokenizer" in name or "true-model" in name]) == 2
     leases = [path.name for name in nodes.names() for path in (nodes.models(name) / ".leases").glob("true@*")]
     assert len(leases) == 2

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.config import MODEL_BUILDER
 from tests.cluster.hosts import DISK, GATEWAY, Host, hosts, reason_why_not
 from tests.hub.server import Fault, LocalHub, local_hub
 
@@ -51,9 +52,10 @@ def config(hub: LocalHub, minilm: Path, tmp_path_factory: pytest.TempPathFactory
     cache = {"root": "$MODEL_DISK/models", "min_free_bytes": 0, "download_timeout_s": 120}
     model = {"name": "minilm", "source": "org/minilm", "revision": hub.add("org/minilm", minilm)}
     application = {
-        "name": "serve_app",
-        "import_path": "serve_app.app:build",
-        "args": {"cache": cache, "models": [model]},
+        "name": "minilm",
+        "route_prefix": None,
+        "import_path": MODEL_BUILDER,
+        "args": {"cache": cache, "model": model},
     }
     path = tmp_path_factory.mktemp("config") / "serve_config.yaml"
     path.write_text(json.dumps({"applications": [application]}))

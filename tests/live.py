@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,10 @@ START_TIMEOUT_S = 150
 STOP_TIMEOUT_S = 60
 EXAMPLES_START_TIMEOUT_S = 600
 """25 replicas, most of which import torch, on as few as two cores."""
+
+PROGRAMS = Path(sys.executable).parent
+SERVE_RUN = (str(PROGRAMS / "serve"), "run")
+SERVE_APP_SERVE = (str(PROGRAMS / "serve-app"), "serve")
 
 _ingress_ports = itertools.count(20_000 + os.getpid() % 100 * 40, 40)
 """Serve listens with SO_REUSEPORT: two servers on the same ports would answer each other's requests. Its fallback
@@ -146,23 +150,39 @@ def served(
     wait: bool = True,
 ) -> Iterator[Live]:
     """`serve run` of `local_config(change)`, ready to answer; everything is gone afterwards, or the test fails."""
-    folder = Path(tempfile.mkdtemp(prefix="sa-"))  # short, because Ray puts Unix sockets into it
-    config = local_config(folder, change)
-    (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
-    base_url, grpc_address = (f"127.0.0.1:{config[name]['port']}" for name in ("http_options", "grpc_options"))
-    live = Live(f"http://{base_url}", _start(folder, environment or {}), folder, grpc_address)
-    try:
+    with own_folder() as folder, started(folder, local_config(folder, change), environment or {}) as live:
         if wait:
             wait_until_ready(live)
         yield live
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """For all that a server writes. Its path is short, because Ray puts Unix sockets into it."""
+    folder = Path(tempfile.mkdtemp(prefix="sa-"))
+    try:
+        yield folder
     finally:
-        _stop(live)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+@contextmanager
+def started(
+    folder: Path, config: dict[str, Any], environment: Mapping[str, str], command: Sequence[str] = SERVE_RUN
+) -> Iterator[Live]:
+    """The command, given a file with `config`. When the block ends every process of it is gone."""
+    (folder / "serve_config.yaml").write_text(yaml.safe_dump(config))
+    base_url, grpc_address = (f"127.0.0.1:{config[name]['port']}" for name in ("http_options", "grpc_options"))
+    live = Live(f"http://{base_url}", _start(folder, environment, command), folder, grpc_address)
+    try:
+        yield live
+    finally:
+        _stop(live)
+
+
+def _start(folder: Path, environment: Mapping[str, str], command: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve_config.yaml")],
+        [*command, str(folder / "serve_config.yaml")],
         stdin=subprocess.DEVNULL,
         stdout=(folder / "log").open("wb"),
         stderr=subprocess.STDOUT,

@@ -24,8 +24,10 @@ _KEPT_S = 24 * 3600.0
 
 
 def expand(path: str) -> Path:
-    """`~` and `$VARIABLES` of this node put in. Raises IncompleteModelError if a variable is not set here."""
+    """`~` and `$VARIABLES` of this node put in. Raises IncompleteModelError if one of them means nothing here."""
     expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~"):
+        raise IncompleteModelError(f"{path}: there is no such home on this node; set HOME, or write the path in full")
     if "$" in expanded:
         raise IncompleteModelError(f"{path}: a variable in it is not set on this node")
     return Path(expanded).absolute()

@@ -43,8 +43,11 @@ class Dashboard:
         if "://" not in address:
             address = f"http://{address}"
         self.address = address.rstrip("/")
-        # A proxy for the outside cannot lead to this machine.
-        self._trust_env = not is_loopback(urlsplit(self.address).hostname or "")
+        try:
+            host = urlsplit(self.address).hostname or ""
+        except ValueError as error:
+            raise DashboardError(f"{address} is no address of a Ray dashboard: {error}") from error
+        self._trust_env = not is_loopback(host)  # a proxy for the outside cannot lead to this machine
 
     def details(self) -> dict[str, Any]:
         """Serve's own account of itself, a `ServeInstanceDetails`: `http_options`, `applications` and more."""

@@ -7,12 +7,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from serve_app.cli.home import settle_home
 from serve_app.errors import ServeAppError
 
 COMMANDS = {
     "serve": ("serve_app.cli.serve", "check a serve_config.yaml, run it with `serve run`, and say when it is ready"),
     "check": ("serve_app.cli.check", "check a serve_config.yaml in seconds, without starting anything"),
     "deploy": ("serve_app.cli.deploy", "put an edited serve_config.yaml into force on a running server, and watch it"),
+    "status": ("serve_app.cli.status", "say how the applications of a running server fare"),
     "bench": ("serve_app.cli.bench.command", "measure a running server against what its hardware can do"),
     "profile": ("serve_app.cli.profile", "where a model's time goes, and the settings that suit this machine"),
     "key": ("serve_app.cli.key", "make an API key"),
@@ -26,6 +28,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
+        settle_home()
         return _dispatch(arguments)
     except ServeAppError as error:
         print(f"serve-app: {error}", file=sys.stderr)

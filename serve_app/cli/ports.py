@@ -1,7 +1,8 @@
-"""The ports that a server is about to take, tried before anything starts.
+"""The ports that a server is about to take: chosen where nobody has chosen them, and tried before anything starts.
 
 Serve starts its cluster and loads the models first, and then says in HAProxy's words that it cannot bind; meanwhile
-whoever has the port answers in our place.
+whoever has the port answers in our place. Serve's fallback proxies, which answer while no ingress replica is ready,
+even share theirs with those of another server (SO_REUSEPORT), so that each answers for the other.
 """
 
 from __future__ import annotations
@@ -9,14 +10,27 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from serve_app.cli.serve_file import Finding, ServeFile
+from serve_app.errors import ConfigError
 
 _EVERYWHERE = "0.0.0.0"
-_HAPROXY = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
-"""Ports of HAProxy's own, with Ray's defaults."""
+CONTROLLER = "controller_options.runtime_env.env_vars"
+_METRICS, _STATS = "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"
+_FALLBACK_HTTP, _FALLBACK_GRPC = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"
+_DEFAULTS = {_METRICS: 9101, _STATS: 8404, _FALLBACK_HTTP: 8500, _FALLBACK_GRPC: 9500}
+"""Ports that Serve takes beside those of clients, with Ray's defaults."""
+
+_REPLICAS = {"HTTP": 30_000, "GRPC": 40_000}
+"""First of the ports of ingress replicas, by protocol, as Ray has them."""
+
+SERVERS = 10
+"""Servers of `serve-app serve` that can be on one machine at once."""
+
+_REPLICA_PORTS = 100
+"""For the ingress replicas of each. Ray's default is 1,000, for the only server of a machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +42,53 @@ class Listener:
     port: int
 
 
-def port_findings(file: ServeFile) -> list[Finding]:
-    """The ports of a Serve config file that cannot be had on this machine.
+class Place:
+    """The number of a server among those on this machine, from 0. No other server gets it until `leave`, or the end of
+    the process.
 
-    None where `serve run` would go to a cluster that is up already: its Serve may be what has them.
+    Raises ConfigError if there are none left. It is held by listening on the first port of the ingress replicas, where
+    those of a plain `serve run` listen too; `first` is that of number 0.
     """
-    if joins_a_cluster():
-        return []
-    found = ((listener, _obstacle(listener)) for listener in listeners(file))
-    return [Finding(listener.key, reason) for listener, reason in found if reason is not None]
+
+    def __init__(self, first: int = _REPLICAS["HTTP"]) -> None:
+        for number in range(SERVERS):
+            try:
+                self._held = socket.create_server(("127.0.0.1", first + number * _REPLICA_PORTS))
+            except OSError:
+                continue
+            self.number = number
+            return
+        raise ConfigError(f"{SERVERS} servers are on this machine already: stop one of them")
+
+    def leave(self) -> None:
+        self._held.close()
+
+    def ports(self, settings: Mapping[str, str]) -> dict[str, str]:
+        """Variables that give Serve ports of this server's own; what `settings` name stays as it is."""
+        chosen: dict[str, int] = {}
+        for name, default in _DEFAULTS.items():
+            if name not in settings:
+                chosen[name] = default + self.number
+        for protocol, first in _REPLICAS.items():
+            least, most = (f"RAY_SERVE_DIRECT_INGRESS_{bound}_{protocol}_PORT" for bound in ("MIN", "MAX"))
+            if least not in settings and most not in settings:
+                start = first + self.number * _REPLICA_PORTS
+                chosen |= {least: start + 1, most: start + _REPLICA_PORTS}
+        return {name: str(port) for name, port in chosen.items()}
+
+
+def port_findings(file: ServeFile, settings: Mapping[str, str]) -> list[Finding]:
+    """The ports of a server that cannot be had on this machine. `settings` are the variables of its controller."""
+    findings: list[Finding] = []
+    seen: dict[int, str] = {}
+    for listener in listeners(file, settings):
+        reason = _obstacle(listener)
+        if listener.port in seen:
+            reason = f"{listener.port} is {seen[listener.port]} too; choose another port"
+        seen[listener.port] = listener.key
+        if reason is not None:
+            findings.append(Finding(listener.key, reason))
+    return findings
 
 
 def joins_a_cluster() -> bool:
@@ -47,19 +99,21 @@ def joins_a_cluster() -> bool:
     return address != "local" and bool(address or read_ray_address())
 
 
-def listeners(file: ServeFile) -> Iterator[Listener]:
+def listeners(file: ServeFile, settings: Mapping[str, str]) -> Iterator[Listener]:
     yield Listener("http_options.port", file.host, file.http_port)
     if file.grpc_port is not None:
         yield Listener("grpc_options.port", _EVERYWHERE, file.grpc_port)
-    settings = {**os.environ, **file.controller_variables}
-    if settings.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-        for name, port in _HAPROXY.items():
-            key = f"controller_options.runtime_env.env_vars.{name}"
-            yield Listener(key, _EVERYWHERE, int(settings.get(name, port)))
+    if settings.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        return
+    hosts = {_FALLBACK_HTTP: file.host}
+    for name, default in _DEFAULTS.items():
+        if name != _FALLBACK_GRPC or file.grpc_port is not None:
+            key = f"{CONTROLLER}.{name}"
+            yield Listener(key, hosts.get(name, _EVERYWHERE), int(settings.get(name, default)))
 
 
 def _obstacle(listener: Listener) -> str | None:
-    """Why nobody can listen there, or None."""
+    """Why nobody can listen there, or None. Without SO_REUSEPORT, which would let the port be shared."""
     where = f"{listener.host}:{listener.port}"
     try:
         family, _, _, _, address = socket.getaddrinfo(listener.host, listener.port, type=socket.SOCK_STREAM)[0]

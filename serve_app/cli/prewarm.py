@@ -101,9 +101,11 @@ def _on_this_machine(manifest: Manifest, progress: Progress) -> ModelOnNode:
 def warm_cluster(plans: Sequence[Plan], address: str, board: Board) -> list[ModelOnNode]:
     """Each model on every node that is alive. Raises ConfigError if there is no cluster at `address`."""
     import ray
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     try:
         _knock(address)
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for the address `auto` only
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except OSError as error:
         raise ConfigError(

@@ -8,21 +8,23 @@ shut down on SIGTERM, which is what process supervisors send.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import yaml
 
-from serve_app.cli import check, haproxy
-from serve_app.cli.ports import port_findings
+from serve_app.cli import check
+from serve_app.cli.dashboard import DEFAULT_ADDRESS, Dashboard, DashboardError, failures
+from serve_app.cli.environment import server_environment
+from serve_app.cli.home import check_token_can_be_kept
 from serve_app.cli.serve_file import parse_file
 
 POLL_S = 0.5
@@ -42,26 +44,20 @@ def run(args: argparse.Namespace) -> int:
         return refused
     file, _ = parse_file(args.config)
     assert file is not None, "checked above"
-    if check.show(args.config, port_findings(file)):
-        return 1
-    server = ServeRun(args.config)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: server.stop())
-    return server.wait()
-
-
-def _environment() -> dict[str, str]:
-    """This process's own, and our HAProxy in it unless another one is named."""
-    found, path = dict(os.environ), haproxy.command_path()
-    if path is not None:
-        found.setdefault(haproxy.VARIABLE, str(path))
-    return found
+    check_token_can_be_kept()
+    with server_environment(file) as (environment, findings):
+        if check.show(args.config, findings):
+            return 1
+        server = ServeRun(args.config, environment)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: server.stop())
+        return server.wait()
 
 
 class ServeRun:
     """A `serve run` in a process group of its own, so that it gets exactly one interrupt, from here."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, environment: Mapping[str, str]) -> None:
         self._url, self._applications = _address(yaml.safe_load(config.read_text()))
         self._warnings = [finding.reason for finding in check.check_file(config) if finding.key == "http_options.host"]
         self._dashboard: str | None = None
@@ -72,7 +68,7 @@ class ServeRun:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=_environment(),
+            env=environment,
             start_new_session=True,
             # A shell that starts this in the background hands down an ignored interrupt.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
@@ -116,30 +112,40 @@ class ServeRun:
             polls += 1
             if _answers(f"{self._url}/ready"):
                 print(f"Ready: {self._url} (documentation at {self._url}/docs). Ctrl-C stops it.", flush=True)
+                print(f"How it fares: {self._status_command()}", flush=True)
                 for warning in self._warnings:  # again, because what Ray prints has pushed the first one away
                     print(f"WARNING: {warning}", file=sys.stderr, flush=True)
                 return None
             if polls % (STATUS_POLL_S / POLL_S) == 0:
-                failures = list(self._failures())
-                if failures:
-                    return "\n".join(failures)
+                reasons = list(self._failures())
+                if reasons:
+                    return "\n".join(reasons)
         return None
+
+    def _status_command(self) -> str:
+        """As it can be given to a shell, also where the virtual environment is not active."""
+        command = Path(sys.argv[0])
+        if command.name != "serve-app":
+            command = Path(sys.executable).with_name("serve-app")
+        address = self._dashboard or DEFAULT_ADDRESS
+        return f"{command} status" + ("" if address == DEFAULT_ADDRESS else f" --address {address}")
 
     def _failures(self) -> Iterator[str]:
         if self._dashboard is None:
             return
-        for name, application in _statuses(self._dashboard).items():
-            if name in self._applications and application["status"] == "DEPLOY_FAILED":
-                yield application["message"]
-                yield from (d["message"] for d in application["deployments"].values() if d["status"] == "DEPLOY_FAILED")
+        with suppress(DashboardError):  # it is asked again
+            for name, application in Dashboard(self._dashboard).details()["applications"].items():
+                if name in self._applications:
+                    yield from failures(application)
 
 
 def _address(config: dict[str, Any]) -> tuple[str, set[str]]:
-    """Where the first application answers, and the names of all."""
+    """Where clients are answered, and the names of all applications."""
     http = config.get("http_options") or {}
     host, port = http.get("host", "127.0.0.1"), http.get("port", 8000)
     applications = config["applications"]
-    prefix = str(applications[0].get("route_prefix", "/")).rstrip("/")
+    prefixes = [application.get("route_prefix", "/") for application in applications]
+    prefix = next((prefix for prefix in prefixes if prefix is not None), "/").rstrip("/")
     local = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     return f"http://{local}:{port}{prefix}", {application.get("name", "default") for application in applications}
 
@@ -149,22 +155,3 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=10, trust_env=False).status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False
-
-
-def _statuses(dashboard: str) -> dict[str, Any]:
-    """Serve's own status of its applications; {} while the dashboard does not tell."""
-    try:
-        answer = httpx.get(f"{dashboard}/api/serve/applications/", headers=_token(), timeout=10, trust_env=False)
-        applications: dict[str, Any] = answer.raise_for_status().json()["applications"]
-    except (httpx.HTTPError, ValueError, KeyError):
-        return {}
-    return applications
-
-
-def _token() -> dict[str, str]:
-    """The header that opens a Ray cluster with token authentication, from where Ray itself looks for the token."""
-    token = os.environ.get("RAY_AUTH_TOKEN", "")
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not token and file.is_file():
-        token = file.read_text().strip()
-    return {"Authorization": f"Bearer {token}"} if token else {}

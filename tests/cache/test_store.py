@@ -179,3 +179,8 @@ def test_root_is_expanded_with_this_nodes_environment(monkeypatch: pytest.Monkey
     assert expand("~/models") == Path("/home/me/models")
     with pytest.raises(IncompleteModelError, match="not set on this node"):
         expand("$NO_SUCH_VARIABLE/models")
+
+
+def test_a_root_in_a_home_that_there_is_not_is_refused_and_no_folder_of_that_name() -> None:
+    with pytest.raises(IncompleteModelError, match="there is no such home"):
+        expand("~nobody-of-that-name/models")

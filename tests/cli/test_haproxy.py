@@ -1,4 +1,4 @@
-"""`serve-app-haproxy` as Ray Serve runs it, and who tells Ray Serve of it."""
+"""`serve-app-haproxy` as Ray Serve runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from ray.serve._private import haproxy as rays
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from serve_app.cli import haproxy
-from serve_app.cli.serve import _environment
 from serve_app.ingress.haproxy_page import error_page
 from tests.live import free_port
 
@@ -50,13 +49,6 @@ def test_it_takes_haproxys_arguments_and_adds_one(tmp_path: Path) -> None:
         path.chmod(0o755)
     found = subprocess.run([here, "-f", "a file.cfg", "-db"], capture_output=True, text=True, check=True)
     assert found.stdout == "-dS,-f,a file.cfg,-db,"
-
-
-def test_another_haproxy_that_is_named_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(haproxy.VARIABLE, raising=False)
-    assert Path(_environment()[haproxy.VARIABLE]) == haproxy.command_path()
-    monkeypatch.setenv(haproxy.VARIABLE, "/usr/sbin/haproxy")
-    assert _environment()[haproxy.VARIABLE] == "/usr/sbin/haproxy"
 
 
 class Answering(BaseHTTPRequestHandler):

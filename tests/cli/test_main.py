@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
+import shlex
 import sys
 import types
 
@@ -8,6 +11,7 @@ import pytest
 
 from serve_app.cli import main as cli
 from serve_app.errors import ConfigError
+from tests.live import ROOT
 
 
 @pytest.fixture
@@ -72,3 +76,29 @@ def test_a_wrong_call_is_refused(greet: types.ModuleType, arguments: list[str]) 
         cli.main(arguments)
 
     assert end.value.code == 2
+
+
+def documented() -> list[str]:
+    """What stands after `serve-app` in every document: in a line for a shell, or quoted in a sentence."""
+    found: set[str] = set()
+    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "serve_config.yaml"]:
+        text = file.read_text("utf-8")
+        blocks = re.findall(r"```sh\n.*?```|(?:^ {4}[^\n]*\n)+", text, re.MULTILINE | re.DOTALL)
+        found |= set(re.findall(r"^ *serve-app ([^#&\n]+)", "\n".join(blocks), re.MULTILINE))
+        found |= set(re.findall(r"`serve-app\s([^`]+)`", text))
+    return sorted({" ".join(arguments.split()) for arguments in found})
+
+
+def test_commands_are_documented() -> None:
+    assert {arguments.split()[0] for arguments in documented()} == cli.COMMANDS.keys()
+
+
+@pytest.mark.parametrize("arguments", documented())
+def test_a_documented_command_is_one_that_there_is(arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options too. What it does is tested elsewhere."""
+    name, *_ = words = shlex.split(arguments)
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(importlib.import_module(cli.COMMANDS[name][0]), "run", seen.append)
+
+    assert cli.main(words) == 0
+    assert seen[0].command == name

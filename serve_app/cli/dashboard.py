@@ -83,6 +83,13 @@ class Dashboard:
             raise DashboardError(f"{self.address} does not answer as a Ray dashboard does") from error
 
 
+def tiers(name: str, application: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The deployments of an application of `details`, but for the root of a model's, which never has a replica."""
+    for deployment, state in application["deployments"].items():
+        if deployment != name or state["target_num_replicas"] or state["replicas"]:
+            yield deployment, state
+
+
 def failures(application: Mapping[str, Any]) -> Iterator[str]:
     """Why an application of `details` cannot be deployed; nothing if it can."""
     if application["status"] == "DEPLOY_FAILED":

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from serve_app.cli import check
-from serve_app.cli.dashboard import Dashboard, add_address_argument, failures
+from serve_app.cli.dashboard import Dashboard, add_address_argument, failures, tiers
 
 POLL_S = 1.0
 UNPLACED_AFTER_S = 20.0
@@ -80,7 +80,7 @@ class Rollout:
             applications = dashboard.details()["applications"]
             here = {name: applications[name] for name in self.names if name in applications}
             for name, application in here.items():
-                line = told_of(application, time.monotonic() - started)
+                line = told_of(name, application, time.monotonic() - started)
                 if told.get(name) != line:
                     told[name] = line
                     print(f"{name}: {line}", flush=True)
@@ -96,11 +96,11 @@ class Rollout:
             time.sleep(POLL_S)
 
 
-def told_of(application: Details, waited_s: float) -> str:
+def told_of(name: str, application: Details, waited_s: float) -> str:
     """One line: the status, and the replicas of deployments that are not as they are to be."""
     changing = [
-        _deployment(name, state, waited_s)
-        for name, state in application["deployments"].items()
+        _deployment(deployment, state, waited_s)
+        for deployment, state in tiers(name, application)
         if state["status"] != "HEALTHY"
     ]
     return ", ".join([application["status"], *changing])

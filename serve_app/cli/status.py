@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from serve_app.cli.dashboard import Dashboard, add_address_argument
+from serve_app.cli.dashboard import Dashboard, add_address_argument, tiers
 
 _RUNNING = "RUNNING"
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 def _lines(name: str, application: Mapping[str, Any]) -> Iterator[str]:
     yield f"{name}: {application['status']}"
     yield from _indented(application["message"], 2)
-    for deployment, state in application["deployments"].items():
+    for deployment, state in tiers(name, application):
         running = sum(replica["state"] == _RUNNING for replica in state["replicas"])
         yield f"  {deployment}: {state['status']}, {running} of {state['target_num_replicas']} replicas run"
         yield from _indented(state["message"], 4)

@@ -24,7 +24,17 @@ import yaml
 
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import LocalHub
-from tests.live import PROGRAMS, ROOT, SERVE_APP_SERVE, Live, free_port, own_folder, started, wait_until_ready
+from tests.live import (
+    PROGRAMS,
+    ROOT,
+    SERVE_APP_SERVE,
+    Live,
+    free_port,
+    models_of,
+    own_folder,
+    started,
+    wait_until_ready,
+)
 from tests.proxy import OUTSIDE, Proxy, through_proxy
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -40,15 +50,16 @@ def named(name: str, root: str, **model: Any) -> dict[str, Any]:
     config["http_options"]["port"], config["grpc_options"]["port"] = free_port(), free_port()
     # Serve begins anew with a proxy that is not there in time, and `serve run` then ends: a busy machine needs longer.
     config["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
-    (application,) = config["applications"]
-    args = application["args"]
-    args["cache"]["root"] = root
-    usual = args["models"][0]["name"]
-    args["models"][0] |= {"name": name, **model}
-    for entry in application["deployments"]:
-        entry["name"] = entry["name"].replace(usual, name)
-        entry["ray_actor_options"]["num_cpus"] = 0.1
-        entry["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
+    (served,) = models_of(config)
+    usual = served["name"]
+    served |= {"name": name, **model}
+    for application in config["applications"]:
+        application["name"] = application["name"].replace(usual, name)
+        application["args"]["cache"] = {"root": root}
+        for entry in application["deployments"]:
+            entry["name"] = entry["name"].replace(usual, name)
+            entry["ray_actor_options"]["num_cpus"] = 0.1
+            entry["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
     return config
 
 
@@ -135,7 +146,10 @@ def test_the_command_that_is_printed_at_the_start_tells_the_status(first: Live, 
     assert done.stdout.splitlines() == [
         f"HTTP on {first.base_url.removeprefix('http://')}",
         "serve_app: RUNNING",
-        *(f"  {name}: HEALTHY, 1 of 1 replicas run" for name in ("first-tokenizer", "first-model", "ingress")),
+        "  ingress: HEALTHY, 1 of 1 replicas run",
+        "first: RUNNING",
+        "  first-tokenizer: HEALTHY, 1 of 1 replicas run",
+        "  first-model: HEALTHY, 1 of 1 replicas run",
     ]
 
 
@@ -220,7 +234,7 @@ def test_a_second_server_never_answers_for_the_first_nor_the_first_for_it(first:
                 (own, other) = (haproxy_folder(live) for live in (first, second))
                 assert own != other
                 assert own.stat().st_mode & 0o077 == 0
-                assert shell(printed_command(second)).stdout.count("second") == 2
+                assert shell(printed_command(second)).stdout.count("second") == 3
                 assert dashboard(second) != dashboard(first)
             assert len(embed(first.base_url)[0]) == 32
     assert at_second.models <= {"second", "/ready"}

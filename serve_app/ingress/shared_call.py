@@ -43,12 +43,14 @@ class Pulse:
     def __init__(self, tier: Tier, call_id: str, on_silence: Callable[[], None]) -> None:
         """`on_silence` is called once, if the replica that has the call says nothing; it is then distrusted."""
         self.is_silent = False
+        self._is_stopped = False
         self._tier, self._call_id, self._on_silence = tier, call_id, on_silence
         self._context = contextvars.copy_context()  # see SharedCall
         self._asking: asyncio.Future[None] | None = None
         self._timer = asyncio.get_running_loop().call_later(PULSE_S, self._start)
 
     def stop(self) -> None:
+        self._is_stopped = True
         self._timer.cancel()
         if self._asking is not None:
             self._asking.cancel()
@@ -57,7 +59,7 @@ class Pulse:
         self._asking = self._context.run(asyncio.ensure_future, self._watch())
 
     async def _watch(self) -> None:
-        while True:
+        while not self._is_stopped:  # up to Python 3.11, wait_for does not always end when it is cancelled
             try:
                 await asyncio.wait_for(self._tier.lives(self._call_id), PULSE_TIMEOUT_S)
             except asyncio.TimeoutError:

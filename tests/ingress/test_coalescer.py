@@ -22,6 +22,7 @@ from serve_app.errors import (
     OverloadedError,
     ServeAppError,
     UnavailableError,
+    VersionGoneError,
 )
 from serve_app.ingress import shared_call
 from serve_app.ingress.coalescer import Coalescer, Computed, Work
@@ -190,6 +191,27 @@ async def test_each_head_has_its_own_call_and_each_request_its_own_rows(bench: B
     np.testing.assert_array_equal(two.features.values, expected_rows(("b",), "other head"))
     assert_rows(one, "a")
     assert_rows(three, "c")
+
+
+async def test_each_version_has_its_own_calls_to_both_tiers(bench: Bench) -> None:
+    versions = ["v1", "v2", "v1", "v2", "v2"]
+    asked = [bench.compute(f"text {i}", version=version) for i, version in enumerate(versions)]
+    for i, computed in enumerate(await asyncio.gather(*asked)):
+        assert_rows(computed, f"text {i}")
+    assert sorted((call.version, len(call.requests)) for call in bench.tiers.tokenize.calls) == [("v1", 2), ("v2", 3)]
+    assert sorted((call.version, call.tokens.num_requests) for call in bench.tiers.forward.calls) == [
+        ("v1", 2),
+        ("v2", 3),
+    ]
+
+
+@pytest.mark.parametrize("tier", ["tokenize", "forward"])
+async def test_a_version_that_is_gone_is_told_and_not_tried_again(bench: Bench, tier: str) -> None:
+    getattr(bench.tiers, tier).failures = [VersionGoneError("gone")]
+    outcomes = await asyncio.gather(*(bench.compute(f"text {i}") for i in range(3)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [VersionGoneError] * 3
+    assert bench.batches == [3]
+    assert bench.retries == []
 
 
 @pytest.mark.parametrize(("bad", "error"), [("bad", InputTooLongError), ("poison", ModelFailureError)])

@@ -10,14 +10,20 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from serve_app.errors import DeadlineExceededError, InputTooLongError, OverloadedError, UnavailableError
-from serve_app.ingress import generation
+from serve_app.errors import (
+    DeadlineExceededError,
+    InputTooLongError,
+    OverloadedError,
+    UnavailableError,
+    VersionGoneError,
+)
+from serve_app.ingress import generation, shared_call
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.tier import Tier, TierView
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece
-from serve_app.types import GenerationCall, Request
-from tests.ingress.tiers import Recorder, Tiers
+from serve_app.types import Forget, GenerationCall, Request
+from tests.ingress.tiers import Method, Recorder, Tiers, replica_id
 from tests.tasks.test_generation import CARD
 
 ANSWER = [[GeneratedPiece("a", 1)], [GeneratedPiece("b", 2), GeneratedPiece("c", 3, finish_reason="length")]]
@@ -29,6 +35,7 @@ class Response:
     def __init__(self, messages: list[Any], cancelled: list[str]) -> None:
         self._messages = iter(messages)
         self._cancelled = cancelled
+        self._hanging: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
@@ -36,13 +43,19 @@ class Response:
     async def __anext__(self) -> Any:
         message = next(self._messages, StopAsyncIteration())
         if message == "hang":
-            await asyncio.sleep(3600)
+            self._hanging = asyncio.ensure_future(asyncio.sleep(3600))
+            await self._hanging
+        if isinstance(message, asyncio.Event):
+            await message.wait()
+            return await anext(self)
         if isinstance(message, BaseException):
             raise message
         return message
 
     def cancel(self) -> None:
         self._cancelled.append("cancelled")
+        if self._hanging is not None:
+            self._hanging.cancel()
 
 
 class Model:
@@ -52,6 +65,7 @@ class Model:
         self.answers = list(answers)
         self.calls: list[GenerationCall] = []
         self.cancelled: list[str] = []
+        self.forget: Method[Forget, bool] = Method(lambda forget: False)
 
     def options(self, *, stream: bool) -> Model:
         assert stream
@@ -71,8 +85,9 @@ class Metrics:
         self.retries = Recorder()
 
 
-def path_to(model: Model, tiers: Tiers | None = None) -> GenerationPath:
-    return GenerationPath("tiny", (tiers or Tiers()).tier, Tier(model, TierView()), Metrics())  # type: ignore[arg-type]
+def path_to(model: Model, tiers: Tiers | None = None, view: TierView | None = None) -> GenerationPath:
+    tokenizer = (tiers or Tiers()).tier
+    return GenerationPath("tiny", tokenizer, Tier(model, view or TierView()), Metrics())  # type: ignore[arg-type]
 
 
 def request(*texts: str) -> Request:
@@ -154,3 +169,79 @@ async def test_leaving_cancels_the_replicas_work() -> None:
     assert (await anext(pieces)).text == "a"
     await pieces.aclose()
     assert model.cancelled == ["cancelled"]
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_call, "PULSE_S", 0.001)
+    monkeypatch.setattr(shared_call, "PULSE_TIMEOUT_S", 0.01)
+
+
+@pytest.mark.usefixtures("_quick")
+async def test_a_replica_that_falls_silent_before_anything_came_loses_its_call_which_is_sent_again() -> None:
+    model, view = Model(["hang"], ANSWER), TierView()
+    model.forget.go.clear()
+    asked = asyncio.create_task(streamed(path_to(model, view=view)))
+    while not model.calls:
+        await asyncio.sleep(0)
+    view.sent(replica_id("a"), model.calls[0].id, 1)  # as the router tells
+    assert await asyncio.wait_for(asked, 30) == ["a", "b", "c"]
+    assert model.forget.calls[0] == Forget(model.calls[0].id, ())
+    assert model.calls[0].id != model.calls[1].id
+    assert model.cancelled[0] == "cancelled"
+    assert view.rank(replica_id("a"))[0], "it is distrusted"
+
+
+@pytest.mark.usefixtures("_quick")
+async def test_a_replica_that_falls_silent_midway_ends_the_answer() -> None:
+    model = Model([ANSWER[0], "hang"], ANSWER)
+    model.forget.go.clear()
+    with pytest.raises(UnavailableError, match="fell silent"):
+        await asyncio.wait_for(streamed(path_to(model)), 30)
+    assert len(model.calls) == 1
+
+
+@pytest.mark.usefixtures("_quick")
+async def test_a_replica_that_says_that_it_lives_keeps_its_long_answer() -> None:
+    go = asyncio.Event()
+    model, view = Model([ANSWER[0], go, ANSWER[1]]), TierView()
+    asked = asyncio.create_task(streamed(path_to(model, view=view)))
+    while len(model.forget.calls) < 20:
+        await asyncio.sleep(0.001)
+    go.set()
+    assert await asked == ["a", "b", "c"]
+    assert len(model.calls) == 1
+    questions = len(model.forget.calls)
+    await asyncio.sleep(0.05)
+    assert len(model.forget.calls) == questions
+
+
+@pytest.mark.usefixtures("_quick")
+async def test_a_tokenizer_that_falls_silent_is_asked_again_once() -> None:
+    tiers = Tiers()
+    tiers.tokenize.go.clear()
+    tiers.forget.go.clear()
+    asked = asyncio.create_task(streamed(path_to(Model(ANSWER), tiers)))
+    while not (tiers.tokenize.responses and tiers.tokenize.responses[0].cancelled()):
+        await asyncio.sleep(0.001)
+    tiers.tokenize.go.set()
+    assert await asked == ["a", "b", "c"]
+    assert len(tiers.tokenize.calls) == 2
+
+
+@pytest.mark.parametrize("at", ["tokenizer", "model"])
+async def test_a_version_that_is_gone_is_told_and_no_replica_asked_again(at: str) -> None:
+    tiers, model = Tiers(), Model([VersionGoneError("gone")], ANSWER)
+    if at == "tokenizer":
+        tiers.tokenize.failures = [VersionGoneError("gone")]
+    with pytest.raises(VersionGoneError):
+        await streamed(path_to(model, tiers))
+    assert (len(tiers.tokenize.calls), len(model.calls)) == (1, int(at == "model"))
+
+
+async def test_every_call_is_for_the_version_that_was_asked_for() -> None:
+    tiers, model = Tiers(), Model(ANSWER, ANSWER)
+    path = path_to(model, tiers)
+    await path.answer(request(), CARD, "v7", 60.0)
+    await path.probe("v8", 60.0)
+    assert [call.version for call in tiers.tokenize.calls] == [call.version for call in model.calls] == ["v7", "v8"]

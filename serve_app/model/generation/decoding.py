@@ -95,10 +95,14 @@ class Decoding:
         return int(state.encoder_ids.shape[1])
 
     def join(self, state: Prefill) -> None:
-        """The sequence takes part in the next step, as the last row."""
+        """The sequence takes part in the next step, as the last row. If it raises, nothing has changed."""
         if self.encodes:
             self.own.join(_states(state.cache.self_attention_cache))
-            self.cross.join(_states(state.cache.cross_attention_cache))
+            try:
+                self.cross.join(_states(state.cache.cross_attention_cache))
+            except BaseException:
+                self.own.leave(self.own.rows - 1)
+                raise
         else:
             self.own.join(_states(state.cache))
         self.lengths.append(int(state.prompt.shape[1]))

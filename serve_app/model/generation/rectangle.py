@@ -3,6 +3,9 @@
 Rows are aligned on the right: every row's last token stands in the same column, as in a batch with padding on the left,
 which is the form in which the stock models decode batches. A step therefore writes one column, attention reads a view,
 and relative distances (T5's bias, sliding windows) are those of the row alone. Row i of a batch of n is row i here.
+
+A change happens in full or not at all: every tensor that it needs is allocated before anything is changed, so that a
+row that finds no memory leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -91,16 +94,22 @@ class Rectangle:
         return int(rows * columns)
 
     def join(self, layers: Sequence[KeysAndValues]) -> None:
-        """A new last row, with what one sequence's prefill left in each layer."""
+        """A new last row, with what one sequence's prefill left in each layer. If it raises, nothing has changed."""
         length = layers[0][0].shape[2]
-        if not self.layers:
-            self._create(layers)
         if not self.starts:
+            self.clear()  # the tensors of rows that left may have room, but not at these columns
+            self._create(layers)
             self.end = length
-        self._make_room(self.rows + 1, max(self.end - self.first, length))
+        try:
+            self._make_room(self.rows + 1, max(self.end - self.first, length))
+        except BaseException:
+            if not self.starts:
+                self.clear()
+            raise
         row, start = self.rows, self.end - length
         for mine, theirs in zip(self.layers, layers, strict=True):
             for tensor, states in zip(mine.store, theirs, strict=True):
+                tensor[row, :, :start] = 0  # see `_make_room`: the row before may have left what is no number
                 tensor[row, :, start : self.end] = states[0]
         self.starts.append(start)
 
@@ -110,7 +119,7 @@ class Rectangle:
         if row != last:
             for layer in self.layers:
                 for tensor in layer.store:
-                    tensor[row, :, self.starts[last] : self.end] = tensor[last, :, self.starts[last] : self.end]
+                    tensor[row, :, : self.end] = tensor[last, :, : self.end]
             self.starts[row] = self.starts[last]
         self.starts.pop()
         if not self.starts:
@@ -150,13 +159,17 @@ class Rectangle:
         held_rows, _, held_columns, _ = self.layers[0].store[0].shape
         if rows <= held_rows and span <= self.end < held_columns:
             return
-        first, used, end = self.first, self.end - self.first, span
-        for layer in self.layers:
-            for i, old in enumerate(layer.store):
-                # Zeros, because attention multiplies what stands in masked columns by 0, and 0 times NaN is NaN.
-                new = old.new_zeros(rows + SPARE_ROWS, old.shape[1], span + SLACK, old.shape[3])
-                if self.rows:
-                    new[: self.rows, :, end - used : end] = old[: self.rows, :, first : self.end]
-                layer.store[i] = new
-        self.starts[:] = [start + end - self.end for start in self.starts]
-        self.end = end
+        stores = [[self._anew(old, rows, span) for old in layer.store] for layer in self.layers]
+        for layer, store in zip(self.layers, stores, strict=True):
+            layer.store = store
+        self.starts[:] = [start + span - self.end for start in self.starts]
+        self.end = span
+
+    def _anew(self, old: Tensor, rows: int, span: int) -> Tensor:
+        """A larger tensor with the rows of `old`, which end at column `span`."""
+        # Zeros, because attention multiplies what stands in masked columns by 0, and 0 times NaN is NaN.
+        new = old.new_zeros(rows + SPARE_ROWS, old.shape[1], span + SLACK, old.shape[3])
+        if self.rows:
+            first = self.first
+            new[: self.rows, :, span - (self.end - first) : span] = old[: self.rows, :, first : self.end]
+        return new

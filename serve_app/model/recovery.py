@@ -164,11 +164,15 @@ def halfway(batch: TokenBatch) -> int:
     return min(max(cut, 1), batch.num_sequences - 1)
 
 
+_SURVIVED = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "invalid configuration argument")
+"""Errors of CUDA that refuse one call, on the device or the host, and leave the context as it is."""
+
+
 def is_device_broken(error: BaseException) -> bool:
-    """Whether this is a sticky CUDA error. Out of memory is not: the context survives it."""
+    """Whether this is a sticky CUDA error, after which every call fails until the process has ended."""
     import torch  # here, so that who builds an application, and computes nothing, need not load it
 
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _SURVIVED):
         return False
     accelerator_error = getattr(torch, "AcceleratorError", None)
     if accelerator_error is not None and isinstance(error, accelerator_error):

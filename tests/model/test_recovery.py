@@ -130,6 +130,24 @@ def test_a_broken_device_is_not_retried(error: Exception):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory"),  # of the host: cudaHostAlloc
+        torch.AcceleratorError("CUDA error: invalid configuration argument"),
+    ],
+    ids=["device memory", "cublas", "host memory", "launch configuration"],
+)
+def test_a_call_that_cuda_refuses_does_not_end_the_replica(error: Exception):
+    def forward(batch):
+        raise error
+
+    outcome = recovery(forward).run(Work(token_batch([[4]] * 2)))
+    assert sorted(outcome.failures) == [0, 1]
+
+
 def test_failed_passes_leave_no_tensors_alive_while_their_halves_run():
     import gc
     import weakref

@@ -9,10 +9,17 @@ from typing import Any, TypeAlias
 
 import torch
 
-from serve_app.errors import DeadlineExceededError, ModelFailureError, OverloadedError, ServeAppError
+from serve_app.errors import (
+    DeadlineExceededError,
+    ModelFailureError,
+    OverloadedError,
+    ServeAppError,
+    UnavailableError,
+)
 from serve_app.model.generation.job import GenerationJob
 from serve_app.model.generation.sampling import Choice
 from serve_app.model.generation.text import Decoder, Detokenizer, StopTexts
+from serve_app.model.recovery import is_device_broken
 from serve_app.outputs import FinishReason, GeneratedPiece
 
 Item: TypeAlias = GeneratedPiece | ServeAppError
@@ -105,6 +112,8 @@ def failure(error: Exception) -> ServeAppError:
     """What an answer ends with where computing it raised `error`."""
     if isinstance(error, ServeAppError):
         return error
+    if is_device_broken(error):
+        return UnavailableError("the device failed while it made this answer", retry_after_s=1.0)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return OverloadedError("this replica ran out of memory; try again later", retry_after_s=1.0)
     return ModelFailureError(f"the model failed: {type(error).__name__}: {error}"[:300])

@@ -36,6 +36,7 @@ from serve_app.model.generation.languages import in_language, set_target
 from serve_app.model.generation.sampling import Sampler, generation_config
 from serve_app.model.generation.text import Decoder
 from serve_app.model.generation.whole import WholeAnswers
+from serve_app.model.recovery import is_device_broken
 from serve_app.model.speed import Speed
 from serve_app.outputs import FinishReason, GeneratedPiece
 
@@ -117,7 +118,9 @@ class StepEngine:
         self._pieces: dict[Answering, asyncio.Queue[Item]] = {}
         self._outbox: list[tuple[Answering, Item]] = []
         self._thread = threading.Thread(target=self._serve, name="device", daemon=True)
-        self._whole = WholeAnswers(decoding, decoder, special, computing, prepare_thread, lambda: self.limits)
+        self._whole = WholeAnswers(
+            decoding, decoder, special, computing, prepare_thread, lambda: self.limits, self._break
+        )
 
     # --- the event loop's side
 
@@ -229,11 +232,15 @@ class StepEngine:
                 while self._wait():
                     self._turn()
         except Exception as error:
-            logger.critical("the device thread has failed, this replica must be replaced", exc_info=True)
-            self._broken = f"{type(error).__name__}: {error}"
-            self._on_broken()
+            self._break(error)
         finally:
             self._end_all(UnavailableError("the replica that computed this answer is ending", retry_after_s=1.0))
+
+    def _break(self, error: Exception) -> None:
+        """This replica must be replaced. Any thread that uses the device may find that out."""
+        logger.critical("the device has failed, this replica must be replaced", exc_info=error)
+        self._broken = f"{type(error).__name__}: {error}"
+        self._on_broken()
 
     def _wait(self) -> bool:
         """Until there is work; False when closed."""
@@ -281,7 +288,7 @@ class StepEngine:
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.warning("an answer could not be begun", exc_info=True)
-                answering.fail(failure(error))
+                _end_with(answering, error)
 
     def _first_waiting(self) -> Answering | None:
         if self.active >= self.limits.max_sequences:
@@ -319,7 +326,7 @@ class StepEngine:
                     logger.warning("a prompt of %d tokens failed", len(sequence.answering.job.input_ids), exc_info=True)
                 if self._filling and self._filling[0] is sequence:
                     self._filling.popleft()
-                sequence.answering.fail(failure(error))
+                _end_with(sequence.answering, error)
         return used
 
     def _join(self, sequence: Sequence) -> None:
@@ -347,14 +354,14 @@ class StepEngine:
         self._rows.clear()
         self._decoding.clear()
         self._failed_steps += 1
-        if self._failed_steps >= GIVE_UP_AFTER or _device_is_lost(error):
+        if self._failed_steps >= GIVE_UP_AFTER or is_device_broken(error):
             raise error
 
     def _try_choosing(self, sequence: Sequence, logits: Any) -> None:
         try:
             self._choose(sequence, logits)
         except Exception as error:
-            sequence.answering.fail(failure(error))
+            _end_with(sequence.answering, error)
 
     def _choose(self, sequence: Sequence, logits: Any) -> None:
         choice = sequence.sampler.choose(logits, self._decoder)
@@ -424,5 +431,8 @@ def _plain(config: Any) -> frozenset[int]:
     return frozenset(i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None)
 
 
-def _device_is_lost(error: Exception) -> bool:
-    return isinstance(error, torch.AcceleratorError)
+def _end_with(answering: Answering, error: Exception) -> None:
+    """The answer ends with the error. Raises it again where the device is lost, which ends the replica."""
+    answering.fail(failure(error))
+    if is_device_broken(error):
+        raise error

@@ -23,6 +23,7 @@ from serve_app.model.generation.decoding import Decoding
 from serve_app.model.generation.sampling import Choice
 from serve_app.model.generation.text import Decoder
 from serve_app.model.generation.turns import Turn, Turns
+from serve_app.model.recovery import is_device_broken
 from serve_app.model.speed import Speed
 from serve_app.outputs import FinishReason
 
@@ -70,10 +71,13 @@ class WholeAnswers:
         computing: Callable[[], Any],
         prepare_thread: Callable[[], Any],
         room: Callable[[], Room],
+        on_broken: Callable[[Exception], None],
     ) -> None:
+        """`on_broken` is called with an error after which nothing can be computed any more."""
         self._model, self._device, self._encodes = decoding.model, decoding.device, decoding.encodes
         self._decoder, self._special = decoder, special
         self._computing, self._prepare_thread, self._room = computing, prepare_thread, room
+        self._on_broken = on_broken
         self._turns = Turns()
         self._lock = threading.Lock()
         self._waiting: deque[Answering] = deque()
@@ -144,6 +148,8 @@ class WholeAnswers:
         except Exception as error:
             logger.warning("an answer failed", exc_info=True)
             answering.fail(failure(error))
+            if is_device_broken(error):
+                self._on_broken(error)
 
     def _generate(self, answering: Answering) -> tuple[list[int], frozenset[int]]:
         """New tokens, and which tokens end an answer."""

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from serve_app.errors import InvalidInputError, ModelFailureError, OverloadedError, ServeAppError, UnavailableError
+from serve_app.model.generation.decoding import Decoding
 from serve_app.model.generation.engine import GIVE_UP_AFTER
+from serve_app.model.generation.sampling import Sampler
 from serve_app.options import GenerationOptions
 from tests.model.generation.models import answer, prompts, reference, running, tiny, tokens_of
 
@@ -95,6 +97,33 @@ async def test_a_replica_whose_steps_keep_failing_says_so_and_answers_nobody() -
             engine.check()
         with pytest.raises(UnavailableError):
             await asyncio.wait_for(answer(engine, healthy_prompts()[0], OPTIONS), 60)
+    assert told == ["broken"]
+
+
+def lose_device(*_: Any, **__: Any) -> Any:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("place", ["begin", "prefill", "choose", "join", "step", "whole answer"])
+async def test_a_lost_device_ends_the_replica_wherever_it_shows(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers can be asked of another replica; errors of the device come out where its results are looked at."""
+    told: list[str] = []
+    options = GenerationOptions(12, num_beams=2) if place == "whole answer" else OPTIONS
+    async with running(tiny("llama"), on_broken=lambda: told.append("broken")) as engine:
+        if place == "choose":
+            monkeypatch.setattr(Sampler, "choose", lose_device)
+        elif place == "whole answer":
+            monkeypatch.setattr(engine._whole, "_generate", lose_device)
+        else:
+            monkeypatch.setattr(Decoding, place, lose_device)
+        with pytest.raises(UnavailableError):
+            await asyncio.wait_for(answer(engine, healthy_prompts()[0], options), 60)
+        for _ in range(100):
+            if told:
+                break
+            await asyncio.sleep(0.05)
+        with pytest.raises(UnavailableError):
+            engine.check()
     assert told == ["broken"]
 
 

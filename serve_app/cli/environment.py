@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serve_app.cli import haproxy
+from serve_app.cli.home import check_token_can_be_kept
 from serve_app.cli.ports import CONTROLLER, Place, joins_a_cluster, port_findings
 from serve_app.cli.serve_file import Finding, ServeFile
 
@@ -48,12 +49,13 @@ def server_environment(file: ServeFile) -> Iterator[tuple[dict[str, str], list[F
     """The environment for `serve run`, and what keeps it from starting; its ports are kept for it in the `with` block.
 
     A cluster that is up already has an environment of its own, and its Serve may be what has the ports. Raises
-    ConfigError if there is no place for one more server on this machine.
+    ConfigError if there is no place for one more server on this machine, or none for the token of its cluster.
     """
     environment = _common()
     if joins_a_cluster():
         yield environment, []
         return
+    check_token_can_be_kept()
     place, folder = Place(), tempfile.mkdtemp(prefix=_FOLDER, dir=_folder_for_sockets())
     try:
         environment |= _unless_set(haproxy_files(Path(folder)), file)

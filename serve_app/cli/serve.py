@@ -24,7 +24,6 @@ import yaml
 from serve_app.cli import check
 from serve_app.cli.dashboard import DEFAULT_ADDRESS, Dashboard, DashboardError, failures
 from serve_app.cli.environment import server_environment
-from serve_app.cli.home import check_token_can_be_kept
 from serve_app.cli.serve_file import parse_file
 
 POLL_S = 0.5
@@ -44,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
         return refused
     file, _ = parse_file(args.config)
     assert file is not None, "checked above"
-    check_token_can_be_kept()
     with server_environment(file) as (environment, findings):
         if check.show(args.config, findings):
             return 1

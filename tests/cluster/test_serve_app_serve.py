@@ -256,7 +256,9 @@ def as_nobody() -> tuple[str, ...]:
     for reading in ((), ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")):
         command = (*user, *reading)
         try:
-            done = subprocess.run([*command, "env", SERVE_APP_SERVE[0], "--help"], capture_output=True, check=False)
+            done = subprocess.run(
+                [*command, "env", str(PROGRAMS / "pip"), "--version"], capture_output=True, check=False
+            )
         except OSError:
             break
         if done.returncode == 0:

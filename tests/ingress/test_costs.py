@@ -9,7 +9,7 @@ import pytest
 
 from serve_app.ingress.deployment import Ingress
 from serve_app.ingress.routes import Route
-from tests.ingress.edge import FakeService, client_of, edge_app
+from tests.ingress.edge import VERSION, FakeService, client_of, edge_app
 from tests.ingress.test_access_log import Lines
 from tests.ingress.test_access_log import lines as lines
 from tests.ingress.test_backlog import SlowTiers
@@ -41,12 +41,23 @@ async def test_every_route_that_computes_says_what_it_cost(service: FakeService,
         response = await client.post(route.path.replace("{name}", "tiny"), json=example_of(route.path))
     assert response.status_code == 200
     assert {name: response.headers[name] for name in TIMES} == TIMES
+    assert response.headers["x-model-revision"] == VERSION.revision
+    assert response.headers["x-model-version"] == VERSION.fingerprint
     timing = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
     assert (timing["tokenize"], timing["queue"], timing["forward"]) == ("1.50", "2.50", "40.50")
     assert float(timing["total"]) >= int(response.headers["x-total-time"])
     (entry,) = lines.entries()
     assert entry["tokens"] >= int(response.headers["x-compute-tokens"]) > 0
     assert (entry["tokenize_s"], entry["queue_s"], entry["forward_s"]) == (0.0015, 0.0025, 0.0405)
+
+
+@pytest.mark.parametrize("route", COMPUTING, ids=name_of)
+async def test_the_headers_of_an_answer_are_those_that_are_documented(service: FakeService, route: Route) -> None:
+    async with client_of(service) as client:
+        response = await client.post(route.path.replace("{name}", "tiny"), json=example_of(route.path))
+        document = (await client.get("/openapi.json")).json()
+    documented = document["paths"][route.path]["post"]["responses"]["200"]["headers"]
+    assert {"x-model-revision", "x-model-version", "server-timing"} <= set(documented) <= set(response.headers)
 
 
 @pytest.mark.parametrize("route", STREAMING, ids=name_of)
@@ -60,6 +71,7 @@ async def test_a_stream_says_at_its_start_what_is_known_then(route: Route, lines
     assert response.headers["content-type"].startswith("text/event-stream")
     assert {"x-compute-type", "x-compute-characters"} <= set(response.headers)
     assert response.headers["x-truncated-inputs"] == "0"
+    assert response.headers["x-model-revision"] == VERSION.revision
     assert lines.entries()[0]["tokens"] == 11
 
 

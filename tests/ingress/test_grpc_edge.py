@@ -21,7 +21,7 @@ from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.protocols.open_inference import messages
 from serve_app.ingress.protocols.open_inference.grpc import add_to_server
 from serve_app.ingress.service import SettingsRef
-from tests.ingress.edge import FakeService
+from tests.ingress.edge import VERSION, FakeService
 from tests.ingress.test_access_log import KEYS, Lines
 from tests.ingress.test_access_log import lines as lines
 from tests.ingress.test_keys import line
@@ -60,6 +60,8 @@ async def test_a_call_tells_what_it_cost_in_the_words_of_http(service: FakeServi
     assert set(context.trailing) == told
     for name in ("x-compute-tokens", "x-compute-characters", "x-inference-time", "x-queue-time"):
         assert context.trailing[name] == headers[name]
+    for told_by in (context.trailing, headers):
+        assert (told_by["x-model-revision"], told_by["x-model-version"]) == (VERSION.revision, VERSION.fingerprint)
 
 
 @pytest.mark.parametrize("failure", [errors.OverloadedError, errors.QuotaExceededError])

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
+from ray.exceptions import RayActorError
 
+from serve_app.config import IngressConfig
 from serve_app.errors import ModelNotFoundError, UnavailableError
+from serve_app.ingress import deployment, served_model
+from serve_app.ingress.deployment import Ingress
 from serve_app.ingress.service import ModelInfo
-from tests.ingress.edge import CARD, FakeService, client_of
+from tests.ingress.edge import CARD, VERSION, FakeService, client_of
+from tests.ingress.test_directory import Changing
 from tests.ingress.test_openapi import schema_of
+from tests.ingress.tiers import TINY, Tiers, replica_id
+from tests.inprocess import in_a_replica
 
 
 async def test_health_is_of_the_process_and_readiness_of_the_models(
@@ -169,3 +177,131 @@ async def test_a_replicas_memory_is_text_for_a_person(client: httpx.AsyncClient)
 async def test_the_cache_tells_each_model_on_each_node(client: httpx.AsyncClient) -> None:
     [node] = (await client.get("/admin/cache")).json()["nodes"]
     assert (node["phase"], node["bytes_done"], node["seconds_left"]) == ("downloading", 50, 5.0)
+
+
+async def test_models_of_which_no_version_answers_yet_are_told_by_name() -> None:
+    service = FakeService("small", "large", "huge")
+    service.starting = {"large", "huge"}
+    async with client_of(service) as client:
+        info = (await client.get("/info")).json()
+    assert [model["served_model_name"] for model in info["models"]] == ["small"]
+    assert info["starting"] == ["large", "huge"]
+    assert "model_id" not in info, "it is not the only one"
+    jsonschema.validate(info, schema_of("/info", "get", 200), jsonschema.Draft202012Validator)
+
+
+async def test_info_tells_the_version_that_answers(client: httpx.AsyncClient) -> None:
+    info = (await client.get("/info")).json()
+    assert (info["model_version"], info["model_sha"]) == (VERSION.fingerprint, VERSION.revision)
+    assert info["starting"] == []
+
+
+class Running:
+    """An ingress, its directory, and a client of its edge."""
+
+    def __init__(self) -> None:
+        self.directory = Changing()
+        self.ingress = Ingress(IngressConfig(), self.directory)
+        app = self.ingress.__serve_build_asgi_app__()
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge", timeout=30)
+
+    def add(self, name: str, *, has_version: bool) -> Tiers:
+        """A model, of which the ingress hears when it looks again."""
+        self.directory.now[name] = TINY.model_copy(update={"name": name})
+        tiers = self.directory.handles[name]
+        if not has_version:
+            tiers.tier.view.update({})
+        return tiers
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        response = await self.client.get(path)
+        return response.status_code, response.json()
+
+
+@pytest.fixture
+async def running(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    monkeypatch.setattr(served_model, "PROBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(served_model, "READY_FOR_S", -1.0)  # each question is a forward of its own
+    with in_a_replica():
+        running = Running()
+        yield running
+        await running.client.aclose()
+        if running.ingress._looking is not None:
+            running.ingress._looking.cancel()
+
+
+async def test_a_model_that_was_added_later_counts_for_readiness_from_its_first_version_on(running: Running) -> None:
+    running.add("first", has_version=True)
+    await running.ingress.check_health()
+    assert await running.get("/ready") == (200, {"status": "ok"})
+
+    second = running.add("second", has_version=False)
+    await running.ingress.look()
+    assert (await running.get("/ready"))[0] == 200
+    assert (await running.get("/models/second/health"))[0] == 503
+    _, info = await running.get("/info")
+    assert ([model["served_model_name"] for model in info["models"]], info["starting"]) == (["tiny"], ["second"])
+
+    second.tier.view.update({replica_id("b"): VERSION})
+    assert (await running.get("/ready"))[0] == 200
+    assert (await running.get("/info"))[1]["starting"] == []
+    assert len(second.forward.calls) > 0, "it was asked"
+    second.tier.view.update({})
+    status, answer = await running.get("/ready")
+    assert (status, answer["code"]) == (503, "unavailable")
+    assert "second" in answer["error"]
+
+
+async def test_a_model_that_was_there_first_counts_before_its_first_version(running: Running) -> None:
+    running.add("first", has_version=True)
+    second = running.add("second", has_version=False)
+    await running.ingress.check_health()
+    status, answer = await running.get("/ready")
+    assert (status, answer["code"]) == (503, "unavailable")
+    assert "second" in answer["error"]
+    second.tier.view.update({replica_id("b"): VERSION})
+    assert (await running.get("/ready"))[0] == 200
+
+
+async def test_a_model_that_was_removed_counts_no_more(running: Running) -> None:
+    running.add("first", has_version=True)
+    running.add("second", has_version=False)
+    await running.ingress.check_health()
+    del running.directory.now["second"]
+    await running.ingress.look()
+    assert (await running.get("/ready"))[0] == 200
+    assert (await running.get("/models/second/health"))[0] == 404
+
+
+ASKED = {"/embed": {"inputs": "a"}, "/models/tiny/embed": {"inputs": "a"}, "/v1/embeddings": {"input": "a"}}
+
+
+async def test_without_any_model_everything_is_to_be_tried_again(running: Running) -> None:
+    await running.ingress.check_health()
+    assert await running.get("/health") == (200, {"status": "ok"})
+    for response in [
+        await running.client.get("/ready"),
+        *[await running.client.post(path, json=body) for path, body in ASKED.items()],
+    ]:
+        assert response.status_code == 503, response.text
+        assert response.headers["retry-after"] == "1"
+        assert "no model is deployed yet" in response.text
+    status, info = await running.get("/info")
+    assert (status, info["models"], info["starting"]) == (200, [], [])
+    jsonschema.validate(info, schema_of("/info", "get", 200), jsonschema.Draft202012Validator)
+
+
+async def test_an_ingress_knows_its_models_before_serve_takes_it_into_service_and_goes_on_looking(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "LOOK_S", 0.001)
+    running.add("first", has_version=True)
+    assert running.ingress.models == ()
+    await running.ingress.check_health()
+    assert running.ingress.models == ("first",)
+    running.directory.failure = RayActorError()
+    await asyncio.sleep(0.01)
+    running.directory.failure = None
+    running.add("second", has_version=True)
+    while len(running.ingress.models) < 2:
+        await asyncio.sleep(0.001)

@@ -20,6 +20,7 @@ from serve_app.types import (
     Forget,
     ForwardCall,
     ModelCard,
+    ModelState,
     Rows,
     TextInput,
     TokenBatch,
@@ -28,7 +29,7 @@ from serve_app.types import (
     Version,
     VersionCall,
 )
-from tests.ingress.edge import CARD
+from tests.ingress.edge import CARD, STATE
 from tests.inprocess import Listed
 
 ArgumentT = TypeVar("ArgumentT")
@@ -81,6 +82,7 @@ class Tiers:
         self.forward: Method[ForwardCall, Rows] = Method(forward)
         self.forget: Method[Forget, bool] = Method(lambda forget: True)
         self.card: Method[VersionCall, ModelCard] = Method(lambda call: CARD)
+        self.describe: Method[VersionCall, ModelState] = Method(lambda call: STATE)
         self.tier = Tier(self, TierView())
         self.tier.view.update({replica_id("a"): VERSION})
 

@@ -7,7 +7,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.cache.prewarm import warmer_actors
-from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse
+from serve_app.config import GRACEFUL_SHUTDOWN_S, AppConfig, IngressSettings, ModelConfig, ModelSettings, parse
 from serve_app.ingress.deployment import Ingress, ModelHandles
 from serve_app.model.deployment import ModelReplica
 from serve_app.tokenizer.deployment import TokenizerReplica
@@ -42,6 +42,7 @@ def build(args: AppConfig) -> Application:
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         user_config=IngressSettings().model_dump(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
     return ingress.bind(config, handles)
@@ -57,6 +58,7 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         max_constructor_retry_count=START_RETRIES,
         request_router_config=ROUTER,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
     tier = serve.deployment(
@@ -68,6 +70,7 @@ def _model_tiers(model: ModelConfig, config: AppConfig) -> ModelHandles:
         request_router_config=ROUTER,
         user_config=ModelSettings().model_dump(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         ray_actor_options={"num_cpus": model.num_threads, "num_gpus": 1 if model.device == "cuda" else 0},
     )
     return ModelHandles(tokenizer.bind(model, config.cache), tier.bind(model, config.cache))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from serve_app.cli.exposure import exposure_findings
 from serve_app.cli.serve_file import Application, Finding, ServeFile, parse_file
-from serve_app.cli.tuning import Deployed, tuning_findings
+from serve_app.cli.tuning import Deployed, timing_findings, tuning_findings
 from serve_app.config import AppConfig, IngressSettings, ModelConfig, ModelSettings, parse
 from serve_app.errors import ConfigError
 
@@ -59,8 +59,8 @@ def _check_application(application: Application, file: ServeFile, cores: int) ->
     except ConfigError as error:
         return [_from_line(line) for line in error.message.splitlines()]
     deployed, findings = _read_deployments(application, config)
-    found = (*tuning_findings(config, deployed, where, cores), *exposure_findings(config, file, where))
-    return [*findings, *found]
+    found = (*tuning_findings(config, deployed, where, cores), *timing_findings(deployed, file))
+    return [*findings, *found, *exposure_findings(config, file, where)]
 
 
 def _read_deployments(application: Application, config: AppConfig) -> tuple[Deployed, list[Finding]]:

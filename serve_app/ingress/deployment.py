@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
@@ -24,7 +25,9 @@ from serve_app.ingress.asgi import create_app
 from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.door import Door
+from serve_app.ingress.draining import Draining
 from serve_app.ingress.finishing import Finishing, steps_after, steps_before
+from serve_app.ingress.front import is_stopping
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.haproxy_page import page_of, put_error_page
 from serve_app.ingress.keys import KeyRing
@@ -82,7 +85,8 @@ class Ingress(OpenInferenceMethods):
         self._cache = config.cache
         self._door = Door(None if config.api_keys is None else Guard(KeyRing(config.api_keys)))
         self._settings = SettingsRef(IngressSettings())
-        self.open_inference = OpenInference(self, self._settings, self._door)
+        self._draining = Draining(is_stopping, _grace_s)
+        self.open_inference = OpenInference(self, self._settings, self._door, self._draining)
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
         self._backlogs = {name: Backlog(self._settings.current.max_queued_tokens) for name in self._handles}
@@ -157,7 +161,7 @@ class Ingress(OpenInferenceMethods):
     async def stream(self, request: Request) -> AsyncGenerator[GeneratedPiece, None]:
         code = "cancelled"
         try:
-            async with aclosing(self._pieces(request)) as pieces:
+            async with aclosing(self._draining.bounded(self._pieces(request))) as pieces:
                 async for piece in pieces:
                     if piece.truncated:
                         self._metrics.truncated_inputs.inc(1, {"model": request.model})
@@ -351,6 +355,12 @@ class Ingress(OpenInferenceMethods):
             ("total", times.total_s),
         ):
             self._metrics.stage_seconds.observe(seconds, {**model, "stage": stage})
+
+
+def _grace_s() -> float:
+    """Seconds from when Serve stops this replica until it kills it."""
+    timeout_s: float = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
+    return timeout_s
 
 
 def _tokens_of(request: Request, card: ModelCard) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ray.serve.exceptions import BackPressureError
 
 from serve_app.errors import DeadlineExceededError, OverloadedError, ServeAppError, UnavailableError
 from serve_app.ingress.coalescer import REPLICA_LOST
+from serve_app.ingress.shared_call import Stage
 from serve_app.metrics import IngressMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import Generated, GeneratedPiece
@@ -50,6 +51,14 @@ class Prompts:
         return sum(map(len, self.input_ids))
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a request has come."""
+
+    stage: Stage = "tokenize"
+    is_complete: bool = False
+
+
 class GenerationPath:
     """Everything that one ingress replica sends to one generating model's replicas. Belongs to one event loop."""
 
@@ -72,14 +81,15 @@ class GenerationPath:
         """
         started = time.perf_counter()
         deadline = time.monotonic() + timeout_s
-        prompts = await self._prompts(request, card, deadline)
-        tokenized = time.perf_counter()
-        tasks = [asyncio.ensure_future(self._whole(ids, request, card, deadline)) for ids in prompts.input_ids]
-        try:
-            generated = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        with self._under_way() as progress:
+            prompts = await self._prompts(request, card, deadline)
+            progress.stage, tokenized = "model", time.perf_counter()
+            tasks = [asyncio.ensure_future(self._whole(ids, request, card, deadline)) for ids in prompts.input_ids]
+            try:
+                generated = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
         now = time.perf_counter()
         if echoes is not None:
             generated = [replace(one, text=echo + one.text) for echo, one in zip(echoes, generated, strict=True)]
@@ -97,8 +107,17 @@ class GenerationPath:
         self, request: Request, card: ModelCard, timeout_s: float, echo: str = ""
     ) -> AsyncGenerator[GeneratedPiece, None]:
         """The first input's answer, piece by piece, after `echo`. Closing it cancels the work."""
-        deadline = time.monotonic() + timeout_s
+        with self._under_way() as progress:
+            async with aclosing(self._streamed(request, card, time.monotonic() + timeout_s, echo, progress)) as pieces:
+                async for piece in pieces:
+                    progress.is_complete = piece.finish_reason is not None
+                    yield piece
+
+    async def _streamed(
+        self, request: Request, card: ModelCard, deadline: float, echo: str, progress: Progress
+    ) -> AsyncGenerator[GeneratedPiece, None]:
         prompts = await self._prompts(request, card, deadline)
+        progress.stage = "model"
         ids, untold = prompts.input_ids[0], bool(prompts.truncated)
         if echo:
             yield GeneratedPiece(echo, prompt_tokens=len(ids), truncated=untold)
@@ -108,6 +127,17 @@ class GenerationPath:
                 for piece in some:
                     yield replace(piece, truncated=True) if untold else piece
                     untold = False
+
+    @contextmanager
+    def _under_way(self) -> Iterator[Progress]:
+        """Counts a request that nobody waits for any more before its answer is complete."""
+        progress = Progress()
+        try:
+            yield progress
+        except (asyncio.CancelledError, GeneratorExit):
+            if not progress.is_complete:
+                self._metrics.abandoned_requests.inc(1, {"model": self._name, "stage": progress.stage})
+            raise
 
     async def probe(self, timeout_s: float) -> None:
         """One token through the whole graph. Raises ServeAppError."""

@@ -68,10 +68,11 @@ class Model:
 class Metrics:
     def __init__(self) -> None:
         self.retries = Recorder()
+        self.abandoned_requests = Recorder()
 
 
-def path_to(model: Model, tiers: Tiers | None = None) -> GenerationPath:
-    return GenerationPath("tiny", tiers or Tiers(), model, Metrics())  # type: ignore[arg-type]
+def path_to(model: Model, tiers: Tiers | None = None, metrics: Metrics | None = None) -> GenerationPath:
+    return GenerationPath("tiny", tiers or Tiers(), model, metrics or Metrics())  # type: ignore[arg-type]
 
 
 def request(*texts: str) -> Request:
@@ -153,3 +154,33 @@ async def test_leaving_cancels_the_replicas_work() -> None:
     assert (await anext(pieces)).text == "a"
     await pieces.aclose()
     assert model.cancelled == ["cancelled"]
+
+
+async def test_a_client_that_leaves_a_stream_is_counted() -> None:
+    metrics = Metrics()
+    pieces = path_to(Model([ANSWER[0], "hang"]), metrics=metrics).stream(request(), CARD, 60.0)
+    await anext(pieces)
+    await pieces.aclose()
+    assert metrics.abandoned_requests.tags == [{"model": "tiny", "stage": "model"}]
+
+
+async def test_a_client_that_leaves_before_the_first_piece_is_counted_once() -> None:
+    metrics, tiers = Metrics(), Tiers()
+    tiers.tokenize.go.clear()
+    path = path_to(Model(["hang"], ["hang"]), tiers, metrics)
+    for work in (anext(path.stream(request(), CARD, 60.0)), path.answer(request("one", "two"), CARD, 60.0)):
+        working = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        await tiers.tokenize.called.wait()
+        tiers.tokenize.called.clear()
+        working.cancel()
+        await asyncio.wait((working,))
+    assert metrics.abandoned_requests.tags == [{"model": "tiny", "stage": "tokenize"}] * 2
+
+
+async def test_a_stream_that_is_complete_is_not_counted() -> None:
+    metrics = Metrics()
+    pieces = path_to(Model(ANSWER), metrics=metrics).stream(request(), CARD, 60.0)
+    while (await anext(pieces)).finish_reason is None:
+        pass
+    await pieces.aclose()
+    assert metrics.abandoned_requests.values == []

@@ -12,6 +12,7 @@ from ray.serve.config import RequestRouterConfig
 
 from serve_app.cache.prewarm import warmer_actors
 from serve_app.config import (
+    GRACEFUL_SHUTDOWN_S,
     SURGE_PERCENT,
     IngressConfig,
     IngressSettings,
@@ -59,6 +60,7 @@ def build(args: IngressConfig) -> Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_surge_percent=SURGE_PERCENT,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
     return ingress.bind(config)
@@ -78,6 +80,7 @@ def build_model(args: ModelAppConfig) -> Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_surge_percent=SURGE_PERCENT,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
     )
     tier = serve.deployment(
@@ -91,6 +94,7 @@ def build_model(args: ModelAppConfig) -> Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_surge_percent=SURGE_PERCENT,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         ray_actor_options={"num_cpus": model.num_threads, "num_gpus": 1 if model.device == "cuda" else 0},
     )
     root = serve.deployment(

@@ -341,6 +341,11 @@ def model_deployment(model: str) -> str:
     return f"{model}-model"
 
 
+GRACEFUL_SHUTDOWN_S = 90.0
+"""Seconds that Serve gives a replica to finish what it has, unless the file says other: as long as a request may take,
+and the seconds for which a stopping ingress replica still takes requests (by Serve's default 30)."""
+
+
 class IngressSettings(_Frozen):
     """`user_config` of the `ingress` deployment."""
 
@@ -357,7 +362,7 @@ class IngressSettings(_Frozen):
         "for all of it beyond the request's own time; then its connection is closed.",
     )
     stream_idle_timeout_s: PositiveFloat = Field(
-        300.0,
+        80.0,
         description="Seconds a gRPC stream may wait for its client's next request before it is ended. There may be "
         "`max_concurrent_requests` streams beside as many requests.",
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from serve_app.cli.exposure import exposure_findings
 from serve_app.cli.serve_file import Application, Finding, ServeFile, parse_file
-from serve_app.cli.tuning import Deployed, ServedModel, tuning_findings
+from serve_app.cli.tuning import Deployed, ServedModel, timing_findings, tuning_findings
 from serve_app.config import (
     BUILDER,
     MODEL_BUILDER,
@@ -61,7 +61,8 @@ def check_file(path: Path, cores: int | None = None) -> list[Finding]:
     deployed = Deployed()
     for application in file.applications:
         findings += _check_application(application, file, deployed)
-    return [*findings, *_together(file, deployed), *tuning_findings(deployed, cores or os.cpu_count() or 1)]
+    tuned = tuning_findings(deployed, cores or os.cpu_count() or 1)
+    return [*findings, *_together(file, deployed), *tuned, *timing_findings(deployed, file)]
 
 
 def _check_application(application: Application, file: ServeFile, deployed: Deployed) -> list[Finding]:

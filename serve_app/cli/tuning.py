@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.cache.resolve import source_folder
-from serve_app.cli.serve_file import Entry, Finding
+from serve_app.cli.serve_file import Entry, Finding, ServeFile
 from serve_app.config import (
+    GRACEFUL_SHUTDOWN_S,
     IngressSettings,
     ModelConfig,
     ModelSettings,
@@ -18,6 +20,10 @@ from serve_app.config import (
 )
 from serve_app.errors import ServeAppError, SourceNotFoundError
 from serve_app.tasks.card import read_card
+
+DRAINING_S, HARD_STOP_S, CLIENT_S = 30.0, 120.0, 3600.0
+"""Serve's defaults, in seconds: for how long a stopping ingress replica still takes requests, for how long a HAProxy
+that was replaced goes on with what it has, and how long a client of HAProxy may be silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,51 @@ def tuning_findings(deployed: Deployed, cores: int) -> list[Finding]:
     for served in deployed.models:
         findings += _model(served.config, deployed, served.where, cores)
     return [*findings, *_cpus(deployed, cores)]
+
+
+def timing_findings(deployed: Deployed, file: ServeFile) -> Iterator[Finding]:
+    """Times that would cut a request, or a stream in the midst of its answer, before its own time is over."""
+    variables = file.controller_variables
+    request_s = deployed.ingress.request_timeout_s
+    draining_s = float(variables.get("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", DRAINING_S))
+    for entry in deployed.entries.values():
+        grace_s = entry.options.get("graceful_shutdown_timeout_s", GRACEFUL_SHUTDOWN_S)
+        needed_s, sum_of = request_s, f"request_timeout_s ({request_s:g})"
+        if entry.name == "ingress":
+            needed_s += draining_s
+            sum_of += f" + RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S ({draining_s:g})"
+        if grace_s < needed_s:
+            yield Finding(
+                f"{entry.where}.graceful_shutdown_timeout_s",
+                f"{grace_s:g} is below {sum_of}: a stopping replica would be killed before its requests have had their "
+                f"time; raise it to {needed_s:g} at least",
+            )
+    if variables.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        yield from _haproxy(deployed.ingress, file)
+
+
+def _haproxy(settings: IngressSettings, file: ServeFile) -> Iterator[Finding]:
+    variables, request_s = file.controller_variables, settings.request_timeout_s
+    needed = [
+        (
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S",
+            HARD_STOP_S,
+            request_s + settings.write_timeout_s,
+            "request_timeout_s + write_timeout_s: a deploy would cut answers that still have time",
+        ),
+        ("RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S", math.inf, request_s, "request_timeout_s: HAProxy would give up before"),
+    ]
+    if file.grpc_port is not None:
+        silent_s = max(request_s, settings.stream_idle_timeout_s)
+        why = "request_timeout_s or stream_idle_timeout_s: HAProxy would cut gRPC streams whose client only waits"
+        needed.append(("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", CLIENT_S, silent_s, why))
+    for name, usual_s, least_s, why in needed:
+        given_s = float(variables.get(name) or usual_s)
+        if given_s < least_s:
+            yield Finding(
+                f"controller_options.runtime_env.env_vars.{name}",
+                f"{given_s:g} is below {least_s:g} = {why}; raise it, or lower those",
+            )
 
 
 def _ingress(deployed: Deployed) -> Iterator[Finding]:

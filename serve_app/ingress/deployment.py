@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 import ray
+from ray import serve
 from ray.exceptions import RayError
 
 from serve_app.cache.prewarm import cache_status
@@ -20,7 +21,9 @@ from serve_app.ingress.access_log import start_log
 from serve_app.ingress.asgi import create_app
 from serve_app.ingress.directory import Directory, Roll, ServeDirectory, roll_of
 from serve_app.ingress.door import Door
+from serve_app.ingress.draining import Draining
 from serve_app.ingress.finishing import Finishing
+from serve_app.ingress.front import is_stopping
 from serve_app.ingress.haproxy_page import page_of, put_error_page
 from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.prometheus import scrape_cluster
@@ -49,7 +52,8 @@ class Ingress(OpenInferenceMethods):
         self._directory = directory or ServeDirectory()
         self._door = Door(None if config.api_keys is None else Guard(KeyRing(config.api_keys)))
         self._settings = SettingsRef(IngressSettings())
-        self.open_inference = OpenInference(self, self._settings, self._door)
+        self._draining = Draining(is_stopping, _grace_s)
+        self.open_inference = OpenInference(self, self._settings, self._door, self._draining)
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
         self._finishing = Finishing()
@@ -142,7 +146,8 @@ class Ingress(OpenInferenceMethods):
     async def stream(self, request: Request) -> AsyncGenerator[GeneratedPiece, None]:
         code = "cancelled"
         try:
-            async with aclosing(self._model(request.model).stream(request)) as pieces:
+            pieces_of_it = self._model(request.model).stream(request)
+            async with aclosing(self._draining.bounded(pieces_of_it)) as pieces:
                 async for piece in pieces:
                     if piece.truncated:
                         self._metrics.truncated_inputs.inc(1, {"model": request.model})
@@ -212,3 +217,9 @@ class Ingress(OpenInferenceMethods):
             ("total", times.total_s),
         ):
             self._metrics.stage_seconds.observe(seconds, {**model, "stage": stage})
+
+
+def _grace_s() -> float:
+    """Seconds from when Serve stops this replica until it kills it."""
+    timeout_s: float = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
+    return timeout_s

@@ -16,7 +16,7 @@ import os
 import uuid
 
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.errors import MalformedRequestError
 from serve_app.ingress.door import REQUEST_ID
@@ -36,11 +36,16 @@ TAKEN_OUT = frozenset(
 """Headers that Serve acts on and this application has no use for."""
 
 
+_behind: ASGIApp | None = None
+"""What Serve answers with in this process, once it does."""
+
+
 class Front:
     """Passes on each request with exactly one harmless request id, and without `TAKEN_OUT`; answers in our shapes."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        global _behind
+        self._app = _behind = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -79,6 +84,26 @@ async def _refuse_upgrade(scope: Scope, receive: Receive, send: Send) -> None:
         "the body is lost, because the header upgrade asks for a protocol that is not spoken here; leave that header "
         "out (curl: --http1.1)"
     )
+
+
+async def is_stopping() -> bool:
+    """Whether Serve's health route says that this replica drains, that is finishes what it has and then stops.
+
+    False where Serve answers HTTP in another process, as without HAProxy.
+    """
+    body = b""
+
+    async def send(message: Message) -> None:
+        nonlocal body
+        body += message.get("body", b"")
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    if _behind is not None:
+        scope = {"type": "http", "method": "GET", "path": "/-/healthz", "headers": [], "query_string": b""}
+        await _behind(scope, receive, send)
+    return b"DRAINING" in body
 
 
 def middlewares() -> list[Middleware]:

@@ -23,7 +23,7 @@ from serve_app.errors import (
     VersionGoneError,
 )
 from serve_app.ingress.coalescer import REPLICA_LOST
-from serve_app.ingress.shared_call import Pulse
+from serve_app.ingress.shared_call import Pulse, Stage
 from serve_app.ingress.tier import Tier
 from serve_app.metrics import IngressMetrics
 from serve_app.options import GenerationOptions
@@ -60,6 +60,14 @@ class Prompts:
         return sum(map(len, self.input_ids))
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a request has come."""
+
+    stage: Stage = "tokenize"
+    is_complete: bool = False
+
+
 class GenerationPath:
     """Everything that one ingress replica sends to one generating model's replicas. Belongs to one event loop."""
 
@@ -93,15 +101,16 @@ class GenerationPath:
         """
         started = time.perf_counter()
         deadline = time.monotonic() + timeout_s
-        prompts = await self._prompts(request, card, version, deadline)
-        tokenized = time.perf_counter()
-        calls = [self._call(ids, request, card, version, deadline) for ids in prompts.input_ids]
-        tasks = [asyncio.ensure_future(self._whole(call, deadline)) for call in calls]
-        try:
-            generated = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        with self._under_way() as progress:
+            prompts = await self._prompts(request, card, version, deadline)
+            progress.stage, tokenized = "model", time.perf_counter()
+            calls = [self._call(ids, request, card, version, deadline) for ids in prompts.input_ids]
+            tasks = [asyncio.ensure_future(self._whole(call, deadline)) for call in calls]
+            try:
+                generated = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
         now = time.perf_counter()
         if echoes is not None:
             generated = [replace(one, text=echo + one.text) for echo, one in zip(echoes, generated, strict=True)]
@@ -126,7 +135,17 @@ class GenerationPath:
     ) -> AsyncGenerator[GeneratedPiece, None]:
         """The first input's answer, piece by piece, after `echo`. Closing it cancels the work."""
         deadline = time.monotonic() + timeout_s
+        with self._under_way() as progress:
+            async with aclosing(self._streamed(request, card, version, deadline, echo, progress)) as pieces:
+                async for piece in pieces:
+                    progress.is_complete = piece.finish_reason is not None
+                    yield piece
+
+    async def _streamed(
+        self, request: Request, card: ModelCard, version: str, deadline: float, echo: str, progress: Progress
+    ) -> AsyncGenerator[GeneratedPiece, None]:
         prompts = await self._prompts(request, card, version, deadline)
+        progress.stage = "model"
         ids, untold = prompts.input_ids[0], bool(prompts.truncated)
         if echo:
             yield GeneratedPiece(echo, prompt_tokens=len(ids), truncated=untold)
@@ -137,6 +156,17 @@ class GenerationPath:
                 for piece in some:
                     yield replace(piece, truncated=True) if untold else piece
                     untold = False
+
+    @contextmanager
+    def _under_way(self) -> Iterator[Progress]:
+        """Counts a request that nobody waits for any more before its answer is complete."""
+        progress = Progress()
+        try:
+            yield progress
+        except (asyncio.CancelledError, GeneratorExit):
+            if not progress.is_complete:
+                self._metrics.abandoned_requests.inc(1, {"model": self._name, "stage": progress.stage})
+            raise
 
     async def probe(self, version: str, timeout_s: float) -> None:
         """One token through the whole graph. Raises ServeAppError."""

@@ -393,3 +393,39 @@ def test_the_warning_counts_the_ports_of_grpc(check: Check) -> None:
     config["grpc_options"] = {"port": 9009, "grpc_servicer_functions": [servicer]}
     (line,) = check(config)
     assert "gRPC on port 9009 and on the ports of its own that each ingress replica has" in line
+
+
+def with_times(graceful_s: float | None = None, variables: dict[str, str] | None = None, **settings: float) -> Any:
+    """GOOD on HAProxy with gRPC, where the ingress has other times."""
+    config = ingress("user_config", to=settings)
+    config["grpc_options"] = {"port": 9000, "grpc_servicer_functions": ["a:b"]}
+    on = {"RAY_SERVE_ENABLE_HA_PROXY": "1", **(variables or {})}
+    config["controller_options"] = {"runtime_env": {"env_vars": on}}
+    if graceful_s is not None:
+        for application in config["applications"]:
+            for entry in application["deployments"]:
+                entry["graceful_shutdown_timeout_s"] = graceful_s
+    return config
+
+
+VARIABLE = "controller_options.runtime_env.env_vars.RAY_SERVE"
+DRAINS_FOR_5_S = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"}
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        (with_times(), []),
+        (with_times(request_timeout_s=61), [INGRESS]),
+        (with_times(request_timeout_s=91), [INGRESS, TOKENIZER, MODEL, f"{VARIABLE}_HAPROXY_HARD_STOP_AFTER_S"]),
+        (with_times(20, DRAINS_FOR_5_S), [INGRESS, TOKENIZER, MODEL]),
+        (with_times(20, DRAINS_FOR_5_S, request_timeout_s=15), []),
+        (with_times(write_timeout_s=61), [f"{VARIABLE}_HAPROXY_HARD_STOP_AFTER_S"]),
+        (with_times(variables={"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "30"}), [f"{VARIABLE}_HAPROXY_TIMEOUT_SERVER_S"]),
+        (with_times(variables={"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "70"}), [f"{VARIABLE}_HAPROXY_TIMEOUT_CLIENT_S"]),
+    ],
+)
+def test_times_that_would_cut_answers_are_errors(check: Check, config: dict[str, Any], keys: list[str]) -> None:
+    deployments = (INGRESS, TOKENIZER, MODEL)
+    wanted = [f"{key}.graceful_shutdown_timeout_s" if key in deployments else key for key in keys]
+    assert [line.split(": ")[0] for line in check(config)] == wanted

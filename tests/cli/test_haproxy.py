@@ -213,7 +213,7 @@ def test_the_stand_in_ends_with_the_node(folder: Path, manage: Callable[[], rays
     manager = manage()
     manager._generate_config_file_internal()
     started = f"{haproxy.command_path()} -db -dR -f {manager.config_file_path}"
-    raylet = subprocess.Popen(["sh", "-c", f"sh -c '{started} & wait' & wait"])
+    raylet = subprocess.Popen(["sh", "-c", f"sh -c '{started} & wait' & read _"], stdin=subprocess.PIPE)
     try:
         until(lambda: running(folder))
         [first] = running(folder)

@@ -83,11 +83,14 @@ class Model:
 class Metrics:
     def __init__(self) -> None:
         self.retries = Recorder()
+        self.abandoned_requests = Recorder()
 
 
-def path_to(model: Model, tiers: Tiers | None = None, view: TierView | None = None) -> GenerationPath:
+def path_to(
+    model: Model, tiers: Tiers | None = None, view: TierView | None = None, metrics: Metrics | None = None
+) -> GenerationPath:
     tokenizer = (tiers or Tiers()).tier
-    return GenerationPath("tiny", tokenizer, Tier(model, view or TierView()), Metrics())  # type: ignore[arg-type]
+    return GenerationPath("tiny", tokenizer, Tier(model, view or TierView()), metrics or Metrics())  # type: ignore[arg-type]
 
 
 def request(*texts: str) -> Request:
@@ -245,3 +248,33 @@ async def test_every_call_is_for_the_version_that_was_asked_for() -> None:
     await path.answer(request(), CARD, "v7", 60.0)
     await path.probe("v8", 60.0)
     assert [call.version for call in tiers.tokenize.calls] == [call.version for call in model.calls] == ["v7", "v8"]
+
+
+async def test_a_client_that_leaves_a_stream_is_counted() -> None:
+    metrics = Metrics()
+    pieces = path_to(Model([ANSWER[0], "hang"]), metrics=metrics).stream(request(), CARD, "v1", 60.0)
+    await anext(pieces)
+    await pieces.aclose()
+    assert metrics.abandoned_requests.tags == [{"model": "tiny", "stage": "model"}]
+
+
+async def test_a_client_that_leaves_before_the_first_piece_is_counted_once() -> None:
+    metrics, tiers = Metrics(), Tiers()
+    tiers.tokenize.go.clear()
+    path = path_to(Model(["hang"], ["hang"]), tiers, metrics=metrics)
+    for work in (anext(path.stream(request(), CARD, "v1", 60.0)), path.answer(request("one", "two"), CARD, "v1", 60.0)):
+        working = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        await tiers.tokenize.called.wait()
+        tiers.tokenize.called.clear()
+        working.cancel()
+        await asyncio.wait((working,))
+    assert metrics.abandoned_requests.tags == [{"model": "tiny", "stage": "tokenize"}] * 2
+
+
+async def test_a_stream_that_is_complete_is_not_counted() -> None:
+    metrics = Metrics()
+    pieces = path_to(Model(ANSWER), metrics=metrics).stream(request(), CARD, "v1", 60.0)
+    while (await anext(pieces)).finish_reason is None:
+        pass
+    await pieces.aclose()
+    assert metrics.abandoned_requests.values == []

@@ -27,6 +27,7 @@ from serve_app.errors import (
 )
 from serve_app.ingress.deadlines import within
 from serve_app.ingress.door import Door, request_id_of
+from serve_app.ingress.draining import Draining
 from serve_app.ingress.exchange import Header
 from serve_app.ingress.inference import in_time, measured, reserve
 from serve_app.ingress.limits import check_stream
@@ -84,12 +85,13 @@ _CONTENTS = {
 class OpenInference:
     """The service's methods over any Service, behind the door that HTTP has too. They raise ServeAppError."""
 
-    def __init__(self, service: Service, settings: SettingsRef, door: Door) -> None:
+    def __init__(self, service: Service, settings: SettingsRef, door: Door, draining: Draining | None = None) -> None:
         self.local_only = False
         """Whether calls from other machines are refused."""
         self._service = service
         self._settings = settings
         self._door = door
+        self._draining = draining
         self._streams = 0
 
     def check(self, context: Any) -> None:
@@ -163,16 +165,19 @@ class OpenInference:
     async def requests(self, stream: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
         """A stream's requests; it is counted as long as it is open, and ended when none comes for too long.
 
-        Raises OverloadedError or DeadlineExceededError.
+        Raises OverloadedError or DeadlineExceededError, or UnavailableError when the replica stops.
         """
         settings = self._settings.current
         if self._streams >= settings.max_concurrent_requests:
             raise OverloadedError(f"{self._streams} streams are open here; close one, or come back later")
         self._streams += 1
         try:
-            incoming = aiter(stream)
-            while (request := await _next_request(incoming, settings.stream_idle_timeout_s)) is not None:
-                yield request
+            incoming = _requests_in_time(stream, settings.stream_idle_timeout_s)
+            if self._draining is not None:
+                incoming = self._draining.until_stopping(incoming)
+            async with aclosing(incoming):
+                async for request in incoming:
+                    yield request
         finally:
             self._streams -= 1
 
@@ -210,10 +215,12 @@ async def _whole(visit: Visit, asked: Any, call: Call, request: Request) -> tupl
     return _response(asked, request, call.wanted(request, answer)), cost
 
 
-async def _next_request(incoming: AsyncIterator[Any], idle_s: float) -> Any:
-    """None at the stream's end. Raises DeadlineExceededError."""
+async def _requests_in_time(stream: AsyncIterator[Any], idle_s: float) -> AsyncGenerator[Any, None]:
+    """Raises DeadlineExceededError."""
+    incoming = aiter(stream)
     try:
-        return await within(anext(incoming, None), idle_s)
+        while (request := await within(anext(incoming, None), idle_s)) is not None:
+            yield request
     except asyncio.TimeoutError:
         raise DeadlineExceededError(
             f"no request came on this stream for {idle_s:g} s; open another when there is one"

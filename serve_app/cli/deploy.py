@@ -20,7 +20,9 @@ import yaml
 
 from serve_app.cli import check
 from serve_app.cli.dashboard import Dashboard, add_address_argument, failures, tiers
+from serve_app.errors import ConfigError
 
+DEFAULT_HTTP_PORT = 8000
 POLL_S = 1.0
 UNPLACED_AFTER_S = 20.0
 """A replica that has no node by then probably waits for room; a node of an autoscaling cluster may still be coming."""
@@ -51,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
         return refused
     config = yaml.safe_load(args.config.read_text("utf-8"))
     dashboard = Dashboard(args.address)
-    before = dashboard.details()["applications"]
+    details = dashboard.details()
+    check_server(config, details, dashboard.address)
+    before = details["applications"]
     dashboard.deploy(config)
     names = [application.get("name", "default") for application in config["applications"]]
     rollout = Rollout(names, time.monotonic() + args.timeout)
@@ -62,6 +66,17 @@ def run(args: argparse.Namespace) -> int:
             dashboard.deploy(restored)
             print("What was deployed before is put back; it has answered all the time.", file=sys.stderr)
     return 0 if rollout.is_done else 1
+
+
+def check_server(config: Mapping[str, Any], details: Details, address: str) -> None:
+    """Raises ConfigError if another server than the file's is at the dashboard. Serve cannot change its ports."""
+    wanted = (config.get("http_options") or {}).get("port", DEFAULT_HTTP_PORT)
+    there = (details.get("http_options") or {}).get("port", wanted)
+    if there != wanted:
+        raise ConfigError(
+            f"the server at {address} answers HTTP on port {there}, and the file says {wanted}: name the dashboard of "
+            "the server that is meant with --address, or start the server anew to change its port"
+        )
 
 
 @dataclass(slots=True)

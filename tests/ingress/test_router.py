@@ -300,7 +300,7 @@ async def test_a_replica_that_fell_silent_is_taken_last_and_only_for_a_while(
 ) -> None:
     calls = Calls(router)
     silent, _ = await calls.send(1000, "call")
-    router._view.distrust("call")
+    router._view.distrust(router._view.replica_with("call"))
     (other,) = {"a", "b"} - {silent}
     assert {(await calls.send(10_000))[0] for _ in range(6)} == {other}, "however much the other has to do"
     router.update_replicas([Replica(silent)])
@@ -314,7 +314,7 @@ async def test_a_replica_that_fell_silent_is_taken_last_and_only_for_a_while(
 async def test_nobody_is_distrusted_for_a_call_that_has_ended(router: LeastOutstandingRouter) -> None:
     calls = Calls(router)
     calls.end(await calls.send(1, "call"), length_when_begun=1)
-    router._view.distrust("call")
+    router._view.distrust(router._view.replica_with("call"))
     assert {(await calls.send(1))[0] for _ in range(2)} == {"a", "b"}
 
 

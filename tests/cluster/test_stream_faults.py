@@ -121,7 +121,9 @@ def test_a_deploy_of_numbers_cuts_no_stream(live: Live, config: dict[str, Any]) 
 
 
 def test_a_stream_whose_replica_must_go_ends_with_an_error(live: Live, config: dict[str, Any]) -> None:
-    config["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"] = 10
+    ingress = config["applications"][0]["deployments"][0]
+    ingress["graceful_shutdown_timeout_s"] = 10
+    ingress["user_config"]["max_batch_requests"] = 64  # with this, Serve tells the replica of the other too
     Dashboard(live).deploy(config)
     changed = copy.deepcopy(config)
     changed["applications"][0]["args"]["models"][0]["aliases"] = ["another"]

@@ -220,6 +220,9 @@ class Ingress(OpenInferenceMethods):
 
 
 def _grace_s() -> float:
-    """Seconds from when Serve stops this replica until it kills it."""
+    """Seconds from when Serve stops this replica until it kills it.
+
+    Serve tells a running replica of a new number only together with a new `user_config`.
+    """
     timeout_s: float = serve.get_replica_context()._deployment_config.graceful_shutdown_timeout_s
     return timeout_s

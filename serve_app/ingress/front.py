@@ -43,9 +43,12 @@ _behind: ASGIApp | None = None
 class Front:
     """Passes on each request with exactly one harmless request id, and without `TAKEN_OUT`; answers in our shapes."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, is_serves: bool = False) -> None:
+        """`is_serves` of the one that Serve makes for the whole process."""
         global _behind
-        self._app = _behind = app
+        self._app = app
+        if is_serves:
+            _behind = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -108,4 +111,4 @@ async def is_stopping() -> bool:
 
 def middlewares() -> list[Middleware]:
     """What Ray Serve asks for once in each process that answers HTTP."""
-    return [Middleware(Front)]
+    return [Middleware(Front, is_serves=True)]

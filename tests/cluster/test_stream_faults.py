@@ -96,13 +96,12 @@ def asked(live: Live, tokens: int) -> Any:
 
 
 def test_a_deploy_of_numbers_cuts_no_stream(live: Live, config: dict[str, Any]) -> None:
-    """HAProxy is loaded again for the second ingress replica, and the next test's grace is among the numbers."""
+    """HAProxy is loaded again for the second ingress replica."""
     ingress = config["applications"][0]["deployments"][0]
     with asked(live, 1800) as response, ThreadPoolExecutor(1) as pool:
         reading = pool.submit(Stream(response).rest)
         ingress["autoscaling_config"] |= {"min_replicas": 2, "max_replicas": 2}
         ingress["user_config"]["max_batch_requests"] = 128
-        ingress["graceful_shutdown_timeout_s"] = 10
         deploy(live, config)
         deployed = time.monotonic()
         [*_, last], ended = reading.result()
@@ -111,6 +110,10 @@ def test_a_deploy_of_numbers_cuts_no_stream(live: Live, config: dict[str, Any]) 
 
 
 def test_a_stream_whose_replica_must_go_ends_with_an_error(live: Live, config: dict[str, Any]) -> None:
+    ingress = config["applications"][0]["deployments"][0]
+    ingress["graceful_shutdown_timeout_s"] = 10
+    ingress["user_config"]["max_batch_requests"] = 64  # with this, Serve tells the replica of the other too
+    deploy(live, config)
     changed = copy.deepcopy(config)
     changed["applications"][0]["args"]["cache"] = {**changed["applications"][0]["args"]["cache"], "offline": True}
     with asked(live, 7000) as response:

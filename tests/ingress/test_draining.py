@@ -8,9 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import pytest
 
 from serve_app.errors import UnavailableError
-from serve_app.ingress import draining
+from serve_app.ingress import draining, front
 from serve_app.ingress.draining import Draining
-from serve_app.ingress.front import Front, is_stopping
 
 
 @pytest.fixture(autouse=True)
@@ -107,14 +106,16 @@ async def test_nobody_looks_while_no_stream_is_open() -> None:
     assert replica.looks == looks
 
 
-async def test_the_health_route_of_serve_tells_that_a_replica_stops() -> None:
+async def test_the_health_route_of_serve_tells_that_a_replica_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_behind", None)
     answers = [b"success"]
 
     async def serve(scope: object, receive: object, send: object) -> None:
         assert scope["path"] == "/-/healthz"  # type: ignore[index]
         await send({"type": "http.response.body", "body": answers[0]})  # type: ignore[operator]
 
-    Front(serve)
-    assert not await is_stopping()
+    [made] = front.middlewares()
+    made.cls(serve, *made.args, **made.kwargs)  # type: ignore[call-arg]
+    assert not await front.is_stopping()
     answers[0] = b"DRAINING"
-    assert await is_stopping()
+    assert await front.is_stopping()

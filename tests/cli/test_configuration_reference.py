@@ -37,4 +37,5 @@ def test_types_defaults_and_bounds_are_told() -> None:
     assert "| string | *required* |" in rows["`name`"]
     assert "| number above 0 | `60.0` |" in rows["`request_timeout_s`"]
     assert "| mapping of string to string | none |" in rows["`prompts`"]
-    assert "| list of mappings | *required* |" in rows["`models`"]
+    assert "| mapping | *required* |" in rows["`model`"]
+    assert "| list of strings | `[]` |" in rows["`aliases`"]

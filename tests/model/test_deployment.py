@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from serve_app.config import CacheConfig, ModelConfig, ModelSettings
-from serve_app.errors import ConfigError, InvalidInputError
+from serve_app.errors import ConfigError, InvalidInputError, VersionGoneError
 from serve_app.model.deployment import ModelReplica
 from serve_app.options import GenerationOptions
-from serve_app.types import Forget, ForwardCall, GenerationCall
+from serve_app.types import Forget, ForwardCall, GenerationCall, VersionCall
 from tests.batches import NO_TOKENS
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import local_hub
@@ -36,6 +36,11 @@ async def replica(folder: Path, tmp_path: Path) -> ModelReplica:
     model = ModelConfig(name="tiny", source=str(folder), max_input_tokens=64)
     await made.__init__(model, CacheConfig(root=str(tmp_path / "cache"), directory_mode="direct"))  # type: ignore[misc]
     return made
+
+
+def version_of_replica(serving: ModelReplica) -> str:
+    """As Serve's routers are told it."""
+    return serving.record_replica_metadata()["fingerprint"]
 
 
 def test_a_model_of_the_hub_is_served_for_what_its_files_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,14 +68,15 @@ async def test_a_model_that_generates_takes_settings_and_streams(tmp_path: Path)
     serving = await replica(saved("gpt2", tmp_path / "model"), tmp_path)
     try:
         serving.reconfigure(ModelSettings(max_kv_tokens=500).model_dump())
-        assert (await serving.describe()).max_batch_tokens == 500
+        version = version_of_replica(serving)
+        assert (await serving.describe(VersionCall(version))).max_batch_tokens == 500
         [prompt] = prompts([5])
         options = GenerationOptions(max_new_tokens=4)
-        call = GenerationCall(np.array(prompt, np.int32), options)
+        call = GenerationCall(np.array(prompt, np.int32), options, version=version)
         told = [piece.token async for pieces in serving.stream(call) for piece in pieces]
         assert told == reference(tiny("gpt2"), prompt, options)
         with pytest.raises(InvalidInputError):
-            await serving.forward(ForwardCall(NO_TOKENS, "pooled", ()))
+            await serving.forward(ForwardCall(NO_TOKENS, "pooled", (), version=version))
         assert not await serving.forget(Forget("call", (0,)))
         await serving.check_health()
     finally:
@@ -83,6 +89,25 @@ async def test_a_model_that_answers_at_once_refuses_a_budget_below_its_longest_i
         with pytest.raises(ConfigError, match="max_batch_tokens: 63"):
             serving.reconfigure({"max_batch_tokens": 63})
         with pytest.raises(InvalidInputError):
-            await anext(serving.stream(GenerationCall(np.array([1], np.int32), GenerationOptions())))
+            await anext(serving.stream(generation_call(version_of_replica(serving))))
+    finally:
+        serving.__del__()
+
+
+def generation_call(version: str) -> GenerationCall:
+    return GenerationCall(np.array([1], np.int32), GenerationOptions(), version=version)
+
+
+async def test_a_replica_answers_no_call_that_is_meant_for_another_version(tmp_path: Path) -> None:
+    serving = await replica(write_tiny_bert(tmp_path / "model"), tmp_path)
+    try:
+        for version in ("another", ""):
+            with pytest.raises(VersionGoneError):
+                await serving.forward(ForwardCall(NO_TOKENS, "pooled", (), version=version))
+            with pytest.raises(VersionGoneError):
+                await anext(serving.stream(generation_call(version)))
+            for method in (serving.describe, serving.memory_summary):
+                with pytest.raises(VersionGoneError):
+                    await method(VersionCall(version))
     finally:
         serving.__del__()

@@ -1,4 +1,4 @@
-"""A tokenizer replica drops calls that were cancelled before a thread began them."""
+"""A tokenizer replica drops calls that were cancelled before a thread began them, and calls for other versions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from serve_app.errors import VersionGoneError
 from serve_app.tokenizer.deployment import TokenizerReplica
-from serve_app.types import TokenizeRequest
+from serve_app.types import Forget, TokenizeCall, TokenizeRequest, Version, VersionCall
+
+VERSION = Version("v1", "revision-1")
 
 
 async def test_a_call_that_is_cancelled_before_its_turn_is_not_tokenized() -> None:
     go, begun, encoded = threading.Event(), threading.Event(), []
 
-    def encode(requests: list[TokenizeRequest]) -> str:
+    def encode(requests: tuple[TokenizeRequest, ...]) -> str:
         begun.set()
         assert go.wait(30)
         encoded.append(requests[0].inputs)
@@ -25,8 +28,9 @@ async def test_a_call_that_is_cancelled_before_its_turn_is_not_tokenized() -> No
     replica = TokenizerReplica.__new__(TokenizerReplica)
     with ThreadPoolExecutor(1) as threads:
         replica._encoder, replica._threads = SimpleNamespace(encode=encode), threads  # type: ignore[assignment]
+        replica._version = VERSION
         calls = [
-            asyncio.ensure_future(replica.tokenize([TokenizeRequest((text,), "truncate")]))
+            asyncio.ensure_future(replica.tokenize(TokenizeCall((TokenizeRequest((text,), "truncate"),), "v1")))
             for text in ("runs", "is cancelled", "waits")
         ]
         await asyncio.to_thread(begun.wait, 10)
@@ -36,3 +40,15 @@ async def test_a_call_that_is_cancelled_before_its_turn_is_not_tokenized() -> No
         go.set()
         assert [await calls[0], await calls[2]] == ["batch", "batch"]
     assert encoded == [("runs",), ("waits",)]
+
+
+@pytest.mark.parametrize("version", ["v2", ""])
+async def test_a_replica_answers_no_call_that_is_meant_for_another_version(version: str) -> None:
+    replica = TokenizerReplica.__new__(TokenizerReplica)
+    replica._version = VERSION
+    with pytest.raises(VersionGoneError):
+        await replica.tokenize(TokenizeCall((), version))
+    for method in (replica.card, replica.definition):
+        with pytest.raises(VersionGoneError):
+            await method(VersionCall(version))
+    assert not await replica.forget(Forget("call", ())), "which is asked of whoever lives"

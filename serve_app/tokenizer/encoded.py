@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
-from serve_app.errors import RequestError
+from serve_app.errors import InvalidInputError, ModelFailureError, ServeAppError
 from serve_app.types import Alignment, Int32Array, TokenBatch
+
+logger = logging.getLogger(__name__)
 
 Tokens: TypeAlias = "Sequence[int] | Int32Array"
 
@@ -29,14 +32,32 @@ class Encoded:
     alignment: Alignment | None = None
 
 
-Outcome: TypeAlias = list[Encoded] | RequestError
+Outcome: TypeAlias = list[Encoded] | ServeAppError
 """What became of one request: its inputs' encodings, or why it failed."""
+
+_ENDS_THE_PROCESS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+def own_failure(error: BaseException) -> ServeAppError:
+    """What a request ends with whose encoding raised `error`, so that it fails alone.
+
+    A panic in Rust is a BaseException and no Exception. Raises again what is about the process.
+    """
+    if isinstance(error, _ENDS_THE_PROCESS):
+        raise error
+    if isinstance(error, ServeAppError):
+        return error
+    if isinstance(error, (TypeError, ValueError)):
+        return InvalidInputError("inputs: a text is not valid Unicode (a lone surrogate?); send valid UTF-8")
+    name = type(error).__name__  # and not what it says, which may repeat the text
+    logger.warning("a request could not be tokenized: %s", name)
+    return ModelFailureError(f"the tokenizer failed for this input ({name})")
 
 
 def flatten(outcomes: Sequence[Outcome], tokenize_s: float = 0.0) -> TokenBatch:
     """Lists of encoded inputs, one list a request, as one TokenBatch; failed requests have no sequences."""
-    failures = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, RequestError)}
-    requests = [[] if isinstance(outcome, RequestError) else outcome for outcome in outcomes]
+    failures = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, ServeAppError)}
+    requests = [[] if isinstance(outcome, ServeAppError) else outcome for outcome in outcomes]
     sequences = [encoded for request in requests for encoded in request]
     return TokenBatch(
         input_ids=_joined([s.ids for s in sequences]),

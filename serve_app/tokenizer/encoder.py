@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError, RequestError
+from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError
 from serve_app.tasks.card import transformer_folder
 from serve_app.tasks.special_tokens import SpecialTokens
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.bounded import BoundedTokenizer
 from serve_app.tokenizer.chat import ChatTemplate
-from serve_app.tokenizer.encoded import Encoded, Outcome, flatten
+from serve_app.tokenizer.encoded import Encoded, Outcome, flatten, own_failure
 from serve_app.tokenizer.framed import FramedTokenizer, check_ids, prompted
 from serve_app.tokenizer.loader import load
 from serve_app.types import LongTexts, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
@@ -84,20 +84,19 @@ class Encoder:
     def _encode_framed(self, request: TokenizeRequest) -> Outcome:
         try:
             return self._framed.encode(request)
-        except RequestError as error:
-            return error
-        except (TypeError, ValueError):
-            return _not_unicode()
+        except BaseException as error:
+            return own_failure(error)
 
     def _encode_alike(self, requests: Sequence[TokenizeRequest]) -> list[Outcome]:
         """One call into Rust for requests with the same truncation; a failure is narrowed down to its request."""
         texts = [_texts(request) for request in requests]
         try:
             encodings = iter(self._tokenizer(requests[0]).encode(list(itertools.chain.from_iterable(texts))))
-        except (TypeError, ValueError):
-            if len(requests) > 1:
-                return [outcome for request in requests for outcome in self._encode_alike([request])]
-            return [_not_unicode()]
+        except BaseException as error:
+            if len(requests) == 1:
+                return [own_failure(error)]
+            middle = len(requests) // 2
+            return [*self._encode_alike(requests[:middle]), *self._encode_alike(requests[middle:])]
         return [
             self._outcome(request, list(itertools.islice(encodings, len(mine))))
             for request, mine in zip(requests, texts, strict=True)
@@ -113,8 +112,8 @@ class Encoder:
                 self._given(request, i, _ids(value)) if _is_ids(value) else self._encoded(request, i, next(texts))
                 for i, value in enumerate(request.inputs)
             ]
-        except RequestError as error:
-            return error
+        except BaseException as error:
+            return own_failure(error)
 
     def _encoded(self, request: TokenizeRequest, index: int, encoding: Encoding) -> Encoded:
         length = len(encoding)
@@ -141,10 +140,6 @@ class Encoder:
             f"inputs[{index}]: {tokens} tokens, and the model takes {self.max_input_tokens}; "
             "shorten it or ask for truncation (truncate: true)"
         )
-
-
-def _not_unicode() -> InvalidInputError:
-    return InvalidInputError("inputs: a text is not valid Unicode (a lone surrogate?); send valid UTF-8")
 
 
 def _alike(requests: Sequence[TokenizeRequest], members: Sequence[int]) -> list[list[int]]:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError, RequestError
+from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError
 from serve_app.tasks.card import transformer_folder
 from serve_app.tokenizer.chat import ChatTemplate
-from serve_app.tokenizer.encoded import Encoded, Outcome, flatten
+from serve_app.tokenizer.encoded import Encoded, Outcome, flatten, own_failure
 from serve_app.tokenizer.framed import check_ids
 from serve_app.types import Chat, TextInput, TokenBatch, TokenizeRequest
 
@@ -51,10 +51,8 @@ class SlowEncoder:
                     "this model's tokenizer has no fast form, which windows and places of tokens need"
                 )
             return [self._encoded(request, index, value) for index, value in enumerate(request.inputs)]
-        except RequestError as error:
-            return error
-        except UnicodeEncodeError:
-            return InvalidInputError("inputs: a text is not valid Unicode (a lone surrogate?); send valid UTF-8")
+        except BaseException as error:
+            return own_failure(error)
 
     def _encoded(self, request: TokenizeRequest, index: int, value: TextInput) -> Encoded:
         framed = isinstance(value, str)

@@ -16,8 +16,16 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from serve_app.errors import ConfigError, IncompleteModelError, InputTooLongError, InvalidInputError
+from serve_app.errors import (
+    ConfigError,
+    IncompleteModelError,
+    InputTooLongError,
+    InvalidInputError,
+    ModelFailureError,
+)
+from serve_app.tokenizer.bounded import BoundedTokenizer
 from serve_app.tokenizer.encoder import Encoder
+from serve_app.tokenizer.framed import FramedTokenizer
 from serve_app.types import LongTexts, Side, TextInput, TokenBatch, TokenizeRequest
 from tests.reference import minilm_folder
 from tests.tokenizer.kinds import LIMIT, byte_level, save, sequences, wordpiece
@@ -159,6 +167,49 @@ def test_a_lone_surrogate_fails_alone(minilm: Encoder, text: str) -> None:
     alone = sequences(minilm.encode([good]))
     assert sequences(batch) == alone * 2
     assert batch.cu_requests.tolist() == [0, 2, 2, 4]
+
+
+class Panic(BaseException):
+    """As pyo3_runtime.PanicException, which is no Exception either."""
+
+
+@pytest.mark.parametrize("error", [Panic, RuntimeError, MemoryError, KeyError])
+@pytest.mark.parametrize("long_texts", ["truncate", "windows"])
+def test_a_text_on_which_the_tokenizer_breaks_fails_alone(
+    minilm: Encoder, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], long_texts: LongTexts
+) -> None:
+    """Whatever the tokenizer raises, with few calls for the others, and without the text in the message."""
+    calls = []
+
+    def breaking(cls: type, name: str) -> None:
+        encode = getattr(cls, name)
+
+        def guarded(self: Any, given: Any, *more: Any) -> Any:
+            calls.append(given)
+            if "poison" in repr(given):
+                raise error("poison")
+            return encode(self, given, *more)
+
+        monkeypatch.setattr(cls, name, guarded)
+
+    breaking(BoundedTokenizer, "encode")
+    breaking(FramedTokenizer, "encode")
+    good = [TokenizeRequest((f"text {i}",), long_texts) for i in range(15)]
+    batch = minilm.encode([*good[:4], TokenizeRequest(("fine", "poison"), long_texts), *good[4:]])
+    assert list(batch.failures) == [4]
+    assert isinstance(batch.failures[4], ModelFailureError)
+    assert "poison" not in batch.failures[4].message
+    assert batch.num_sequences == 15
+    assert len(calls) <= 16
+
+
+def test_what_ends_the_process_is_nobodys_failure(minilm: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BoundedTokenizer, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        minilm.encode([TokenizeRequest(("text",), "truncate")])
 
 
 def test_token_ids_of_the_client_are_taken_as_they_are(minilm: Encoder) -> None:

@@ -43,6 +43,10 @@ from serve_app.types import (
 
 logger = logging.getLogger(__name__)
 
+CALLS_PER_REQUEST = 64
+"""Prompts of one request that are with replicas at a time: as many as one replica answers at once by default. Further
+ones wait here, where they hold no stream and none of the places that other requests need."""
+
 GRACE_S = 2.0
 """The replica ends a late answer itself; one that has not by then is lost."""
 
@@ -104,8 +108,13 @@ class GenerationPath:
         with self._under_way() as progress:
             prompts = await self._prompts(request, card, version, deadline)
             progress.stage, tokenized = "model", time.perf_counter()
-            calls = [self._call(ids, request, card, version, deadline) for ids in prompts.input_ids]
-            tasks = [asyncio.ensure_future(self._whole(call, deadline)) for call in calls]
+            under_way = asyncio.Semaphore(CALLS_PER_REQUEST)
+
+            async def answered(ids: Int32Array) -> Generated:
+                async with under_way:
+                    return await self._whole(self._call(ids, request, card, version, deadline), deadline)
+
+            tasks = [asyncio.ensure_future(answered(ids)) for ids in prompts.input_ids]
             try:
                 generated = await asyncio.gather(*tasks)
             finally:

@@ -242,6 +242,19 @@ async def test_a_version_that_is_gone_is_told_and_no_replica_asked_again(at: str
     assert (len(tiers.tokenize.calls), len(model.calls)) == (1, int(at == "model"))
 
 
+async def test_a_request_of_many_prompts_holds_only_so_many_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "CALLS_PER_REQUEST", 3)
+    go = asyncio.Event()
+    model = Model(*[[go, *ANSWER]] * 10)
+    answering = asyncio.create_task(path_to(model).answer(request(*map(str, range(10))), CARD, "v1", 60.0))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(model.calls) == 3
+    go.set()
+    assert len((await answering).output) == 10
+    assert len(model.calls) == 10
+
+
 async def test_every_call_is_for_the_version_that_was_asked_for() -> None:
     tiers, model = Tiers(), Model(ANSWER, ANSWER)
     path = path_to(model, tiers)

@@ -69,12 +69,11 @@ def build(args: IngressConfig) -> Application:
 def build_model(args: ModelAppConfig) -> Application:
     """The application of one model: its tokenizer and model tiers, which ingress replicas call. As pure as `build`."""
     config = parse(ModelAppConfig, args, "args")
-    model, warm = config.model, warmer_actors([config.model], config.cache)
+    model = config.model
     tokenizer = serve.deployment(
         TokenizerReplica,
         name=tokenizer_deployment(model.name),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        deployment_actors=warm,
         max_constructor_retry_count=START_RETRIES,
         request_router_config=ROUTER,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -87,7 +86,8 @@ def build_model(args: ModelAppConfig) -> Application:
         ModelReplica,
         name=model_deployment(model.name),
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        deployment_actors=warm,
+        # One gate a model: a tokenizer replica, which is light, waits in its constructor for its own node's files.
+        deployment_actors=warmer_actors([model], config.cache),
         max_constructor_retry_count=START_RETRIES,
         request_router_config=ROUTER,
         user_config=ModelSettings().model_dump(),

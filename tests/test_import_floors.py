@@ -17,6 +17,7 @@ FLOORS: list[set[str]] = [
     {"errors", "logs"},
     {"options", "outputs"},
     {"types", "config", "metrics"},
+    {"versions"},
     {"tasks", "cache"},
     {"tokenizer", "model", "autoscaling"},
     {"ingress"},
@@ -24,7 +25,7 @@ FLOORS: list[set[str]] = [
 ]
 """From the ground up; `errors` is below the rest of the ground floor, which raises them."""
 
-RAY_FREE = {"errors", "logs", "options", "outputs", "types", "config", "tasks", "model"}
+RAY_FREE = {"errors", "logs", "options", "outputs", "types", "config", "versions", "tasks", "model"}
 
 
 class Import(NamedTuple):

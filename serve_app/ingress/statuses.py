@@ -53,6 +53,7 @@ STATUSES: Mapping[type[errors.ServeAppError], ErrorKind] = {
     errors.OverloadedError: ErrorKind(429, "overloaded", "rate_limit_error"),
     errors.QuotaExceededError: ErrorKind(429, "overloaded", "rate_limit_error"),
     errors.UnavailableError: ErrorKind(503, "unhealthy", _SERVER),
+    errors.VersionGoneError: ErrorKind(503, "unhealthy", _SERVER),
     errors.DeadlineExceededError: ErrorKind(504, "backend", _SERVER),
     errors.ModelFailureError: ErrorKind(424, "backend", _SERVER),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,11 +13,12 @@ import pytest
 from ray.exceptions import RayActorError
 
 from serve_app.config import BUILDER, MODEL_BUILDER, IngressConfig, ModelConfig
+from serve_app.errors import ModelNotFoundError
 from serve_app.ingress import directory
 from serve_app.ingress.deployment import Ingress
 from serve_app.ingress.directory import Roll, ServeDirectory, roll_of
 from serve_app.ingress.served_model import ModelTiers
-from tests.ingress.test_coalescer import replica
+from tests.ingress.test_coalescer import replica, settle
 from tests.ingress.tiers import TINY, Tiers
 
 __all__ = ["replica"]
@@ -148,3 +150,18 @@ async def test_an_ingress_serves_what_its_directory_tells_and_keeps_what_stays()
     with pytest.raises(RayActorError):
         await ingress.look()
     assert ingress.models == ("two",), "who knows nobody's models goes on with those it knew"
+
+
+async def test_who_waits_for_a_model_that_is_removed_is_told_so() -> None:
+    changing = Changing()
+    changing.now = {"app-1": named("one"), "app-2": named("two")}
+    changing.handles["one"].tier.view.update({})  # it has no replica yet
+    ingress = Ingress(IngressConfig(), changing)
+    await ingress.look()
+    waits = asyncio.create_task(ingress.card("one"))
+    await settle()
+    assert not waits.done()
+    del changing.now["app-1"]
+    await ingress.look()
+    with pytest.raises(ModelNotFoundError):
+        await asyncio.wait_for(waits, 5)

@@ -157,15 +157,6 @@ def _threads(model: ModelConfig, entry: Entry, cores: int) -> Iterator[Finding]:
             "where they all run on one machine, they slow each other down to less than half",
             is_error=False,
         )
-    cpus = _resources(entry).get("num_cpus", model.num_threads)
-    together = min(int(cores / cpus), most) if cpus else 0
-    if together * model.num_threads > cores and most * model.num_threads <= cores:
-        yield Finding(
-            f"{entry.where}.ray_actor_options.num_cpus",
-            f"at {cpus:g} for {model.num_threads} threads Ray may put {together} replicas on a machine of "
-            f"{cores} cores: more threads than cores",
-            is_error=False,
-        )
 
 
 def _cpus(deployed: Deployed, cores: int) -> Iterator[Finding]:

@@ -277,9 +277,11 @@ class IngressConfig(_Frozen):
     @classmethod
     def _models_are_applications(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and value.get("models"):
+            # The reason stands last, because Ray prints no more than the last 500 characters.
             raise ValueError(
-                "models are applications of their own, so that a change of one restarts nothing of another. Take "
-                "`models` out here, move the deployments of each model too, and add:\n" + _as_applications(value)
+                "take `models` out here, and add these applications, to which the deployments of each model move:\n"
+                f"{_as_applications(value)}"
+                "  # Models are applications of their own, so that a change of one restarts nothing of another."
             )
         return value
 

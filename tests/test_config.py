@@ -144,8 +144,8 @@ def test_models_in_the_ingress_application_are_refused_with_an_application_for_e
     with pytest.raises(ConfigError) as caught:
         parse(IngressConfig, {"models": models, "cache": {"root": "/models"}}, "args")
 
-    reason, _, shown = caught.value.message.partition("add:\n")
-    assert reason.startswith("args: models are applications of their own")
+    reason, _, shown = caught.value.message.partition("move:\n")
+    assert reason.startswith("args: take `models` out here")
     applications = yaml.safe_load(shown)
     assert [(one["name"], one["route_prefix"], one["import_path"]) for one in applications] == [
         ("minilm", None, MODEL_BUILDER),
@@ -158,7 +158,7 @@ def test_models_in_the_ingress_application_are_refused_with_an_application_for_e
 
 @pytest.mark.parametrize("models", ["minilm", ["minilm"], [{}], {"minilm": PACKAGED}], ids=repr)
 def test_models_in_the_ingress_application_are_refused_whatever_they_are(models: Any) -> None:
-    with pytest.raises(ConfigError, match="models are applications of their own"):
+    with pytest.raises(ConfigError, match="Models are applications of their own"):
         parse(IngressConfig, {"models": models}, "args")
 
 

@@ -171,7 +171,7 @@ def test_what_ray_refuses_is_named(check: Check, config: dict[str, Any], line: s
         (changed("applications", 1, "args", to={}), "applications[1].args.model: Field required"),
         (
             changed("applications", 0, "args", to={"models": [GOOD["applications"][1]["args"]["model"]]}),
-            "applications[0].args: models are applications of their own",
+            "applications[0].args: take `models` out here",
         ),
         (
             ingress("user_config", "request_timeout", to=5),
@@ -290,8 +290,8 @@ def test_the_one_application_of_all_models_is_refused_with_one_for_each(check: C
 
     told = "\n".join(check(old))
 
-    assert told.startswith("applications[0].args: models are applications of their own")
-    shown = yaml.safe_load(told.partition("add:\n")[2].partition("\napplications: ")[0])
+    assert told.startswith("applications[0].args: take `models` out here")
+    shown = yaml.safe_load(told.partition("move:\n")[2].partition("\napplications: ")[0])
     assert check(changed("applications", to=[GOOD["applications"][0], *shown])) == []
 
 

@@ -34,7 +34,7 @@ CASES = {
     misspelled_task: "args.model.task: Input should be 'embedding'",
     unpinned_revision: "args.model.revision: 'main' is not a full 40-hex commit",
     budget_too_small: "applications[1].deployments[1].user_config.max_batch_tokens: 100 is below the model's longest",
-    models_in_one_application: "args: models are applications of their own",
+    models_in_one_application: "Models are applications of their own",
 }
 
 

@@ -26,14 +26,22 @@ def reason_why_not() -> str | None:
     return None if missing is None else f"hosts in network namespaces need {missing}"
 
 
-def _what_is_missing() -> str | None:
+def missing_for_root(*commands: str) -> str | None:
+    """What is missing here to run these commands as root on Linux; None if nothing is."""
     if sys.platform != "linux":
         return f"Linux, and this is {sys.platform}"
     if os.geteuid() != 0:
         return f"root, and this is user {os.geteuid()}"
-    commands = [name for name in ("ip", "unshare", "nsenter", "mount") if shutil.which(name) is None]
-    if commands:
-        return f"{', '.join(commands)}, not found here (.ci/install-system-packages installs them on Debian)"
+    absent = [name for name in commands if shutil.which(name) is None]
+    if absent:
+        return f"{', '.join(absent)}, not found here (.ci/install-system-packages installs them on Debian)"
+    return None
+
+
+def _what_is_missing() -> str | None:
+    missing = missing_for_root("ip", "unshare", "nsenter", "mount")
+    if missing is not None:
+        return missing
     probe = subprocess.run(["unshare", "-n", "-m", "true"], capture_output=True, check=False)
     if probe.returncode == 0:
         return None

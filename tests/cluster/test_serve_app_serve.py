@@ -22,6 +22,7 @@ import pytest
 import tritonclient.grpc as triton
 import yaml
 
+from tests.cluster.hosts import missing_for_root
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import LocalHub
 from tests.live import (
@@ -252,18 +253,19 @@ NOBODY = 54321
 
 def as_nobody() -> tuple[str, ...]:
     """How to run this Python as a user id without an account; the test is skipped where that cannot be done."""
+    missing = missing_for_root("setpriv")
+    if missing is not None:
+        pytest.skip(f"a server of another user id needs {missing}")
     user = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
     for reading in ((), ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")):
         command = (*user, *reading)
-        try:
-            done = subprocess.run(
-                [*command, "env", str(PROGRAMS / "pip"), "--version"], capture_output=True, check=False
-            )
-        except OSError:
-            break
+        done = subprocess.run(
+            [*command, "env", str(PROGRAMS / "pip"), "--version"], capture_output=True, text=True, check=False
+        )
         if done.returncode == 0:
             return command
-    pytest.skip("this user cannot run this Python as another user id (setpriv of util-linux, as root)")
+    told = done.stderr.strip()
+    pytest.skip(f"a server of another user id needs a Python that user {NOBODY} can run, and {PROGRAMS} fails: {told}")
 
 
 def test_a_user_without_account_and_home_can_serve() -> None:

@@ -28,6 +28,7 @@ from serve_app.ingress.tier import Tier
 from serve_app.metrics import IngressMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import Generated, GeneratedPiece
+from serve_app.tasks import probe
 from serve_app.tasks.generation import GENERATING, collected, speaks_by_prefix
 from serve_app.types import (
     Answer,
@@ -180,10 +181,8 @@ class GenerationPath:
     async def probe(self, version: str, timeout_s: float) -> None:
         """One token through the whole graph. Raises ServeAppError."""
         deadline = time.monotonic() + timeout_s
-        asked = TokenizeRequest(("ok",), "truncate", "left", max_tokens=None)
-        prompts = await self._tokenized(asked, version, deadline)
-        options = GenerationOptions(max_new_tokens=1, num_beams=1, do_sample=False)
-        call = GenerationCall(prompts.input_ids[0], options, timeout_s, version=version, id=next(self._call_ids))
+        (ids,) = (await self._tokenized(probe.TEXT, version, deadline)).input_ids
+        call = GenerationCall(ids, probe.ONE_TOKEN, timeout_s, version=version, id=next(self._call_ids))
         async with aclosing(self._pieces(call, deadline)) as lists:
             async for _ in lists:
                 pass
@@ -207,7 +206,7 @@ class GenerationPath:
     async def _tokenize(self, request: TokenizeRequest, version: str, deadline: float) -> TokenBatch:
         call = TokenizeCall((request,), version, next(self._call_ids))
         response = self._tokenizer.handle.tokenize.remote(call)
-        with self._pulse(self._tokenizer, call.id, response) as pulse:
+        with Pulse(self._tokenizer, call.id, response.cancel) as pulse:
             batch: TokenBatch = await _in_time(response, deadline, self._wait_s, pulse)
         return batch
 
@@ -238,7 +237,7 @@ class GenerationPath:
     async def _one_try(self, call: GenerationCall, deadline: float) -> AsyncGenerator[list[GeneratedPiece], None]:
         response = self._model.handle.options(stream=True).stream.remote(call)
         ended = False
-        with self._pulse(self._model, call.id, response) as pulse:
+        with Pulse(self._model, call.id, response.cancel) as pulse:
             try:
                 while not ended:
                     some: list[GeneratedPiece] = await _in_time(anext(response), deadline, self._wait_s, pulse)
@@ -250,15 +249,6 @@ class GenerationPath:
                 if not ended:
                     response.cancel()
 
-    @contextmanager
-    def _pulse(self, tier: Tier, call_id: str, response: Any) -> Iterator[Pulse]:
-        """Cancels `response` within the block if the replica that has the call falls silent."""
-        pulse = Pulse(tier, call_id, response.cancel)
-        try:
-            yield pulse
-        finally:
-            pulse.stop()
-
 
 async def _in_time(answer: Any, deadline: float, wait_s: Callable[[], float], pulse: Pulse) -> Any:
     """What a replica answers, with its errors as ours."""
@@ -267,8 +257,7 @@ async def _in_time(answer: Any, deadline: float, wait_s: Callable[[], float], pu
     except asyncio.TimeoutError as error:
         raise DeadlineExceededError("the request's time ran out before its answer was complete") from error
     except asyncio.CancelledError as error:
-        if pulse.is_silent:
-            raise UnavailableError("the replica that had the request fell silent", retry_after_s=1.0) from error
+        pulse.raise_if_silent(error)
         raise
     except RayTaskError as error:
         if isinstance(error.cause, ServeAppError):

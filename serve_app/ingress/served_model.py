@@ -31,6 +31,7 @@ from serve_app.ingress.words import text_tokens, texts_of, whole_texts
 from serve_app.metrics import IngressMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece, TaskOutput
+from serve_app.tasks import probe
 from serve_app.tasks.generation import GENERATING
 from serve_app.tasks.inputs import prompt_of
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
@@ -40,14 +41,12 @@ from serve_app.types import (
     Answer,
     Chat,
     Features,
-    MaskArguments,
     ModelCard,
     ModelState,
     Request,
     TextInput,
     TokenIds,
     TokenizeCall,
-    TokenizeRequest,
     Version,
     VersionCall,
 )
@@ -354,9 +353,9 @@ class ServedModel:
             if card.task in GENERATING:
                 await self._generating.probe(fingerprint, PROBE_TIMEOUT_S)
                 return
-            arguments = MaskArguments(top_k=1) if card.task == "fill-mask" else None
-            probe = Work(TokenizeRequest(("ok",), "truncate"), TASKS[card.task].head, fingerprint, arguments=arguments)
-            await self._coalescer.compute(probe, PROBE_TIMEOUT_S)
+            arguments, head = probe.head_arguments(card.task), TASKS[card.task].head
+            text = Work(probe.TEXT, head, fingerprint, arguments=arguments)
+            await self._coalescer.compute(text, PROBE_TIMEOUT_S)
 
         await self._begin(time.monotonic() + PROBE_TIMEOUT_S, work)
 

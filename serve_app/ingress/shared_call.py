@@ -38,22 +38,33 @@ PULSE_TIMEOUT_S = 3.0
 
 
 class Pulse:
-    """Asks the replica that has a call, while it takes long, whether it lives. Belongs to one event loop."""
+    """Within a `with` block: asks the replica that has a call, while it takes long, whether it lives.
+
+    Belongs to one event loop.
+    """
 
     def __init__(self, tier: Tier, call_id: str, on_silence: Callable[[], None]) -> None:
         """`on_silence` is called once, if the replica that has the call says nothing; it is then distrusted."""
-        self.is_silent = False
+        self._is_silent = False
         self._is_stopped = False
         self._tier, self._call_id, self._on_silence = tier, call_id, on_silence
         self._context = contextvars.copy_context()  # see SharedCall
         self._asking: asyncio.Future[None] | None = None
         self._timer = asyncio.get_running_loop().call_later(PULSE_S, self._start)
 
-    def stop(self) -> None:
+    def __enter__(self) -> Pulse:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._is_stopped = True
         self._timer.cancel()
         if self._asking is not None:
             self._asking.cancel()
+
+    def raise_if_silent(self, error: BaseException) -> None:
+        """Raises UnavailableError from `error`, a cancellation, if it was this that ended the call."""
+        if self._is_silent:
+            raise UnavailableError("the replica that had the request fell silent", retry_after_s=1.0) from error
 
     def _start(self) -> None:
         self._asking = self._context.run(asyncio.ensure_future, self._watch())
@@ -63,7 +74,7 @@ class Pulse:
             try:
                 await asyncio.wait_for(self._tier.lives(self._call_id), PULSE_TIMEOUT_S)
             except asyncio.TimeoutError:
-                self.is_silent = True
+                self._is_silent = True
                 self._tier.view.distrust(self._tier.view.replica_with(self._call_id))
                 self._on_silence()
                 return
@@ -130,20 +141,18 @@ class SharedCall:
         Raises NobodyWaitsError once every waiter has left, and UnavailableError if the replica has fallen silent.
         """
         self._response = self._method.remote(argument)
-        pulse = Pulse(self._tier, self._call_id, self._response.cancel)
-        try:
-            return await self._response
-        except RayTaskError as error:
-            raise error.cause from None
-        except (asyncio.CancelledError, RequestCancelledError) as error:
-            if pulse.is_silent:
-                raise UnavailableError("the replica that had the request fell silent", retry_after_s=1.0) from error
-            if self._waiting:
-                raise
-            raise NobodyWaitsError from None
-        finally:
-            self._ended = True
-            pulse.stop()
+        with Pulse(self._tier, self._call_id, self._response.cancel) as pulse:
+            try:
+                return await self._response
+            except RayTaskError as error:
+                raise error.cause from None
+            except (asyncio.CancelledError, RequestCancelledError) as error:
+                pulse.raise_if_silent(error)
+                if self._waiting:
+                    raise
+                raise NobodyWaitsError from None
+            finally:
+                self._ended = True
 
     def without(self, index: int) -> None:
         """The waiter at `index` has left."""

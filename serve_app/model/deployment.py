@@ -18,8 +18,8 @@ from serve_app.metrics import ModelMetrics, ReplicaMetrics
 from serve_app.model import memory
 from serve_app.model.encoding import EncodingModel
 from serve_app.model.generating import GeneratingModel
-from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece
+from serve_app.tasks import probe
 from serve_app.tasks.card import read_card
 from serve_app.tasks.generation import GENERATING
 from serve_app.tasks.registry import TASKS
@@ -27,7 +27,6 @@ from serve_app.types import (
     Forget,
     ForwardCall,
     GenerationCall,
-    MaskArguments,
     ModelCard,
     ModelState,
     Rows,
@@ -66,19 +65,18 @@ class ModelReplica:
             return GeneratingModel(path, self._config, self._metrics)
         return EncodingModel(path, card, self._config, self._metrics)
 
-    async def _prove(self, probe: TokenBatch | None) -> None:
+    async def _prove(self, encoded: TokenBatch | None) -> None:
         """Compute what a tokenizer replica of this version has encoded. Raises the error that it ends in."""
-        if probe is not None:
-            await asyncio.wait_for(self._compute(probe), PROBE_TIMEOUT_S)
+        if encoded is not None:
+            await asyncio.wait_for(self._compute(encoded), PROBE_TIMEOUT_S)
 
-    async def _compute(self, probe: TokenBatch) -> None:
+    async def _compute(self, encoded: TokenBatch) -> None:
         if isinstance(self._model, GeneratingModel):
-            options = GenerationOptions(max_new_tokens=1, num_beams=1, do_sample=False)
-            async for _ in self._model.stream(GenerationCall(probe.input_ids, options)):
+            async for _ in self._model.stream(GenerationCall(encoded.input_ids, probe.ONE_TOKEN)):
                 pass
             return
-        arguments = (MaskArguments(top_k=1),) if self._card.task == "fill-mask" else ()
-        call = ForwardCall(probe.for_model(), TASKS[self._card.task].head, (None,), arguments=arguments)
+        arguments, head = probe.head_arguments(self._card.task), TASKS[self._card.task].head
+        call = ForwardCall(encoded.for_model(), head, (None,), arguments=(arguments,) if arguments else ())
         rows = await self._model.engine.submit(call)
         if rows.failures:
             raise rows.failures[0]

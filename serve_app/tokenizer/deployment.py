@@ -13,14 +13,12 @@ from serve_app.cache.prewarm import Membership, ensure_local, replica_environmen
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.logs import show_log
 from serve_app.metrics import ReplicaMetrics
+from serve_app.tasks import probe
 from serve_app.tasks.card import read_card
 from serve_app.tokenizer.encoder import Encoder
 from serve_app.tokenizer.loader import slow_tokenizer
 from serve_app.tokenizer.slow import SlowEncoder
 from serve_app.types import Forget, ModelCard, TokenBatch, TokenizeCall, TokenizeRequest, VersionCall
-
-PROBE = TokenizeRequest(("ok",), "truncate")
-"""What a new replica encodes before it is ready, for the model replicas of its version to compute."""
 
 
 class TokenizerReplica:
@@ -44,8 +42,8 @@ class TokenizerReplica:
         await self._membership.enter(await self._prove())
 
     async def _prove(self) -> TokenBatch:
-        """Encode a text. Raises the error that it ends in."""
-        batch = await self._encode((PROBE,))
+        """Encode a text, for the model replicas of this version to compute. Raises the error that it ends in."""
+        batch = await self._encode((probe.TEXT,))
         if batch.failures:
             raise batch.failures[0]
         return batch

@@ -6,6 +6,8 @@ The ingress is one application, and each model is one beside it. Serve replaces 
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
@@ -34,12 +36,26 @@ HEALTH_CHECK_PERIOD_S = 5.0
 HEALTH_CHECK_TIMEOUT_S = 10.0
 """A replica whose process hangs is replaced after three checks that time out."""
 
+EVERY_REPLICA: dict[str, Any] = {
+    "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+    "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+    "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+    "max_surge_percent": SURGE_PERCENT,
+    "graceful_shutdown_timeout_s": GRACEFUL_SHUTDOWN_S,
+}
+
 START_RETRIES = 3
 """Tries of a deployment of which nothing has ever started, its pre-warm included: what 20, Serve's default, would only
 tell minutes later (a source that refuses us, a model that cannot be loaded) fails soon. The reason shows at once."""
 
 ROUTER = RequestRouterConfig(request_router_class="serve_app.ingress.router.LeastOutstandingRouter")
 """How the ingress chooses among a tier's replicas."""
+
+EVERY_TIER: dict[str, Any] = {
+    **EVERY_REPLICA,
+    "max_constructor_retry_count": START_RETRIES,
+    "request_router_config": ROUTER,
+}
 
 LIGHT_TIER_CPUS = 0.1
 """Cores that Ray reserves for an ingress or tokenizer replica, which leave most of a small machine to the model."""
@@ -55,13 +71,9 @@ def build(args: IngressConfig) -> Application:
     ingress = serve.deployment(
         serve.ingress(None)(Ingress),
         name="ingress",
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         user_config=IngressSettings().model_dump(),
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        max_surge_percent=SURGE_PERCENT,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
+        **EVERY_REPLICA,
     )
     return ingress.bind(config)
 
@@ -73,29 +85,17 @@ def build_model(args: ModelAppConfig) -> Application:
     tokenizer = serve.deployment(
         TokenizerReplica,
         name=tokenizer_deployment(model.name),
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_constructor_retry_count=START_RETRIES,
-        request_router_config=ROUTER,
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        max_surge_percent=SURGE_PERCENT,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
+        **EVERY_TIER,
     )
     tier = serve.deployment(
         ModelReplica,
         name=model_deployment(model.name),
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         # One gate a model: a tokenizer replica, which is light, waits in its constructor for its own node's files.
         deployment_actors=warmer_actors([model], config.cache),
-        max_constructor_retry_count=START_RETRIES,
-        request_router_config=ROUTER,
         user_config=ModelSettings().model_dump(),
-        health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        max_surge_percent=SURGE_PERCENT,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         ray_actor_options={"num_cpus": model.num_threads, "num_gpus": 1 if model.device == "cuda" else 0},
+        **EVERY_TIER,
     )
     root = serve.deployment(
         ModelRoot,

@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 from serve_app.config import ModelConfig
 from serve_app.types import TokenBatch, Version
 
-Tier: TypeAlias = Literal["tokenizer", "model"]
+TierName: TypeAlias = Literal["tokenizer", "model"]
 
 SOFTWARE = ("serve-app", "transformers", "tokenizers")
 """Packages whose change makes another version of every model: replicas of two releases are not put together."""
@@ -73,7 +73,7 @@ class Member:
     """One replica that has loaded its version; `replica` is its id in Serve."""
 
     model: str
-    tier: Tier
+    tier: TierName
     fingerprint: str
     replica: str
 

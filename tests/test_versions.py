@@ -17,7 +17,7 @@ from serve_app import versions
 from serve_app.config import ModelConfig
 from serve_app.errors import VersionGoneError
 from serve_app.types import TokenBatch, Version
-from serve_app.versions import LOST_AFTER_S, PRESENT_S, Member, Tier, VersionBarrier, version_of
+from serve_app.versions import LOST_AFTER_S, PRESENT_S, Member, TierName, VersionBarrier, version_of
 from tests.ingress.test_coalescer import settle
 from tests.ingress.test_keys import Clock
 from tests.test_types import batch
@@ -110,7 +110,7 @@ def test_a_replica_refuses_what_is_meant_for_another_version() -> None:
             version.check(other)
 
 
-def member(tier: Tier, version: str, replica: str = "1", model: str = "tiny") -> Member:
+def member(tier: TierName, version: str, replica: str = "1", model: str = "tiny") -> Member:
     return Member(model, tier, version, f"{model}-{tier}-{version}-{replica}")
 
 
@@ -143,7 +143,7 @@ def entering(barrier: VersionBarrier, one: Member, probe: TokenBatch | None = No
 
 @pytest.mark.parametrize(("mine", "other"), [("tokenizer", "model"), ("model", "tokenizer")])
 async def test_a_replica_of_a_new_version_waits_for_the_other_tier_while_an_old_version_is_there(
-    barrier: VersionBarrier, mine: Tier, other: Tier
+    barrier: VersionBarrier, mine: TierName, other: TierName
 ) -> None:
     for old in (member("tokenizer", "old"), member("model", "old")):
         barrier.present(old)

@@ -1,6 +1,6 @@
 """What deployments need of the cluster's warmer: files before a replica is made, the other tier before it is ready.
 
-Each deployment has a gate (`WarmGate`), which Serve starts before any replica. All gates and replicas share one
+Each model deployment has a gate (`WarmGate`), which Serve starts before any replica. All gates and replicas share one
 `Warmer`, which runs one task per node and model, and knows which replicas have loaded which version.
 """
 
@@ -27,7 +27,7 @@ from serve_app.cache.warmer import APPLICATIONS, ON_HEAD, ask_warmer
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import IncompleteModelError
 from serve_app.types import TokenBatch, Version
-from serve_app.versions import PRESENT_S, Member, Tier, version_of
+from serve_app.versions import PRESENT_S, Member, TierName, version_of
 
 __all__ = ["Membership", "cache_status", "ensure_local", "replica_environment", "version_here", "warmer_actors"]
 
@@ -55,7 +55,7 @@ async def version_here(path: Path, model: ModelConfig, cache: CacheConfig) -> Ve
 class Membership:
     """A replica's place among those of its model. Outside a Serve replica it waits for nobody."""
 
-    def __init__(self, cache: CacheConfig, model: str, tier: Tier, version: Version) -> None:
+    def __init__(self, cache: CacheConfig, model: str, tier: TierName, version: Version) -> None:
         self._cache = cache
         self._tier, self._model, self._version = tier, model, version
         self._telling: asyncio.Task[None] | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from serve_app.cli.exposure import exposure_findings
 from serve_app.cli.serve_file import Application, Finding, ServeFile, parse_file
-from serve_app.cli.tuning import Deployed, ServedModel, timing_findings, tuning_findings
+from serve_app.cli.tuning import Deployed, ModelEntry, timing_findings, tuning_findings
 from serve_app.config import (
     BUILDER,
     MODEL_BUILDER,
@@ -75,7 +75,7 @@ def _check_application(application: Application, file: ServeFile, deployed: Depl
             return [*_read_deployments(application, _ingress_reader(deployed), deployed), *found]
         if application.import_path == MODEL_BUILDER:
             model = parse(ModelAppConfig, application.args, where).model
-            deployed.models.append(ServedModel(model, f"{where}.model"))
+            deployed.models.append(ModelEntry(model, f"{where}.model"))
             return _read_deployments(application, _model_readers(model, deployed), deployed)
     except ConfigError as error:
         return list(_from_lines(error))

@@ -18,6 +18,9 @@ import httpx
 from serve_app.errors import ServeAppError
 from serve_app.ingress.reach import is_loopback
 
+RUNNING = "RUNNING"
+"""Status of an application, and state of a replica, of which nothing is to be done."""
+
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _APPLICATIONS = "/api/serve/applications/"
 _TIMEOUT_S = 30.0
@@ -88,6 +91,12 @@ def tiers(name: str, application: Mapping[str, Any]) -> Iterator[tuple[str, Mapp
     for deployment, state in application["deployments"].items():
         if deployment != name or state["target_num_replicas"] or state["replicas"]:
             yield deployment, state
+
+
+def running(state: Mapping[str, Any]) -> str:
+    """How many replicas of a deployment run, as "1 of 2"."""
+    count = sum(replica["state"] == RUNNING for replica in state["replicas"])
+    return f"{count} of {state['target_num_replicas']}"
 
 
 def failures(application: Mapping[str, Any]) -> Iterator[str]:

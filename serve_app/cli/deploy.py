@@ -19,15 +19,14 @@ from typing import Any
 import yaml
 
 from serve_app.cli import check
-from serve_app.cli.dashboard import Dashboard, add_address_argument, failures, tiers
+from serve_app.cli.dashboard import RUNNING, Dashboard, add_address_argument, failures, running, tiers
+from serve_app.cli.serve_file import ServeFile, parse_file
 from serve_app.errors import ConfigError
 
-DEFAULT_HTTP_PORT = 8000
 POLL_S = 1.0
 UNPLACED_AFTER_S = 20.0
 """A replica that has no node by then probably waits for room; a node of an autoscaling cluster may still be coming."""
 
-RUNNING = "RUNNING"
 FAILED = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
 
 _OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
@@ -51,31 +50,30 @@ def run(args: argparse.Namespace) -> int:
     refused = check.run(args)
     if refused:
         return refused
+    file, _ = parse_file(args.config)
+    assert file is not None, "checked above"
     config = yaml.safe_load(args.config.read_text("utf-8"))
     dashboard = Dashboard(args.address)
     details = dashboard.details()
-    check_server(config, details, dashboard.address)
-    before = details["applications"]
+    check_server(file, details, dashboard.address)
     dashboard.deploy(config)
-    names = [application.get("name", "default") for application in config["applications"]]
-    rollout = Rollout(names, time.monotonic() + args.timeout)
+    rollout = Rollout([application.name for application in file.applications], time.monotonic() + args.timeout)
     failed = rollout.watch(dashboard)
     if failed and not args.keep_failed:
-        restored = restored_config(config, failed, before)
+        restored = restored_config(config, rollout.names, failed, details["applications"])
         if restored is not None:
             dashboard.deploy(restored)
             print("What was deployed before is put back; it has answered all the time.", file=sys.stderr)
     return 0 if rollout.is_done else 1
 
 
-def check_server(config: Mapping[str, Any], details: Details, address: str) -> None:
+def check_server(file: ServeFile, details: Details, address: str) -> None:
     """Raises ConfigError if another server than the file's is at the dashboard. Serve cannot change its ports."""
-    wanted = (config.get("http_options") or {}).get("port", DEFAULT_HTTP_PORT)
-    there = (details.get("http_options") or {}).get("port", wanted)
-    if there != wanted:
+    there = (details.get("http_options") or {}).get("port", file.http_port)
+    if there != file.http_port:
         raise ConfigError(
-            f"the server at {address} answers HTTP on port {there}, and the file says {wanted}: name the dashboard of "
-            "the server that is meant with --address, or start the server anew to change its port"
+            f"the server at {address} answers HTTP on port {there}, and the file says {file.http_port}: name the "
+            "dashboard of the server that is meant with --address, or start the server anew to change its port"
         )
 
 
@@ -122,10 +120,8 @@ def told_of(name: str, application: Details, waited_s: float) -> str:
 
 
 def _deployment(name: str, state: Details, waited_s: float) -> str:
-    replicas = state["replicas"]
-    running = sum(replica["state"] == RUNNING for replica in replicas)
-    unplaced = sum(replica["state"] == "STARTING" and not replica.get("node_id") for replica in replicas)
-    line = f"{name} {state['status']} ({running} of {state['target_num_replicas']} run)"
+    unplaced = any(replica["state"] == "STARTING" and not replica.get("node_id") for replica in state["replicas"])
+    line = f"{name} {state['status']} ({running(state)} run)"
     if unplaced and waited_s > UNPLACED_AFTER_S:
         asks = (state.get("deployment_config") or {}).get("ray_actor_options") or {}
         needs = " and ".join(
@@ -151,8 +147,12 @@ def in_short(reason: str) -> str:
     return said[-1].strip() if len(said) > 1 else reason
 
 
-def restored_config(config: Mapping[str, Any], failed: Sequence[str], before: Details) -> dict[str, Any] | None:
-    """`config`, with applications that ran before and now fail as they were; None if there are none.
+def restored_config(
+    config: Mapping[str, Any], names: Sequence[str], failed: Sequence[str], before: Details
+) -> dict[str, Any] | None:
+    """`config` with applications that ran before and now fail as they were; None if there are none.
+
+    `names` are those of its applications, in their order.
 
     An application that is new and fails stays, so that its status tells why.
     """
@@ -163,5 +163,5 @@ def restored_config(config: Mapping[str, Any], failed: Sequence[str], before: De
     }
     if not old:
         return None
-    applications = [old.get(application.get("name", "default"), application) for application in config["applications"]]
-    return {**config, "applications": applications}
+    pairs = zip(names, config["applications"], strict=True)
+    return {**config, "applications": [old.get(name, application) for name, application in pairs]}

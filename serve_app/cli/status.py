@@ -6,9 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from serve_app.cli.dashboard import Dashboard, add_address_argument, tiers
-
-_RUNNING = "RUNNING"
+from serve_app.cli.dashboard import RUNNING, Dashboard, add_address_argument, running, tiers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,15 +24,14 @@ def run(args: argparse.Namespace) -> int:
     print(f"HTTP on {http.get('host')}:{http.get('port')}")
     for name, application in applications.items():
         print(*_lines(name, application), sep="\n")
-    return 0 if all(application["status"] == _RUNNING for application in applications.values()) else 1
+    return 0 if all(application["status"] == RUNNING for application in applications.values()) else 1
 
 
 def _lines(name: str, application: Mapping[str, Any]) -> Iterator[str]:
     yield f"{name}: {application['status']}"
     yield from _indented(application["message"], 2)
     for deployment, state in tiers(name, application):
-        running = sum(replica["state"] == _RUNNING for replica in state["replicas"])
-        yield f"  {deployment}: {state['status']}, {running} of {state['target_num_replicas']} replicas run"
+        yield f"  {deployment}: {state['status']}, {running(state)} replicas run"
         yield from _indented(state["message"], 4)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.cache.resolve import source_folder
+from serve_app.cli.ports import CONTROLLER
 from serve_app.cli.serve_file import Entry, Finding, ServeFile
 from serve_app.config import (
     GRACEFUL_SHUTDOWN_S,
@@ -27,7 +28,7 @@ that was replaced goes on with what it has, and how long a client of HAProxy may
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class ModelEntry:
     """A model of the file, and the key that it stands at."""
 
     config: ModelConfig
@@ -39,7 +40,7 @@ class Deployed:
     """The deployments as the file tunes them; what it does not name keeps its defaults."""
 
     ingress: IngressSettings = field(default_factory=IngressSettings)
-    models: list[ServedModel] = field(default_factory=list)
+    models: list[ModelEntry] = field(default_factory=list)
     settings: dict[str, ModelSettings] = field(default_factory=dict)
     """By the model's name."""
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -93,7 +94,7 @@ def _haproxy(settings: IngressSettings, file: ServeFile) -> Iterator[Finding]:
         given_s = float(variables.get(name) or usual_s)
         if given_s < least_s:
             yield Finding(
-                f"controller_options.runtime_env.env_vars.{name}",
+                f"{CONTROLLER}.{name}",
                 f"{given_s:g} is below {least_s:g} = {why}; raise it, or lower those",
             )
 

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from serve_app.cache.prewarm import cache_status
 from serve_app.cache.status import ModelOnNode
-from serve_app.config import IngressConfig, IngressSettings, parse
+from serve_app.config import IngressConfig, IngressSettings, ModelConfig, parse
 from serve_app.errors import ServeAppError, UnavailableError
 from serve_app.ingress.access import Guard
 from serve_app.ingress.access_log import start_log
@@ -57,6 +57,7 @@ class Ingress(OpenInferenceMethods):
         self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
         self._finishing = Finishing()
+        self._models: list[tuple[str, ModelConfig]] = []
         self._roll = Roll({}, {})
         self._served: dict[str, ServedModel] = {}
         self._needed: set[str] = set()
@@ -98,14 +99,16 @@ class Ingress(OpenInferenceMethods):
 
     async def look(self) -> None:
         """Learn which models there are, and serve those. Raises RayError if nobody tells."""
-        models = await self._directory.models()
-        roll = roll_of(models)
+        models = list((await self._directory.models()).items())
+        if models == self._models:
+            return
+        roll = roll_of(dict(models))
         for name, application in roll.applications.items():
             if self._roll.applications.get(name) != application:
                 self._add(name, application)
         for name in set(self._served) - set(roll.applications):
             self._served.pop(name).remove()
-        self._roll = roll
+        self._models, self._roll = models, roll
 
     def _add(self, name: str, application: str) -> None:
         tiers = self._directory.tiers(application, name)

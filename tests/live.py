@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-import re
 import shutil
 import signal
 import socket
@@ -65,9 +64,24 @@ class Live:
     @property
     def dashboard(self) -> str:
         """Address of Ray's dashboard, as `serve run` prints it."""
-        found = re.search(r"dashboard at (?:\x1b\[[0-9;]*m)*(?:http://)?([\w.]+:\d+)", self.log)
+        from serve_app.cli.serve import DASHBOARD  # here, because tests/gpu runs where there is no Ray
+
+        found = DASHBOARD.search(self.log)
         assert found is not None, self.log
         return found.group(1)
+
+    def wait_until(self, status: str, application: str | None = None, timeout_s: float = 180.0) -> None:
+        """Until that application, or every one, has the status."""
+        from serve_app.cli.dashboard import Dashboard
+
+        deadline = time.monotonic() + timeout_s
+        while True:
+            applications = Dashboard(self.dashboard).details()["applications"]
+            watched = applications.values() if application is None else [applications[application]]
+            if {one["status"] for one in watched} == {status}:
+                return
+            assert time.monotonic() < deadline, applications
+            time.sleep(0.5)
 
     def serve_app(self, *command: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
         """Run a command of `serve-app` from the user's side, against this server's dashboard."""

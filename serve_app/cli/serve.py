@@ -28,7 +28,7 @@ from serve_app.cli.serve_file import parse_file
 
 POLL_S = 0.5
 STATUS_POLL_S = 2.0
-_DASHBOARD = re.compile(r"dashboard at (?:\x1b\[[0-9;]*m)*(http://[^\s\x1b]+)")
+DASHBOARD = re.compile(r"dashboard at (?:\x1b\[[0-9;]*m)*(http://[^\s\x1b]+)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ class ServeRun:
         for line in self._process.stdout:
             sys.stdout.write(line)
             sys.stdout.flush()
-            found = _DASHBOARD.search(line)
+            found = DASHBOARD.search(line)
             if found:
                 self._dashboard = found.group(1)
 

@@ -5,9 +5,7 @@ HAProxy and its keeper have a file of their own.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +52,13 @@ def ask() -> Ask:
     return ask
 
 
+def victim(live: Live, kind: str) -> tuple[psutil.Process, int]:
+    """The oldest process of that kind, and how many there are."""
+    found = processes(live, TITLES[kind])
+    assert found, [_title(process) for process in live.processes()]
+    return found[0], len(found)
+
+
 def processes(live: Live, title: str) -> list[psutil.Process]:
     """Those of the server whose title, as Ray sets it, has that in it, the oldest first."""
     found = [process for process in live.processes() if re.search(f"^ray::.*({title})", _title(process))]
@@ -94,28 +99,26 @@ def load_on(live: Live, ask: Ask) -> Iterator[Load]:
 
 @pytest.mark.parametrize("kind", TITLES)
 def test_a_process_that_is_killed(live: Live, ask: Ask, kind: str) -> None:
-    victims = processes(live, TITLES[kind])
-    assert victims, [_title(process) for process in live.processes()]
+    process, count = victim(live, kind)
     with load_on(live, ask) as load:
-        os.kill(victims[0].pid, signal.SIGKILL)
-        victims[0].wait(10)
-        wait_for(live, TITLES[kind], len(victims))
+        process.kill()
+        process.wait(10)
+        wait_for(live, TITLES[kind], count)
     report(kind, "SIGKILL", load)
     assert_as_told(kind, load)
 
 
 @pytest.mark.parametrize("kind", TITLES)
 def test_a_process_that_hangs(live: Live, ask: Ask, kind: str) -> None:
-    victims = processes(live, TITLES[kind])
-    assert victims, [_title(process) for process in live.processes()]
+    process, count = victim(live, kind)
     with load_on(live, ask) as load:
-        os.kill(victims[0].pid, signal.SIGSTOP)
+        process.suspend()
         try:
             time.sleep(HUNG_S)
         finally:
-            if victims[0].is_running():
-                os.kill(victims[0].pid, signal.SIGCONT)
-        wait_for(live, TITLES[kind], len(victims))
+            if process.is_running():
+                process.resume()
+        wait_for(live, TITLES[kind], count)
     report(kind, "SIGSTOP", load)
     assert_as_told(kind, load)
 

@@ -111,20 +111,6 @@ class Site:
         """Serve's own account of an application."""
         return Dashboard(self.live.dashboard).details()["applications"][application]
 
-    def wait_until_running(self) -> None:
-        deadline = time.monotonic() + 60
-        while {one["status"] for one in Dashboard(self.live.dashboard).details()["applications"].values()} != {
-            "RUNNING"
-        }:
-            assert time.monotonic() < deadline, self.details(MODEL)
-            time.sleep(0.5)
-
-    def wait_until(self, application: str, status: str) -> None:
-        deadline = time.monotonic() + 180
-        while self.details(application)["status"] != status:
-            assert time.monotonic() < deadline, self.details(application)
-            time.sleep(0.5)
-
     def info(self, model: str) -> Any:
         return httpx.get(f"{self.live.base_url}/models/{model}/info", timeout=30, trust_env=False).json()
 
@@ -289,7 +275,7 @@ def assert_a_bad_deploy_is_refused(site: Site, change: Callable[[Config], None],
     with site.load() as load:
         done = site.deploy(change)
         ready = httpx.get(f"{site.live.base_url}/ready", timeout=30, trust_env=False)
-        site.wait_until_running()
+        site.live.wait_until("RUNNING")
     assert done.returncode == 1, done.stdout
     assert reason in done.stderr
     assert "put back" in done.stderr
@@ -327,10 +313,10 @@ def test_what_the_check_would_find_is_harmless_too_where_nobody_checks(
     with site.load() as load:
         refused = site.deploy(use(MODEL, folders[kind]))
         dashboard.deploy(config)
-        site.wait_until(MODEL, "DEPLOY_FAILED")
+        site.live.wait_until("DEPLOY_FAILED", MODEL)
         told = "".join(state["message"] for state in site.details(MODEL)["deployments"].values())
         dashboard.deploy(site.config)
-        site.wait_until_running()
+        site.live.wait_until("RUNNING")
     assert FOUND_BY_CHECK[kind] in refused.stderr
     assert FOUND_BY_CHECK[kind] in told
     assert_nothing_went_wrong(load)

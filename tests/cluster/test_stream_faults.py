@@ -67,13 +67,9 @@ def config(live: Live) -> dict[str, Any]:
 
 def deploy(live: Live, config: dict[str, Any]) -> None:
     """As `serve deploy` does; returns when all of it runs."""
-    dashboard = Dashboard(live.dashboard)
-    dashboard.deploy(config)
+    Dashboard(live.dashboard).deploy(config)
     time.sleep(2)  # until the controller has begun
-    deadline = time.monotonic() + 150
-    while {one["status"] for one in dashboard.details()["applications"].values()} != {"RUNNING"}:
-        assert time.monotonic() < deadline, dashboard.details()["applications"]
-        time.sleep(0.5)
+    live.wait_until("RUNNING")
 
 
 class Stream:

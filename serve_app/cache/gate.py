@@ -11,16 +11,24 @@ from typing import Any
 
 import ray
 
+END_AFTER_S = 30.0
+"""From when the gate is open: Serve's controller, which looks twice a second, has long seen it then."""
+
 
 @ray.remote(num_cpus=0)
 class WarmGate:
     """Ready once every node alive has every model; the deployment's first replica is created only then.
 
-    From then on it keeps the warmer alive, which warms nodes that join later.
+    Then it ends, so that its process takes no memory while the models are served. RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_
+    CHECK_PERIOD_S keeps Serve from noticing. Where that is not set, Serve makes the gate again, and this one stays.
     """
 
     async def __init__(self, models: list[dict[str, Any]], cache: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
-        from serve_app.cache.warmer import keep_warm, open_gate
+        from serve_app.cache.warmer import open_gate
 
-        await open_gate(models, cache)
-        self.keeping = asyncio.create_task(keep_warm(models, cache))
+        if await open_gate(models, cache):
+            self.ending = asyncio.create_task(self.end())
+
+    async def end(self) -> None:
+        await asyncio.sleep(END_AFTER_S)
+        ray.kill(ray.get_runtime_context().current_actor)

@@ -1,12 +1,14 @@
 """What deployments need of the cluster's warmer: files before a replica is made, the other tier before it is ready.
 
 Each model deployment has a gate (`WarmGate`), which Serve starts before any replica. All gates and replicas share one
-`Warmer`, which runs one task per node and model, and knows which replicas have loaded which version.
+`Warmer`, which runs one task per node and model, and knows which replicas have loaded which version. Every replica that
+lives tells it so, which is how it knows what nodes that join should have.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +25,7 @@ from serve_app.cache.environment import replica_environment, warn_of_dead_settin
 from serve_app.cache.gate import WarmGate
 from serve_app.cache.node import is_direct, warm_this_node
 from serve_app.cache.status import ModelOnNode
-from serve_app.cache.warmer import APPLICATIONS, ON_HEAD, ask_warmer
+from serve_app.cache.warmer import APPLICATIONS, ON_HEAD, ask_warmer, restart_warmer
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import IncompleteModelError
 from serve_app.types import TokenBatch, Version
@@ -31,11 +33,14 @@ from serve_app.versions import PRESENT_S, Member, TierName, version_of
 
 __all__ = ["Membership", "cache_status", "ensure_local", "replica_environment", "version_here", "warmer_actors"]
 
+PATIENCE_S = (20.0, 60.0)
+"""A warmer that does not say a word for so long hangs: its event loop is never busy for more than milliseconds."""
+
 
 async def ensure_local(model: ModelConfig, cache: CacheConfig) -> Path:
     """The folder of `model` on this node, complete; to be awaited by a replica before it loads.
 
-    In a Serve replica the application's warmer does it; anywhere else this process does. Raises CacheError.
+    In a Serve replica the cluster's warmer does it; anywhere else this process does. Raises CacheError.
     """
     warn_of_dead_settings()
     if _replica_id() is None:
@@ -55,7 +60,7 @@ async def version_here(path: Path, model: ModelConfig, cache: CacheConfig) -> Ve
 class Membership:
     """A replica's place among those of its model. Outside a Serve replica it waits for nobody."""
 
-    def __init__(self, cache: CacheConfig, model: str, tier: TierName, version: Version) -> None:
+    def __init__(self, cache: CacheConfig, model: ModelConfig, tier: TierName, version: Version) -> None:
         self._cache = cache
         self._tier, self._model, self._version = tier, model, version
         self._telling: asyncio.Task[None] | None = None
@@ -64,7 +69,7 @@ class Membership:
         """What a tokenizer replica of this version has encoded, once there is one."""
         if _replica_id() is None:
             return None
-        probe: TokenBatch = await self._ask("probe", self._model, self._version.fingerprint)
+        probe: TokenBatch = await self._ask("probe", self._model.name, self._version.fingerprint)
         return probe
 
     async def enter(self, probe: TokenBatch | None = None) -> None:
@@ -72,14 +77,19 @@ class Membership:
         replica = _replica_id()
         if replica is None:
             return
-        member = Member(self._model, self._tier, self._version.fingerprint, replica)
+        member = Member(self._model.name, self._tier, self._version.fingerprint, replica)
         self._telling = asyncio.create_task(self._tell(member, probe))
         await self._ask("enter", member, probe)
 
     async def _tell(self, member: Member, probe: TokenBatch | None) -> None:
+        """The replicas' patience differs, so that a warmer that hangs is not started again by all of them."""
+        patience_s = random.uniform(*PATIENCE_S)
         while True:
             with suppress(RayError):
-                await self._ask("present", member, probe)
+                try:
+                    await asyncio.wait_for(self._ask("present", member, probe, self._model), patience_s)
+                except asyncio.TimeoutError:
+                    restart_warmer(APPLICATIONS, self._cache)
             await asyncio.sleep(PRESENT_S)
 
     async def _ask(self, method: str, *arguments: object) -> Any:

@@ -1,6 +1,7 @@
 """The one actor of a cluster that warms nodes and lets replicas become ready, and how to reach it.
 
-Whoever finds no warmer makes one: it knows nothing that is not on the nodes' disks too, so it may die at any time.
+Whoever finds no warmer makes one. It may die at any time: what it knows is on the nodes' disks, or every replica tells
+it again.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private.constants import (
+    RAY_SERVE_INTERNAL_DEPLOYMENT_APP_NAME_ENV_VAR,
+    RAY_SERVE_INTERNAL_DEPLOYMENT_CODE_VERSION_ENV_VAR,
+    RAY_SERVE_INTERNAL_DEPLOYMENT_NAME_ENV_VAR,
+)
 
 from serve_app.cache.delivery import Delivery
 from serve_app.cache.depot import RemoteSite, is_lost
@@ -37,33 +42,40 @@ APPLICATIONS = "applications"
 """The warmer that all applications with one cache configuration share."""
 ON_HEAD = {"node:__internal_head__": 0.001}
 """Warmers and gates run on the head node: on another they would keep it from being scaled away."""
+DEPLOYMENT_VARIABLES = (
+    RAY_SERVE_INTERNAL_DEPLOYMENT_APP_NAME_ENV_VAR,
+    RAY_SERVE_INTERNAL_DEPLOYMENT_NAME_ENV_VAR,
+    RAY_SERVE_INTERNAL_DEPLOYMENT_CODE_VERSION_ENV_VAR,
+)
+"""By which Serve tells a deployment actor whose it is."""
 _RETRY_S = 0.5
 _DEPOT_TRIES = 3
 _SURVEY_S = 30.0
 _TEND_S = 5.0
-_KEEP_S = 10.0
 _WANTED_S = 60.0
-_SILENT_S = 30.0
-"""A warmer that does not say a word for so long hangs: its event loop is never busy for more than milliseconds."""
+"""A model of which no replica has said for so long that it lives is served no more."""
 _IDLE_S = 60.0
 """After so long without work the depots are ended; they are made again when they are needed."""
 
 _held: dict[tuple[str, str, str], Any] = {}
 """Handles of the warmers that this process uses, by name and by node and id of this process in the cluster that it is
-connected to (the first driver of every cluster has the same id). A warmer lives as long as its maker holds it."""
+connected to (the first driver of every cluster has the same id). A command's warmer lives as long as that holds it."""
 
 
 class Warmer:
     """Brings models to nodes. Async: it must answer health checks and status requests meanwhile."""
 
-    def __init__(self, cache: CacheConfig) -> None:
+    def __init__(self, cache: CacheConfig, outlives_its_maker: bool = False) -> None:
+        """One that outlives its maker ends itself when no model has been wanted, and nothing done, for a minute."""
         self._cache = cache
+        self._outlives_its_maker = outlives_its_maker
         self._sites: dict[str, RemoteSite] = {}
         self._deliveries: dict[str, asyncio.Task[Delivery]] = {}
         self._under_way: dict[tuple[str, str], asyncio.Task[str]] = {}
         self._status: dict[tuple[str, str], ModelOnNode] = {}
         self._keys: dict[tuple[str, str], Key] = {}
         self._wanted: dict[str, tuple[ModelConfig, float]] = {}
+        self._passed: dict[str, str] = {}
         self._metrics = CacheMetrics()
         self._tending: asyncio.Task[None] | None = None
         self._barrier = VersionBarrier()
@@ -86,23 +98,29 @@ class Warmer:
         if errors:
             raise errors[0]
 
-    async def keep(self, models: Sequence[ModelConfig]) -> None:
-        """Warm nodes that join later too, until this has not been said again for a while."""
-        for model in models:
-            self._wanted[model.model_dump_json()] = (model, time.monotonic())
-        self._start_tending()
-
-    async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark | None = None) -> str:
+    async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark) -> str:
         """The folder of `model` on that node, complete, and kept there while `process` lives. Raises CacheError."""
+        self._want(model)
         path = await self._once(model, node_id, False)
         key = self._keys.get((model.name, node_id))
-        if process is not None and key is not None:
+        if key is not None:
             await (await self._site(node_id)).lease(key, process)
         return path
 
-    async def present(self, member: Member, probe: TokenBatch | None) -> None:
-        """A replica that has loaded lives."""
+    async def pass_gate(self, deployment: str, code_version: str) -> bool:
+        """Whether this is the first gate of that version of the deployment to get here, as far as is known."""
+        is_first = self._passed.get(deployment) != code_version
+        self._passed[deployment] = code_version
+        return is_first
+
+    async def present(self, member: Member, probe: TokenBatch | None, model: ModelConfig) -> None:
+        """A replica of `model` that has loaded lives. Nodes that join are warmed while any says so."""
+        self._want(model)
         self._barrier.present(member, probe)
+
+    def _want(self, model: ModelConfig) -> None:
+        self._wanted[model.model_dump_json()] = (model, time.monotonic())
+        self._start_tending()
 
     async def probe(self, model: str, fingerprint: str) -> TokenBatch:
         """What a tokenizer replica of that version of the model has encoded; waits until there is one."""
@@ -275,17 +293,22 @@ class Warmer:
         idle_s = 0.0
         while True:
             await asyncio.sleep(_TEND_S)
+            self._forget_unwanted()
             await self._warm_newcomers()
             for status in await self.status():
                 self._export(status)
             idle_s = 0.0 if self._under_way else idle_s + _TEND_S
             if idle_s >= _IDLE_S:
                 self._end_depots()
+                if self._outlives_its_maker and not self._wanted:
+                    ray.kill(ray.get_runtime_context().current_actor)
+
+    def _forget_unwanted(self) -> None:
+        now = time.monotonic()
+        self._wanted = {key: (model, said) for key, (model, said) in self._wanted.items() if now - said < _WANTED_S}
 
     async def _warm_newcomers(self) -> None:
         """Start bringing what is wanted to nodes that have not been looked at; what fails there is in the status."""
-        now = time.monotonic()
-        self._wanted = {key: (model, said) for key, (model, said) in self._wanted.items() if now - said < _WANTED_S}
         nodes = await asyncio.to_thread(alive_nodes)
         for model, _ in self._wanted.values():
             for node in nodes:
@@ -312,33 +335,24 @@ def alive_nodes() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
 
 
-async def open_gate(models: list[dict[str, Any]], cache: dict[str, Any]) -> None:
-    """Wait until every node has `models`. For deployment actors. Raises CacheError."""
-    await _ask_mine("warm", models, cache)
+async def open_gate(models: list[dict[str, Any]], cache: dict[str, Any]) -> bool:
+    """Wait until every node has `models`. For deployment actors. Raises CacheError.
+
+    Returns whether this gate may end: Serve has not made it again after one that ended.
+    """
+    here = CacheConfig.model_validate(cache)
+    await ask_warmer(APPLICATIONS, here, "warm", [ModelConfig.model_validate(model) for model in models])
+    application, deployment, version = (os.environ[name] for name in DEPLOYMENT_VARIABLES)
+    is_first: bool = await ask_warmer(APPLICATIONS, here, "pass_gate", f"{application}#{deployment}", version)
+    return is_first
 
 
-async def keep_warm(models: list[dict[str, Any]], cache: dict[str, Any]) -> None:
-    """Have a warmer that keeps `models` on all nodes, and make a new one whenever it is lost. Does not end."""
-    while True:
-        await asyncio.sleep(_KEEP_S)
-        with suppress(RayError):
-            try:
-                await asyncio.wait_for(_ask_mine("keep", models, cache), _SILENT_S)
-            except asyncio.TimeoutError:
-                _restart(APPLICATIONS, CacheConfig.model_validate(cache))
-
-
-def _restart(of: str, cache: CacheConfig) -> None:
+def restart_warmer(of: str, cache: CacheConfig) -> None:
     """End a warmer that hangs. Ray starts it again."""
     warmer = _held.get(_place(of, cache))
     if warmer is not None:
-        logger.warning("the warmer has not answered for %g s; it is started again", _SILENT_S)
+        logger.warning("the warmer does not answer; it is started again")
         ray.kill(warmer, no_restart=False)
-
-
-async def _ask_mine(method: str, models: list[dict[str, Any]], cache: dict[str, Any]) -> None:
-    parsed = [ModelConfig.model_validate(model) for model in models]
-    await ask_warmer(APPLICATIONS, CacheConfig.model_validate(cache), method, parsed)
 
 
 async def ask_warmer(of: str, cache: CacheConfig, method: str, *arguments: Any) -> Any:
@@ -359,15 +373,17 @@ async def ask_warmer(of: str, cache: CacheConfig, method: str, *arguments: Any) 
 def _warmer(of: str, cache: CacheConfig) -> Any:
     place = _place(of, cache)
     if place not in _held:
+        is_shared = of == APPLICATIONS
         options = {
             "name": place[-1],
             "namespace": NAMESPACE,
             "get_if_exists": True,
             "resources": ON_HEAD,
             "num_cpus": 0,
+            "lifetime": "detached" if is_shared else None,
         }
         actor = ray.remote(Warmer).options(**options, max_restarts=-1, max_task_retries=-1, max_concurrency=10_000)
-        _held[place] = actor.remote(cache)
+        _held[place] = actor.remote(cache, is_shared)
     return _held[place]
 
 

@@ -56,7 +56,7 @@ class ModelReplica:
         self._card = await asyncio.to_thread(read_card, path, model, self._version.revision)
         self._model = await asyncio.to_thread(self._load, path, self._card)
         self._model.start()
-        self._membership = Membership(cache, model.name, "model", self._version)
+        self._membership = Membership(cache, model, "model", self._version)
         await self._prove(await self._membership.probe())
         await self._membership.enter()
 

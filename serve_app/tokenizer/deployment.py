@@ -38,7 +38,7 @@ class TokenizerReplica:
             await asyncio.to_thread(self._encoder.load_chat_template)
         self._metrics = ReplicaMetrics()
         self._threads = ThreadPoolExecutor(model.tokenizer_threads, thread_name_prefix="tokenizer")
-        self._membership = Membership(cache, model.name, "tokenizer", self._version)
+        self._membership = Membership(cache, model, "tokenizer", self._version)
         await self._membership.enter(await self._prove())
 
     async def _prove(self) -> TokenBatch:

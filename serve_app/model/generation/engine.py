@@ -257,16 +257,13 @@ class StepEngine:
         self._on_broken()
 
     def _wait(self) -> bool:
-        """Until there is work; False when closed."""
-        while True:
-            with self._changed:
-                if self._changed.wait_for(self._is_wanted, IDLE_AFTER_S):
-                    return not self._closed
-            if not self._whole.active:
-                self._on_idle()
-
-    def _is_wanted(self) -> bool:
-        return self._closed or bool(self.active) or any(self._waiting.values())
+        """Until there is work, or there was none for a second; False when closed."""
+        with self._changed:
+            wanted = self._closed or self.active or any(self._waiting.values())
+            idle = not wanted and not self._changed.wait(IDLE_AFTER_S)
+        if idle and not self._whole.active:
+            self._on_idle()
+        return not self._closed
 
     def _turn(self) -> None:
         started = time.monotonic()

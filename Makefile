@@ -3,6 +3,7 @@
 # make fuzz      send 20,000 odd requests to a server of every task: make fuzz FUZZ_ARGS="--seed 7"
 # make examples  make a tiny model of every task and serve deploy/examples/all-tasks.yaml
 # make bench     measure a server started for the purpose: make bench BENCH_ARGS="--scenarios 32x1 --seconds 30"
+# make soak      does a server grow under 15 minutes of mixed load? make soak SOAK_SECONDS=3600 CONFIG=serve_config.yaml
 #
 # PYTHON chooses the interpreter of the virtual environment. pip's own variables choose where packages come from:
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the CPU build of torch, which is a tenth of the size.
@@ -11,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= serve_config.yaml
 BENCH_ARGS ?=
+SOAK_SECONDS ?= 900
+SOAK_ARGS ?=
 FUZZ_ARGS ?=
 TEST_ARGS ?=
 
@@ -18,7 +21,7 @@ bin := $(VENV)/bin
 # torch goes first, so that its version is settled before any package asks for "some torch".
 install = $(bin)/python -m pip install --constraint constraints.txt
 
-.PHONY: serve examples test fuzz bench
+.PHONY: serve examples test fuzz bench soak
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed-serve
@@ -40,6 +43,9 @@ fuzz: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-serve
 	$(bin)/serve-app bench --serve $(CONFIG) $(BENCH_ARGS)
+
+soak: $(VENV)/.installed-serve
+	$(bin)/serve-app bench --serve $(CONFIG) --soak $(SOAK_SECONDS) --texts 4096 $(SOAK_ARGS)
 
 $(bin)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -431,9 +431,17 @@ class ModelSettings(_Frozen):
         "the longest input, if that is more) and, on CUDA, what the memory that is really free carries, up to 32,768; "
         "on CUDA a larger number than fits is lowered to what fits.",
     )
-    max_batch_sequences: PositiveInt = Field(512, description="Most sequences in one forward pass.")
+    max_batch_sequences: PositiveInt = Field(
+        512, description="Most sequences in one forward pass; on CUDA a larger number than fits is lowered."
+    )
     max_queued_tokens: PositiveInt = Field(
         262_144, description="Tokens waiting in one replica beyond which it answers 429."
+    )
+    max_forward_s: PositiveFloat = Field(
+        30.0,
+        description="Seconds that one forward pass (of a task that generates: one step) may take, or 20 times the "
+        "longest of late, if that is more. Beyond it the replica counts as hung: what waits there gets 503, so that "
+        "another replica can be asked, and Serve replaces it. Keep it below `request_timeout_s`.",
     )
     max_kv_tokens: PositiveInt | None = Field(
         None,

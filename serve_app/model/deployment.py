@@ -48,6 +48,7 @@ class ModelReplica:
         show_log()
         os.environ.update(replica_environment(cache))
         memory.configure_allocator()
+        memory.bound_kernel_cache()
         self._config = model
         self._metrics = ModelMetrics()
         self._replica_metrics = ReplicaMetrics()

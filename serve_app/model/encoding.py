@@ -6,13 +6,14 @@ import asyncio
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from serve_app.config import ModelConfig, ModelSettings
 from serve_app.errors import ConfigError
 from serve_app.model import memory
 from serve_app.model.engine import BatchReport, Engine
 from serve_app.model.scheduler import Limits
+from serve_app.model.watchdog import Watchdog
 from serve_app.types import ModelCard, ModelState
 
 if TYPE_CHECKING:
@@ -44,17 +45,20 @@ class EncodingModel:
         memory.limit_share(config.memory_fraction)
         self._loaded = load(path, config, card.max_input_tokens)
         self._runner = Runner(self._loaded)
-        self._affordable_tokens = self._measure_memory()
-        settings = self._limits(ModelSettings())
-        self._runner.warm_up(settings.max_batch_tokens)
+        self._measured = self._measure_memory()
+        settings = ModelSettings()
+        limits = self._limits(settings)
+        self._watchdog = Watchdog(settings.max_forward_s, self._runner.warm_up(limits.max_batch_tokens))
         self.engine = Engine(
             launch=lambda head, work: self._runner.launch(head, work.tokens, work.arguments),
-            limits=settings,
+            limits=limits,
             max_input_tokens=card.max_input_tokens,
             depth=self._depth,
             observe=self._observe,
             on_broken=end_process,
-            on_idle=self._housekeeper(),
+            on_idle=memory.housekeeper(self._loaded.device).idle,
+            probe=self._runner.probe,
+            watchdog=self._watchdog,
             on_abandoned=lambda tokens: metrics.abandoned_tokens.inc(tokens, {"model": config.name}),
         )
 
@@ -83,26 +87,20 @@ class EncodingModel:
         most = memory.MOST_CUDA_TOKENS if self._on_cuda else memory.DEFAULT_CPU_TOKENS
         return max(most, self._max_input_tokens)
 
-    def _measure_memory(self) -> int | None:
-        """Tokens that this device's free memory carries in one batch; None on CPU."""
+    def _measure_memory(self) -> tuple[memory.BytesPerBatch, memory.DeviceMemory] | None:
+        """What a batch costs, and the device's memory before there is load; None on CPU. All limits follow from it."""
         if not self._on_cuda:
             return None
         cost = memory.measure_cuda(self._runner.run_random, self._loaded.device, self._max_input_tokens)
-        free = memory.read_cuda(self._loaded.device)
-        return memory.affordable_tokens(cost, free, self._config.memory_reserve, self._depth, self._max_input_tokens)
-
-    def _housekeeper(self) -> Any:
-        if not self._on_cuda:
-            return lambda: None
-        import torch
-
-        return memory.Housekeeper(lambda: memory.read_cuda(self._loaded.device), torch.cuda.empty_cache).idle
+        return cost, memory.read_cuda(self._loaded.device)
 
     def _limits(self, settings: ModelSettings) -> Limits:
-        tokens = settings.max_batch_tokens or self._default_batch_tokens
-        if self._affordable_tokens is not None:
-            tokens = min(tokens, self._affordable_tokens)
-        return Limits(tokens, settings.max_batch_sequences, settings.max_queued_tokens)
+        tokens, sequences = settings.max_batch_tokens or self._default_batch_tokens, settings.max_batch_sequences
+        if self._measured is not None:
+            reserve, longest = self._config.memory_reserve, self._max_input_tokens
+            affordable, sequences = memory.affordable_batch(*self._measured, reserve, longest, sequences)
+            tokens = min(tokens, affordable)
+        return Limits(tokens, sequences, settings.max_queued_tokens)
 
     def reconfigure(self, settings: ModelSettings) -> None:
         """Apply new settings from the next batch on. Raises ConfigError if they do not suit the model."""
@@ -111,6 +109,7 @@ class EncodingModel:
                 f"user_config.max_batch_tokens: {settings.max_batch_tokens} is less than the model's longest input, "
                 f"{self._max_input_tokens} tokens; raise it, or lower max_input_tokens of model {self._config.name}"
             )
+        self._watchdog.max_s = settings.max_forward_s
         self.engine.set_limits(self._limits(settings))
 
     def describe(self) -> ModelState:

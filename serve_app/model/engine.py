@@ -14,19 +14,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
 from serve_app.errors import ServeAppError, UnavailableError
-from serve_app.model.recovery import Collect, DeviceBrokenError, Outcome, Recovery, Started, TokenBudget, Work
+from serve_app.model.recovery import Breaker, Collect, DeviceBrokenError, Outcome, Recovery, Started, TokenBudget, Work
 from serve_app.model.rows import failed, stack
 from serve_app.model.scheduler import Job, Limits, Part, Scheduler, finish
+from serve_app.model.watchdog import Watchdog
 from serve_app.types import Forget, ForwardCall, HeadArguments, Rows, TokenBatch, concatenate
 
 logger = logging.getLogger(__name__)
 
 HeadLaunch = Callable[[str, Work], Collect]
 """(head, work) -> starts the forward and that head; what is returned waits for its rows."""
+
+T = TypeVar("T")
 
 IDLE_AFTER_S = 1.0
 
@@ -74,14 +78,17 @@ class Engine:
         observe: Callable[[BatchReport], None] = lambda report: None,
         prepare_thread: Callable[[], None] = lambda: None,
         on_broken: Callable[[], None] = lambda: None,
-        on_idle: Callable[[], None] = lambda: None,
+        on_idle: Callable[[], object] = lambda: None,
         on_abandoned: Callable[[int], None] = lambda tokens: None,
+        probe: Callable[[], object] = lambda: None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """`depth` is how many batches are on the device at once, 1 or 2.
 
         On the device thread run: `prepare_thread` first (thread counts, the CUDA device); `on_idle` whenever nothing
-        came for a second; `on_broken` when the device's context is corrupt and the process must be replaced. On the
-        event loop runs `on_abandoned`, with the tokens that leave the queue because nobody waits for them any more.
+        came for a second; `on_broken` when the device's context is corrupt and the process must be replaced; `probe`,
+        a forward that works unless the replica is at fault, when every input fails. On the event loop runs
+        `on_abandoned`, with the tokens that leave the queue because nobody waits for them any more.
         """
         self._launch = launch
         self._depth = depth
@@ -92,6 +99,8 @@ class Engine:
         self._on_broken = on_broken
         self._configured = limits
         self._budget = TokenBudget(limits.max_batch_tokens, max_input_tokens)
+        self._watchdog = watchdog or Watchdog()
+        self._breaker = Breaker(lambda: self._watched(probe))
         self._scheduler = Scheduler(limits)
         self._calls: dict[Job, _Call] = {}
         self._named: dict[str, _Call] = {}
@@ -106,18 +115,27 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """Fail what waits, let the running forward end, and stop the thread."""
+        """Fail what waits, let the running forward end unless it hangs, and stop the thread."""
         self._scheduler.close()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and not self._watchdog.hangs and threading.current_thread() is not self._thread:
             self._thread.join()
         self._flush()
 
     def check(self) -> None:
-        """Raise UnavailableError if this engine can no longer answer."""
+        """Raise UnavailableError if this engine cannot answer; call it on the event loop.
+
+        Where a forward hangs, what waits for it fails as well, so that another replica can be asked.
+        """
         if self._broken is not None:
             raise UnavailableError(f"the device of this replica is broken: {self._broken}", retry_after_s=1.0)
         if self._thread.ident is not None and not self._thread.is_alive():
             raise UnavailableError("the device thread of this replica has ended", retry_after_s=1.0)
+        self._breaker.check()
+        try:
+            self._watchdog.check()
+        except UnavailableError as error:
+            self._fail_all(error)
+            raise
 
     def set_limits(self, limits: Limits) -> None:
         """Apply new limits from the next batch on."""
@@ -169,6 +187,12 @@ class Engine:
             self._on_abandoned(tokens)
         return open_jobs
 
+    def _fail_all(self, error: UnavailableError) -> None:
+        calls = dict(self._calls)
+        for job in self._abandon(list(calls)):
+            job.error = error
+            self._close(calls[job])
+
     def _submit_one(self, call: ForwardCall, index: int, under_way: _Call) -> None:
         rows = call.tokens.sequences_of(index)
         left_s = call.time_left_s[index]
@@ -209,18 +233,32 @@ class Engine:
         if parts:
             under_way.append(self._start(parts))
         elif not under_way:
-            self._on_idle()
+            self._idle()
         if under_way and (len(under_way) >= self._depth or not parts):
             self._collect(under_way[0])
             under_way.popleft()
         self._flush()
+
+    def _idle(self) -> None:
+        """A replica that has given up refuses all requests, so that only a probe can find out that it works again."""
+        if self._breaker.is_open:
+            self._breaker.probe()
+        self._on_idle()
+
+    def _watched(self, call: Callable[[], T]) -> T:
+        with self._watchdog.computing():
+            return call()
+
+    def _launch_watched(self, head: str, work: Work) -> Collect:
+        collect = self._watched(lambda: self._launch(head, work))
+        return lambda: self._watched(collect)
 
     def _start(self, parts: list[Part]) -> _UnderWay:
         started = time.monotonic()
         for part in parts:
             part.job.started = started if part.job.started is None else part.job.started
         head = parts[0].job.head
-        recovery = Recovery(lambda work: self._launch(head, work), self._budget)
+        recovery = Recovery(lambda work: self._launch_watched(head, work), self._budget, self._breaker)
         try:
             forward = recovery.start(_work(parts))
         except BaseException:

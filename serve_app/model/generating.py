@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from serve_app.config import ModelConfig, ModelSettings
 from serve_app.model import memory
 from serve_app.model.encoding import end_process
+from serve_app.model.watchdog import Watchdog
 from serve_app.outputs import GeneratedPiece
 from serve_app.types import GenerationCall, ModelState
 
@@ -37,6 +38,7 @@ class GeneratingModel:
         govern_threads(config.num_threads)
         self._loaded = loaded = load(path, config)
         keep_freed_memory()
+        self._watchdog = Watchdog(ModelSettings().max_forward_s)
         self._engine = StepEngine(
             Decoding(loaded.model, loaded.device),
             loaded.decoder,
@@ -47,6 +49,8 @@ class GeneratingModel:
             prepare_thread=lambda: govern_threads(config.num_threads),
             observe=self._observe,
             on_broken=end_process,
+            on_idle=memory.housekeeper(loaded.device).idle,
+            watchdog=self._watchdog,
             by_steps=loaded.by_steps,
         )
 
@@ -76,6 +80,7 @@ class GeneratingModel:
 
     def reconfigure(self, settings: ModelSettings) -> None:
         """Apply new settings from the next step on."""
+        self._watchdog.max_s = settings.max_forward_s
         self._engine.limits = self._limits(settings)
 
     async def stream(self, call: GenerationCall) -> AsyncGenerator[list[GeneratedPiece], None]:

@@ -3,20 +3,24 @@
 Out of memory: split by tokens, retry in order, and compute less at a time until memory has held for a while.
 Broken device: nothing computed here can be trusted again; the replica must be replaced.
 Anything else: bisect until the input that fails stands alone. Rows that are not finite fail alone.
+Nothing works any more: a probe that has worked before tells whether that is the inputs' fault or the replica's.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from serve_app.errors import InputTooLongError, ModelFailureError, ServeAppError
+from serve_app.errors import InputTooLongError, ModelFailureError, ServeAppError, UnavailableError
 from serve_app.model.rows import SequenceRows, failed, stack
 from serve_app.types import HeadArguments, TokenBatch
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -85,6 +89,70 @@ class TokenBudget:
             self._calm = 0
 
 
+class Breaker:
+    """Tells inputs that fail from a replica that fails, and ends the search for the one input that is at fault.
+
+    When every input of some batches in a row has failed, a probe is computed that worked when the replica started. If
+    it works, the inputs were at fault, and the next probe comes after twice as many such batches, so that a client who
+    sends nothing else costs little. If it fails, the breaker is open: batches that fail are not split any more, and
+    `check` raises once the probe has failed several times in a row. A batch or probe that works closes it.
+
+    All but `check` and `is_open` belong to the device thread.
+    """
+
+    SUSPECT_AFTER, MOST_PATIENCE = 2, 64
+    """Batches in a row of which every input failed, before the first probe, and at most before a further one."""
+
+    GIVE_UP_AFTER = 3
+    """Probes that failed in a row."""
+
+    def __init__(self, probe: Callable[[], object] = lambda: None) -> None:
+        """`probe` raises what a forward raises."""
+        self._probe = probe
+        self._failed_batches, self._patience = 0, self.SUSPECT_AFTER
+        self._failed_probes, self._error = 0, ""
+
+    @property
+    def is_open(self) -> bool:
+        return self._failed_probes > 0
+
+    def check(self) -> None:
+        """Raise UnavailableError if the replica must be replaced, since nothing works any more."""
+        if self._failed_probes >= self.GIVE_UP_AFTER:
+            raise self.refusal()
+
+    def refusal(self) -> UnavailableError:
+        """What requests are told while the breaker is open: another replica may answer them."""
+        return UnavailableError(f"the model of this replica fails for any input ({self._error})", retry_after_s=1.0)
+
+    def worked(self) -> None:
+        """An input of a batch was computed."""
+        self._failed_batches, self._patience = 0, self.SUSPECT_AFTER
+        self._close()
+
+    def failed(self) -> bool:
+        """Every input of a batch has failed. Returns whether the probe fails, too."""
+        self._failed_batches += 1
+        if self.is_open or self._failed_batches >= self._patience:
+            self.probe()
+        return self.is_open
+
+    def probe(self) -> None:
+        """Find out whether the replica works. Raises DeviceBrokenError."""
+        worked, error = _attempt(lambda: (self._probe(), True)[1])
+        if worked:
+            self._failed_batches, self._patience = 0, min(2 * self._patience, self.MOST_PATIENCE)
+            self._close()
+            return
+        self._failed_probes, self._error = self._failed_probes + 1, error
+        logger.error("every input fails, and so does the probe, for the %d. time: %s", self._failed_probes, error)
+
+    def _close(self) -> None:
+        if self.is_open:
+            logger.warning("the model computes again")
+        self._failed_probes = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Started:
     """A forward under way, or (`collect` is None) why it could not be launched."""
@@ -97,9 +165,10 @@ class Started:
 class Recovery:
     """Runs batches on the device, and failures through the ladder above."""
 
-    def __init__(self, launch: Launch, budget: TokenBudget) -> None:
+    def __init__(self, launch: Launch, budget: TokenBudget, breaker: Breaker) -> None:
         self._launch = launch
         self._budget = budget
+        self._breaker = breaker
         self.out_of_memory = 0
         self.non_finite_rows = 0
 
@@ -117,6 +186,18 @@ class Recovery:
 
         Raises DeviceBrokenError; every other failure is in the outcome, with the sequence it belongs to.
         """
+        split = not self._breaker.is_open
+        outcome = self._compute(started, split)
+        sequences = started.work.tokens.num_sequences
+        if len(outcome.failures) < sequences:
+            self._breaker.worked()
+        elif self._breaker.failed():
+            return Outcome(failed(sequences), dict.fromkeys(range(sequences), self._breaker.refusal()))
+        elif not split:  # the probe works again, so this may have been the fault of some of the inputs
+            return self._compute(self.start(started.work), split=True)
+        return outcome
+
+    def _compute(self, started: Started, split: bool) -> Outcome:
         batch, rows, error = started.work.tokens, None, started.error
         if started.collect is not None:
             rows, error = _attempt(started.collect)
@@ -128,14 +209,15 @@ class Recovery:
             self.out_of_memory += 1
             self._budget.ran_out(int(batch.cu_seqlens[-1]))
             _free_cached_memory()
-        if batch.num_sequences == 1:
-            return Outcome(failed(1), {0: _as_answer(error, batch)})
-        return self._halves(started.work)
+        if batch.num_sequences > 1 and split:
+            return self._halves(started.work)
+        sequences = batch.num_sequences
+        return Outcome(failed(sequences), dict.fromkeys(range(sequences), _as_answer(error, batch)))
 
     def _halves(self, work: Work) -> Outcome:
         cut = halfway(work.tokens)
-        first = self.run(work.select(0, cut))
-        second = self.run(work.select(cut, work.tokens.num_sequences))
+        first = self._compute(self.start(work.select(0, cut)), split=True)
+        second = self._compute(self.start(work.select(cut, work.tokens.num_sequences)), split=True)
         failures = {**first.failures, **{cut + i: error for i, error in second.failures.items()}}
         return Outcome(stack([first.rows, second.rows]), failures)
 

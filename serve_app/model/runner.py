@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serve_app.errors import ModelFailureError
 from serve_app.model.acceptance import accept, random_batch
 from serve_app.model.bucketing import IndexArray
 from serve_app.model.heads import Arguments, Kept, heads_of
@@ -63,19 +66,43 @@ class Runner:
             counted = _counts_to_host([kept for _, kept in parts])
         return lambda: SequenceRows(arrived(), counted()).in_order(order)
 
-    def run_random(self, tokens: int) -> None:
-        """Every head over random sequences of the longest length that fill `tokens`, to measure what a batch costs."""
-        longest = self._loaded.max_input_tokens
-        self._run_all_heads([longest] * (tokens // longest) + [tokens % longest] * bool(tokens % longest))
+    def run_random(self, lengths: list[int]) -> None:
+        """Every head over random sequences of these lengths, to measure what a batch costs at most."""
+        for head in self._heads:
+            self.run(self._dearest_batch(head, lengths), head)
 
-    def warm_up(self, max_batch_tokens: int) -> None:
-        """Run batches over the range of shapes, so that no request pays for first-time work."""
-        for lengths in warm_up_batches(self._loaded.max_input_tokens, max_batch_tokens, self._loaded.device.type):
+    def probe(self) -> None:
+        """Compute one random text of the longest length, which has worked before, with every head.
+
+        Raises what `run` raises, and ModelFailureError where a row is not finite.
+        """
+        for head in self._heads:
+            rows = self.run(random_batch(self._loaded, [self._loaded.max_input_tokens]), head)
+            if not np.isfinite(rows.values).all():
+                raise ModelFailureError(f"of random tokens the head {head} makes rows that are not finite")
+
+    def warm_up(self, max_batch_tokens: int) -> float:
+        """Run batches over the range of shapes, so that no request pays for first-time work.
+
+        Returns how many seconds a full batch takes after that.
+        """
+        batches = warm_up_batches(self._loaded.max_input_tokens, max_batch_tokens, self._loaded.device.type)
+        for lengths in batches:
             self._run_all_heads(lengths)
+        started = time.monotonic()
+        self._run_all_heads(batches[0])
+        return time.monotonic() - started
 
     def _run_all_heads(self, lengths: list[int]) -> None:
         for head in self._heads:
             self.run(random_batch(self._loaded, lengths), head)
+
+    def _dearest_batch(self, head: str, lengths: list[int]) -> TokenBatch:
+        """A mask costs more than any other token, so for `mask-fill` all tokens are masks."""
+        batch = random_batch(self._loaded, lengths)
+        if head != "mask-fill":
+            return batch
+        return replace(batch, input_ids=np.full_like(batch.input_ids, self._loaded.mask_token_id))
 
     def _govern_threads(self) -> None:
         """Give this thread its share of the cores. OpenMP keeps the number per calling thread."""

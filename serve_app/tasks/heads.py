@@ -143,13 +143,12 @@ def _largest_logits(hidden: Tensor, lengths: Sequence[int], project: Project, vo
     """The largest logits (n, v) float32 over each sequence's tokens, some sequences at a time."""
     start, step = 0, max(1, (_CHUNK_ELEMENTS if hidden.is_cuda else _CPU_CHUNK_ELEMENTS) // vocab_size)
     for together in _runs(lengths, step):
-        tokens = sum(together)
-        pieces = [project(piece).float() for piece in hidden[start : start + tokens].split(step)]
-        if len(pieces) == 1:
-            yield torch.stack([logits.amax(0) for logits in pieces[0].split(together)])
+        run = hidden[start : start + sum(together)]
+        if len(run) <= step:
+            yield torch.stack([logits.amax(0) for logits in project(run).float().split(together)])
         else:  # one sequence that is longer than a step
-            yield torch.stack([logits.amax(0) for logits in pieces]).amax(0, keepdim=True)
-        start += tokens
+            yield torch.stack([project(piece).float().amax(0) for piece in run.split(step)]).amax(0, keepdim=True)
+        start += len(run)
 
 
 def _runs(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -100,9 +100,26 @@ def test_a_share_that_does_not_carry_the_model_is_refused(folder: Path, mib: int
 def test_a_full_replica_gives_unused_memory_back_when_idle(folder: Path) -> None:
     model = started(folder, 1.0)
     before = memory.read_cuda(torch.device("cuda", 0))
-    keeper = model._housekeeper()
+    keeper = memory.housekeeper(model._loaded.device).idle
     assert before.slack > 0.4
     assert keeper()
     after = memory.read_cuda(torch.device("cuda", 0))
     assert after.reserved_bytes < before.reserved_bytes
     assert not keeper()
+
+
+def test_a_second_batch_takes_its_memory_from_what_the_first_has_let_go_of(folder: Path) -> None:
+    """Its kernels may still run: both are on one stream, so the allocator hands the memory on at once."""
+    model = started(folder, 1.0)
+    tokens = call(32, seed=0).tokens
+    peaks = []
+    for batches in (1, 2):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        launched = [model._runner.launch("pooled", tokens) for _ in range(batches)]
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        for collect in launched:
+            collect()
+    alone, together = peaks
+    assert together <= 1.02 * alone

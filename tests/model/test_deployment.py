@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from serve_app.config import CacheConfig, ModelConfig, ModelSettings
-from serve_app.errors import ConfigError, InvalidInputError, VersionGoneError
+from serve_app.errors import ConfigError, InvalidInputError, ModelFailureError, UnavailableError, VersionGoneError
+from serve_app.model import memory
 from serve_app.model.deployment import ModelReplica
 from serve_app.options import GenerationOptions
 from serve_app.types import Forget, ForwardCall, GenerationCall, VersionCall
@@ -22,6 +24,7 @@ from tests.hub.server import local_hub
 from tests.inprocess import served
 from tests.model.generation.models import prompts, reference, tiny
 from tests.model.generation.test_loader import saved
+from tests.model.tiny import batch_of
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +95,51 @@ async def test_a_model_that_answers_at_once_refuses_a_budget_below_its_longest_i
             await anext(serving.stream(generation_call(version_of_replica(serving))))
     finally:
         serving.__del__()
+
+
+async def test_a_replica_whose_model_fails_for_any_text_is_replaced_and_one_poisoned_text_never_does_it(
+    tmp_path: Path,
+) -> None:
+    serving = await replica(write_tiny_bert(tmp_path / "model"), tmp_path)
+    version = version_of_replica(serving)
+
+    async def failure_of(token: int) -> BaseException:
+        call = ForwardCall(batch_of([[2, token, 3]]), "pooled", (None,), version=version)
+        return (await serving.forward(call)).failures[0]
+
+    try:
+        for _ in range(20):
+            assert isinstance(await failure_of(10_000_000), ModelFailureError)
+            await serving.check_health()
+        with mock.patch.object(serving._model._runner, "_forward", side_effect=RuntimeError("a kernel said no")):
+            with contextlib.suppress(UnavailableError):  # which ends the loop, once it has given up
+                for _ in range(MOST_FAILURES):
+                    await failure_of(7)
+            with pytest.raises(UnavailableError, match="fails for any input"):
+                await serving.check_health()
+    finally:
+        serving.__del__()
+
+
+MOST_FAILURES = 40
+"""Twenty of one text made the replica patient; it is found out all the same."""
+
+
+async def test_a_replica_bounds_the_kernels_that_are_kept_before_it_computes(tmp_path: Path) -> None:
+    os.environ.pop(memory.KERNEL_CACHE, None)
+    serving = await replica(write_tiny_bert(tmp_path / "model"), tmp_path)
+    serving.__del__()
+    assert os.environ[memory.KERNEL_CACHE] == memory.KERNELS
+
+
+async def test_settings_reach_the_watchdog_of_either_kind_of_model(tmp_path: Path) -> None:
+    for folder in (write_tiny_bert(tmp_path / "bert"), saved("gpt2", tmp_path / "gpt2")):
+        serving = await replica(folder, tmp_path / folder.name)
+        try:
+            serving.reconfigure({"max_forward_s": 47})
+            assert serving._model._watchdog.limit_s == 47
+        finally:
+            serving.__del__()
 
 
 def generation_call(version: str) -> GenerationCall:

@@ -1,6 +1,7 @@
 """Calls in, rows out, on one device thread, and nobody waits for ever."""
 
 import asyncio
+import contextlib
 import threading
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from serve_app.errors import (
 from serve_app.model.engine import Engine
 from serve_app.model.rows import SequenceRows
 from serve_app.model.scheduler import Limits
+from serve_app.model.watchdog import Watchdog
 from serve_app.types import Forget, ForwardCall, MaskArguments, Rows
 from tests.model.batches import forward_call, marks_forward, token_batch
 
@@ -438,3 +440,96 @@ def test_whatever_is_forgotten_and_whenever_the_others_get_their_own_rows(length
     for index in set(range(len(lengths))) - set(rows.failures):
         where = call.tokens.sequences_of(index)
         assert rows.values[where].tolist() == expected[where].tolist()
+
+
+async def test_what_waits_for_a_forward_that_hangs_fails_so_that_another_replica_can_be_asked(model: Model):
+    now = [0.0]
+    engine = Engine(model, LIMITS, max_input_tokens=64, watchdog=Watchdog(max_s=30, clock=lambda: now[0]))
+    engine.start(asyncio.get_running_loop())
+    model.go.clear()
+    calls = [asyncio.create_task(engine.submit(forward_call([[60], [60]])))]
+    assert await asyncio.to_thread(model.entered.wait, 10)
+    calls.append(await started(engine, forward_call([[7]])))
+    now[0] = 30.0
+    engine.check()
+    now[0] = 30.5
+    with pytest.raises(UnavailableError, match="does not answer"):
+        engine.check()
+    answers = await asyncio.wait_for(asyncio.gather(*calls), 10)
+    assert [{type(error) for error in rows.failures.values()} for rows in answers] == [{UnavailableError}] * 2
+    assert engine._scheduler.queued_tokens == 0
+    with pytest.raises(UnavailableError, match="does not answer"):
+        await engine.submit(forward_call([[5]]))
+    model.go.set()
+    await until_it_answers(engine)
+    assert (await engine.submit(forward_call([[5]]))).failures == {}
+    assert model.batches == [60, 5]
+    engine.close()
+
+
+async def until_it_answers(engine: Engine) -> None:
+    for _ in range(1000):
+        with contextlib.suppress(UnavailableError):
+            return engine.check()
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never answers again")
+
+
+async def test_closing_does_not_wait_for_a_forward_that_hangs(model: Model):
+    now = [0.0]
+    engine = Engine(model, LIMITS, max_input_tokens=64, watchdog=Watchdog(max_s=30, clock=lambda: now[0]))
+    engine.start(asyncio.get_running_loop())
+    model.go.clear()
+    call = asyncio.create_task(engine.submit(forward_call([[60]])))
+    assert await asyncio.to_thread(model.entered.wait, 10)
+    now[0] = 31.0
+    await asyncio.wait_for(asyncio.to_thread(engine.close), 10)
+    assert engine._thread.is_alive()
+    model.go.set()
+    await call
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_a_collected_forward_that_hangs_is_found_as_well(depth: int):
+    now, go, entered = [0.0], threading.Event(), threading.Event()
+
+    def launch(head, work):
+        def collect():
+            entered.set()
+            assert go.wait(30)
+            return SequenceRows(marks_forward(work.tokens))
+
+        return collect
+
+    watchdog = Watchdog(max_s=30, clock=lambda: now[0])
+    engine = Engine(launch, LIMITS, max_input_tokens=64, depth=depth, watchdog=watchdog)
+    engine.start(asyncio.get_running_loop())
+    calls = [asyncio.create_task(engine.submit(forward_call([[60]]))) for _ in range(3)]
+    assert await asyncio.to_thread(entered.wait, 10)
+    now[0] = 31.0
+    with pytest.raises(UnavailableError, match="does not answer"):
+        engine.check()
+    answers = await asyncio.wait_for(asyncio.gather(*calls), 10)
+    assert all(rows.failures for rows in answers)
+    go.set()
+    engine.close()
+
+
+async def test_a_replica_for_which_everything_fails_says_so_until_its_probe_works_again(model: Model):
+    def probe() -> None:
+        if model.fail_with is not None:
+            raise model.fail_with
+
+    engine = Engine(model, LIMITS, max_input_tokens=32, probe=probe)
+    engine.start(asyncio.get_running_loop())
+    model.fail_with = ValueError("bad")
+    for _ in range(4):
+        assert (await engine.submit(forward_call([[5], [6]]))).failures
+    with pytest.raises(UnavailableError, match="fails for any input"):
+        engine.check()
+    with pytest.raises(UnavailableError, match="fails for any input"):
+        await engine.submit(forward_call([[5]]))
+    model.fail_with = None
+    await until_it_answers(engine)
+    assert (await engine.submit(forward_call([[5]]))).failures == {}
+    engine.close()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from serve_app.errors import InputTooLongError, ModelFailureError
-from serve_app.model.recovery import DeviceBrokenError, Recovery, TokenBudget, Work, halfway
+from serve_app.errors import InputTooLongError, ModelFailureError, UnavailableError
+from serve_app.model.recovery import Breaker, DeviceBrokenError, Recovery, TokenBudget, Work, halfway
 from serve_app.model.rows import SequenceRows
 from serve_app.types import MaskArguments
 from tests.model.batches import immediately, marks_forward, token_batch
@@ -34,8 +34,8 @@ def budget() -> TokenBudget:
     return TokenBudget(bound=1000, floor=100)
 
 
-def recovery(forward) -> Recovery:
-    return Recovery(immediately(forward), budget())
+def recovery(forward, breaker: Breaker | None = None) -> Recovery:
+    return Recovery(immediately(forward), budget(), breaker or Breaker())
 
 
 @pytest.mark.parametrize("max_tokens", [10, 25, 64, 99, 1000])
@@ -58,7 +58,7 @@ def test_the_single_input_that_cannot_fit_is_refused_and_its_neighbours_are_answ
 
 def test_out_of_memory_lowers_the_budget_and_calm_batches_raise_it_again():
     learned = budget()
-    Recovery(immediately(Fails(300)), learned).run(Work(token_batch([[100] * 8])))
+    Recovery(immediately(Fails(300)), learned, Breaker()).run(Work(token_batch([[100] * 8])))
     low = learned.current
     assert 100 <= low <= 600
     for _ in range(TokenBudget.RECOVER_AFTER * 20):
@@ -185,7 +185,7 @@ def test_a_forward_that_fails_only_when_collected_is_split_too():
         return collect
 
     batch = token_batch([[4]] * 7)
-    outcome = Recovery(launch, budget()).run(Work(batch))
+    outcome = Recovery(launch, budget(), Breaker()).run(Work(batch))
     np.testing.assert_array_equal(outcome.rows.values, marks_forward(batch))
 
 
@@ -200,7 +200,7 @@ def test_of_ragged_rows_only_those_of_the_offender_fail():
         rows.values[6] = np.nan
         return lambda: rows
 
-    outcome = Recovery(launch, budget()).run(Work(token_batch([[3, 2], [1, 4, 2]])))
+    outcome = Recovery(launch, budget(), Breaker()).run(Work(token_batch([[3, 2], [1, 4, 2]])))
     assert sorted(outcome.failures) == [3]
 
 
@@ -217,7 +217,121 @@ def test_ragged_rows_and_arguments_stay_with_their_sequences_when_a_batch_is_spl
         return lambda: rows
 
     batch = token_batch([[2, 3], [1, 2, 4]], marks)
-    outcome = Recovery(launch, budget()).run(Work(batch, tuple(MaskArguments(i) for i in range(5))))
+    outcome = Recovery(launch, budget(), Breaker()).run(Work(batch, tuple(MaskArguments(i) for i in range(5))))
     assert list(outcome.failures) == [1]
     assert outcome.rows.counts().tolist() == [2, 0, 1, 2, 4]
     assert outcome.rows.select(2, 5).values.ravel().tolist() == [30, 40, 40, 50, 50, 50, 50]
+
+
+class Replica:
+    """Fails for the inputs marked POISON, or for any while it is broken; counts forwards and probes."""
+
+    def __init__(self, how: str = "raises") -> None:
+        self.broken, self.how = False, how
+        self.forwards = self.probes = 0
+        self.breaker = Breaker(self.probe)
+
+    def probe(self) -> None:
+        self.probes += 1
+        if self.broken:
+            raise RuntimeError("a kernel said no")
+
+    def forward(self, batch):
+        self.forwards += 1
+        rows = marks_forward(batch)
+        if self.broken and self.how == "raises":
+            raise RuntimeError("a kernel said no")
+        if self.broken and self.how == "runs out of memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if POISON in batch.input_ids:
+            raise RuntimeError("index out of range in self")
+        return np.full_like(rows, np.nan) if self.broken else rows
+
+    def run(self, lengths: list[int], marks: list[int] | None = None):
+        """The outcome of one batch, and the forwards that it took."""
+        before = self.forwards
+        outcome = recovery(self.forward, self.breaker).run(Work(token_batch([lengths], marks)))
+        return outcome, self.forwards - before
+
+
+@pytest.mark.parametrize("how", ["raises", "runs out of memory"])
+def test_a_replica_that_fails_for_any_input_is_found_out_and_stops_splitting(how: str):
+    replica = Replica(how)
+    replica.broken = True
+    forwards = [replica.run([4] * 8)[1] for _ in range(6)]
+    assert forwards == [15, 15, 1, 1, 1, 1]
+    with pytest.raises(UnavailableError, match=r"fails for any input \(RuntimeError: a kernel said no\)"):
+        replica.breaker.check()
+
+
+@pytest.mark.parametrize("how", ["raises", "makes no numbers"])
+def test_a_replica_gives_up_only_when_its_probe_has_failed_several_times(how: str):
+    replica = Replica(how)
+    replica.broken = True
+    for probes in (0, 1, 2):
+        outcome, _ = replica.run([4])
+        replica.breaker.check()
+        assert replica.probes == probes
+        assert isinstance(outcome.failures[0], UnavailableError if probes else ModelFailureError)
+    replica.run([4])
+    with pytest.raises(UnavailableError):
+        replica.breaker.check()
+
+
+def test_when_the_replica_is_at_fault_its_inputs_are_not_told_to_be_shorter():
+    replica = Replica("runs out of memory")
+    replica.broken = True
+    replica.run([4, 4])
+    outcome, _ = replica.run([4, 4])
+    assert {type(error) for error in outcome.failures.values()} == {UnavailableError}
+
+
+def test_one_poisoned_input_sent_alone_for_ever_is_no_fault_of_the_replica():
+    replica = Replica()
+    for _ in range(1000):
+        outcome, forwards = replica.run([4], [POISON])
+        assert isinstance(outcome.failures[0], ModelFailureError)
+        assert forwards == 1
+        replica.breaker.check()
+    assert not replica.breaker.is_open
+    assert replica.probes <= 5 + 1000 / Breaker.MOST_PATIENCE
+
+
+def test_batches_of_poison_alone_are_bisected_as_ever():
+    replica = Replica()
+    for _ in range(10):
+        assert replica.run([4] * 4, [POISON] * 4)[1] == 7
+        replica.breaker.check()
+    outcome, _ = replica.run([4] * 4, [POISON, 1, 2, POISON])
+    assert sorted(outcome.failures) == [0, 3]
+
+
+def test_an_input_that_works_ends_all_suspicion():
+    replica = Replica()
+    for _ in range(100):
+        replica.run([4], [POISON])
+        replica.run([4, 4], [POISON, 1])
+    assert replica.probes == 0
+
+
+def test_a_replica_that_works_again_answers_all_but_the_poisoned_inputs():
+    replica = Replica()
+    replica.broken = True
+    for _ in range(5):
+        replica.run([4] * 3)
+    replica.broken = False
+    outcome, _ = replica.run([4] * 5, [POISON, 1, 2, POISON, 4])
+    assert sorted(outcome.failures) == [0, 3]
+    assert {type(error) for error in outcome.failures.values()} == {ModelFailureError}
+    np.testing.assert_array_equal(outcome.rows.values[[1, 2, 4]], [[1, 4], [2, 4], [4, 4]])
+    replica.breaker.check()
+
+
+def test_a_probe_that_finds_the_device_lost_ends_the_replica():
+    def probe() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    breaker = Breaker(probe)
+    breaker.failed()
+    with pytest.raises(DeviceBrokenError):
+        breaker.failed()

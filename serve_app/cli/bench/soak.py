@@ -3,6 +3,9 @@
 The rule is that of Triton's L0_memory_growth test: samples are taken over the run, the first half is dropped (caches
 fill, allocators settle), and what is left must not rise further above its mean than a bound. A server that grows
 steadily by g over the second half rises g / 2 above it.
+
+The sum of all processes can hide one that grows, so the resident memory of each is judged by itself: the line through
+its samples after the first two minutes must not rise further than what is allowed for its kind.
 """
 
 from __future__ import annotations
@@ -52,6 +55,23 @@ BOUNDS: Mapping[str, Bound] = {
 """What is watched. Above the noise of a Ray cluster at rest, and below what a month of growth could hide."""
 
 
+SETTLE_S = 120.0
+"""Of each process, until its memory is judged; half of its samples where there are only a few minutes."""
+
+LEAST_SLOPE_IN_ERRORS = 3.0
+"""A slope counts from so many times its standard error on: below, it may be noise."""
+
+PROCESS_BOUNDS: Mapping[str, Bound] = {
+    "model replica": Bound("MiB", MIB, 48 * MIB, 0.10),
+    "tokenizer replica": Bound("MiB", MIB, 32 * MIB, 0.10),
+    "ingress replica": Bound("MiB", MIB, 32 * MIB, 0.10),
+    "Serve": Bound("MiB", MIB, 32 * MIB, 0.10),
+    "HAProxy": Bound("MiB", MIB, 16 * MIB, 0.10),
+    "other": Bound("MiB", MIB, 64 * MIB, 0.20),
+}
+"""How far the resident memory of a process of each kind may rise. One batch's memory, which comes and goes, is less."""
+
+
 @dataclass(frozen=True, slots=True)
 class SoakPlan:
     """How long and how hard, and how often the server's processes are looked at."""
@@ -98,16 +118,41 @@ class Growth:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessGrowth:
+    """Resident memory of one process since it had settled."""
+
+    kind: str
+    pid: int
+    first: float
+    last: float
+    rise: float
+    """Of the line through the samples, over their time."""
+    allowed: float
+    per_hour: float
+    """Slope of the line."""
+    error_per_hour: float
+    """Standard error of the slope."""
+
+    @property
+    def grows(self) -> bool:
+        return self.rise > self.allowed and self.per_hour > LEAST_SLOPE_IN_ERRORS * self.error_per_hour
+
+
+@dataclass(frozen=True, slots=True)
 class SoakReport:
     samples: Sequence[SoakSample]
     growth: Sequence[Growth]
+    processes: Sequence[ProcessGrowth]
     answers: int
     texts: int
+    lengths: int
+    """How many different numbers of tokens the requests have."""
     errors: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
-        return bool(self.errors) or any(growth.grows for growth in self.growth)
+        growing = [growth.grows for growth in self.growth] + [growth.grows for growth in self.processes]
+        return bool(self.errors) or any(growing)
 
 
 def mixed_requests(prepare: Callable[[int], list[Prepared]], seed: int) -> list[Prepared]:
@@ -151,7 +196,15 @@ class _Soak:
         await self._loop.run(on_outcome=self._count)
         await watcher
         answers = self._statuses.pop("200", 0)
-        return SoakReport(self._samples, judge(self._samples), answers, self._texts, dict(self._statuses))
+        return SoakReport(
+            samples=self._samples,
+            growth=judge(self._samples),
+            processes=judge_processes(self._samples),
+            answers=answers,
+            texts=self._texts,
+            lengths=len({request.tokens for request in self._requests}),
+            errors=dict(self._statuses),
+        )
 
     def _count(self, outcome: Outcome) -> None:
         self._statuses[str(outcome.status or "no answer")] += 1
@@ -203,6 +256,41 @@ def _growth(quantity: str, values: Sequence[float], hours: Sequence[float]) -> G
     )
 
 
+def judge_processes(samples: Sequence[SoakSample]) -> list[ProcessGrowth]:
+    """Each process with enough samples after it has settled, by kind."""
+    memory: dict[tuple[str, int], list[tuple[float, int]]] = {}
+    for sample in samples:
+        for resident in sample.usage.resident:
+            memory.setdefault((resident.kind, resident.pid), []).append((sample.at_s, resident.rss_bytes))
+    settled = {process: _settled(points) for process, points in memory.items()}
+    return [
+        _process_growth(kind, pid, points)
+        for (kind, pid), points in sorted(settled.items())
+        if len(points) >= FEWEST_SAMPLES // 2
+    ]
+
+
+def _settled(points: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    first_s, last_s = points[0][0], points[-1][0]
+    return [point for point in points if point[0] >= first_s + min(SETTLE_S, (last_s - first_s) / 2)]
+
+
+def _process_growth(kind: str, pid: int, points: Sequence[tuple[float, int]]) -> ProcessGrowth:
+    hours, values = np.array([at_s / 3600 for at_s, _ in points]), np.array([float(rss) for _, rss in points])
+    slope, level = np.polyfit(hours, values, 1)
+    deviation = np.sqrt(((values - slope * hours - level) ** 2).sum() / (len(points) - 2))
+    return ProcessGrowth(
+        kind=kind,
+        pid=pid,
+        first=float(values[0]),
+        last=float(values[-1]),
+        rise=float(slope * (hours[-1] - hours[0])),
+        allowed=PROCESS_BOUNDS[kind].allowed(float(values.mean())),
+        per_hour=float(slope),
+        error_per_hour=float(deviation / np.sqrt(((hours - hours.mean()) ** 2).sum())),
+    )
+
+
 def soak_text(report: SoakReport) -> str:
     """Some samples to see the course of the run, then the verdicts."""
     shown = [report.samples[i] for i in np.linspace(0, len(report.samples) - 1, 12).round().astype(int)]
@@ -214,13 +302,22 @@ def soak_text(report: SoakReport) -> str:
         for sample in shown
     ]
     errors = ", ".join(f"{count} x {name}" for name, count in report.errors.items()) or "none"
-    lines += ["", f"{report.answers} answers for {report.texts} texts, errors: {errors}"]
-    return "\n".join([*lines, *map(_verdict, report.growth)])
+    lines += [
+        "",
+        f"{report.answers} answers for {report.texts} texts, in requests of {report.lengths} different lengths, "
+        f"errors: {errors}",
+        *map(_verdict, report.growth),
+        "",
+        "resident memory, MiB       pid    first     last     rise  allowed  slope an hour",
+        *map(_process_verdict, report.processes),
+    ]
+    return "\n".join(lines)
 
 
 def soak_json(report: SoakReport) -> dict[str, Any]:
     growth = [{**asdict(growth), "grows": growth.grows} for growth in report.growth]
-    return {**asdict(report), "growth": growth}
+    processes = [{**asdict(growth), "grows": growth.grows} for growth in report.processes]
+    return {**asdict(report), "growth": growth, "processes": processes}
 
 
 def _verdict(growth: Growth) -> str:
@@ -231,4 +328,13 @@ def _verdict(growth: Growth) -> str:
     return (
         f"{growth.quantity:<12}{word:<8}highest - mean of the second half {rise:.1f}{unit} (allowed {allowed:.1f}), "
         f"slope {slope:+.1f}{unit} an hour"
+    )
+
+
+def _process_verdict(growth: ProcessGrowth) -> str:
+    figures = (growth.first, growth.last, growth.rise, growth.allowed)
+    return (
+        f"{growth.kind:<18}{'GROWS' if growth.grows else 'steady':<8}{growth.pid:>7}"
+        + "".join(f"{value / MIB:9.1f}" for value in figures)
+        + f"  {growth.per_hour / MIB:+8.1f} ± {growth.error_per_hour / MIB:.1f}"
     )

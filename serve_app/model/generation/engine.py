@@ -38,6 +38,7 @@ from serve_app.model.generation.text import Decoder
 from serve_app.model.generation.whole import WholeAnswers
 from serve_app.model.recovery import is_device_broken
 from serve_app.model.speed import Speed
+from serve_app.model.watchdog import Watchdog
 from serve_app.outputs import FinishReason, GeneratedPiece
 
 logger = logging.getLogger(__name__)
@@ -95,15 +96,19 @@ class StepEngine:
         prepare_thread: Callable[[], Any] = lambda: None,
         observe: Callable[[StepReport], None] = lambda report: None,
         on_broken: Callable[[], None] = lambda: None,
+        on_idle: Callable[[], Any] = lambda: None,
+        watchdog: Watchdog | None = None,
         by_steps: bool = True,
     ) -> None:
         """`window` is how many positions the decoder has, None for no end. `computing` wraps all use of the model.
 
+        `on_idle` is called on the device thread whenever nothing was to be computed for a second.
         `by_steps` False sends every job to `generate`, for models that cannot be batched by steps.
         """
         self._decoding, self._decoder, self._special, self._window = decoding, decoder, special, window
         self._computing, self._prepare_thread = computing, prepare_thread
-        self._observe, self._on_broken = observe, on_broken
+        self._observe, self._on_broken, self._on_idle = observe, on_broken, on_idle
+        self._watchdog = watchdog or Watchdog()
         self._by_steps = by_steps
         self.limits = limits
         self._waiting: dict[str, deque[Answering]] = {"interactive": deque(), "bulk": deque()}
@@ -133,14 +138,22 @@ class StepEngine:
             self._closed = True
             self._changed.notify()
         self._whole.close()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and not self._watchdog.hangs and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def check(self) -> None:
+        """Raise UnavailableError if nothing can be generated; where a step hangs, all answers under way end with it."""
         if self._broken is not None:
             raise UnavailableError(f"this replica cannot generate any more: {self._broken}", retry_after_s=1.0)
         if self._closed or (self._thread.ident is not None and not self._thread.is_alive()):
             raise UnavailableError("this replica is ending", retry_after_s=1.0)
+        try:
+            self._watchdog.check()
+        except UnavailableError as error:
+            for answering, pieces in self._pieces.items():
+                answering.abandoned = True
+                pieces.put_nowait(error)
+            raise
 
     @property
     def active(self) -> int:
@@ -230,7 +243,8 @@ class StepEngine:
             self._prepare_thread()
             with self._computing():
                 while self._wait():
-                    self._turn()
+                    with self._watchdog.computing():
+                        self._turn()
         except Exception as error:
             self._break(error)
         finally:
@@ -243,11 +257,13 @@ class StepEngine:
         self._on_broken()
 
     def _wait(self) -> bool:
-        """Until there is work; False when closed."""
+        """Until there is work, or there was none for a second; False when closed."""
         with self._changed:
-            while not self._closed and not self.active and not any(self._waiting.values()):
-                self._changed.wait(IDLE_AFTER_S)
-            return not self._closed
+            wanted = self._closed or self.active or any(self._waiting.values())
+            idle = not wanted and not self._changed.wait(IDLE_AFTER_S)
+        if idle and not self._whole.active:
+            self._on_idle()
+        return not self._closed
 
     def _turn(self) -> None:
         started = time.monotonic()

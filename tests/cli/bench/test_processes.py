@@ -61,6 +61,8 @@ def test_children_belong_to_a_server(start: Start) -> None:
     assert usage.threads >= 2
     assert usage.descriptors >= 6
     assert usage.uss_bytes > 1_000_000
+    assert parent.pid in {resident.pid for resident in usage.resident}
+    assert all(resident.kind == "other" and resident.rss_bytes > 1_000_000 for resident in usage.resident)
 
 
 def test_a_process_that_is_named_twice_counts_once(start: Start) -> None:

@@ -149,16 +149,15 @@ async def test_failed_and_streamed_and_abandoned_calls_are_told_too(lines: Lines
         await left
     await servicer.ServerLive(messages.ServerLiveRequest(), Context())
     told = [(entry["status"], entry["code"], entry["tokens"]) for entry in lines.entries()]
-    assert told == [(200, "ok", 11), (400, "malformed_request", 0), (499, "ok", 0), (200, "ok", 0)]
+    assert told == [(200, "ok", 11), (400, "malformed_request", 0), (499, "cancelled", 0), (200, "ok", 0)]
 
 
 async def test_what_is_refused_for_want_of_a_place_costs_nothing_of_a_quota(service: FakeService, guard: Guard) -> None:
     servicer = Servicer(service, guard, max_concurrent_requests=1)
     key = {"x-api-key": "a"}
     door, visits = servicer.open_inference._door, servicer.open_inference.visit
-    with visits("ModelInfer", {b"x-api-key": b"m"}) as first:
-        first.counted = True
-        door._under_way += 1
+    with visits("ModelInfer", {}) as first:
+        door.admit(first, None, "inference")
         refused = Context(**key)
         await servicer.ModelInfer(request_of("a"), refused)
     assert "under way" in refused.details

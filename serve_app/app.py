@@ -15,6 +15,7 @@ from ray.serve.config import RequestRouterConfig
 from serve_app.cache.prewarm import warmer_actors
 from serve_app.config import (
     GRACEFUL_SHUTDOWN_S,
+    INGRESS_SLOTS,
     SURGE_PERCENT,
     IngressConfig,
     IngressSettings,
@@ -28,7 +29,7 @@ from serve_app.ingress.deployment import Ingress
 from serve_app.model.deployment import ModelReplica
 from serve_app.tokenizer.deployment import TokenizerReplica
 
-MAX_ONGOING_REQUESTS = 1024
+TIER_SLOTS = 1024
 """Wide, because the bounds that matter are the ingress's gate and the model replica's queue, both in our units."""
 
 HEALTH_CHECK_PERIOD_S = 5.0
@@ -37,7 +38,6 @@ HEALTH_CHECK_TIMEOUT_S = 10.0
 """A replica whose process hangs is replaced after three checks that time out."""
 
 EVERY_REPLICA: dict[str, Any] = {
-    "max_ongoing_requests": MAX_ONGOING_REQUESTS,
     "health_check_period_s": HEALTH_CHECK_PERIOD_S,
     "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
     "max_surge_percent": SURGE_PERCENT,
@@ -53,6 +53,7 @@ ROUTER = RequestRouterConfig(request_router_class="serve_app.ingress.router.Leas
 
 EVERY_TIER: dict[str, Any] = {
     **EVERY_REPLICA,
+    "max_ongoing_requests": TIER_SLOTS,
     "max_constructor_retry_count": START_RETRIES,
     "request_router_config": ROUTER,
 }
@@ -73,6 +74,8 @@ def build(args: IngressConfig) -> Application:
         name="ingress",
         user_config=IngressSettings().model_dump(),
         ray_actor_options={"num_cpus": LIGHT_TIER_CPUS},
+        max_ongoing_requests=INGRESS_SLOTS,
+        max_queued_requests=INGRESS_SLOTS,
         **EVERY_REPLICA,
     )
     return ingress.bind(config)

@@ -348,6 +348,14 @@ GRACEFUL_SHUTDOWN_S = 90.0
 and the seconds for which a stopping ingress replica still takes requests (by Serve's default 30)."""
 
 
+MOST_QUESTIONS = 64
+"""Requests about the server itself (readiness, models, metrics) that one ingress replica has open at a time."""
+
+INGRESS_SLOTS = 2200
+"""`max_ongoing_requests` of the ingress unless the file says other: the default settings' `needed_slots`, and room for
+requests that are being refused. As many again may wait for a slot (`max_queued_requests`)."""
+
+
 class IngressSettings(_Frozen):
     """`user_config` of the `ingress` deployment."""
 
@@ -420,6 +428,13 @@ class IngressSettings(_Frozen):
         description="Characters after which a coalesced batch is closed (about 4 to a token), so that one "
         "batch does not fill one model replica while another is idle.",
     )
+
+    @property
+    def needed_slots(self) -> int:
+        """The least `max_ongoing_requests` with which each request that these settings allow has a slot of Serve's:
+        those with a body, as many gRPC streams, and questions about the server.
+        """
+        return 2 * self.max_concurrent_requests + MOST_QUESTIONS
 
 
 class ModelSettings(_Frozen):

@@ -7,13 +7,14 @@ A call carries the requests of one coalesced batch, so that each hop is paid onc
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from serve_app.errors import ServeAppError, VersionGoneError
+from serve_app.errors import OverloadedError, ServeAppError, VersionGoneError
 from serve_app.options import GenerationOptions, TaskOptions
 from serve_app.outputs import TaskOutput
 
@@ -52,6 +53,32 @@ Int32Array: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 
+@dataclass(slots=True)
+class Usage:
+    """What computing one request has cost so far. Whoever computes it counts here, so that the cost is known whatever
+    becomes of the answer.
+    """
+
+    tokens: int = 0
+    """Tokens read and generated, as far as they are known."""
+    is_uncertain: bool = False
+    """Whether more may have been computed than `tokens` tells: the work is under way, or was given up or failed."""
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The block computes, and its cost is known when it ends well.
+
+        An error leaves the cost uncertain, except one that says that nothing was computed.
+        """
+        self.is_uncertain = True
+        try:
+            yield
+        except (OverloadedError, VersionGoneError):
+            self.is_uncertain = False
+            raise
+        self.is_uncertain = False
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One client request of one task, after a protocol has read its wire shape."""
@@ -70,6 +97,8 @@ class Request:
     priority: Priority = "interactive"
     timeout_s: float | None = None
     """Seconds from now on that the client gives it; None: as the server is configured."""
+    usage: Usage = field(default_factory=Usage, compare=False)
+    """What computing it has cost so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,6 +429,16 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What a model's generation config says where a request does not; None where neither does."""
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    """Of all that the decoder holds, and never of what an encoder reads."""
+    num_beams: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """What a model's own files (and its configuration, which wins) say about it."""
 
@@ -435,6 +474,8 @@ class ModelCard:
     default_prompt_name: str | None = None
     tokenizer_threads: int = 1
     """Calls that one tokenizer replica of the model tokenizes at once."""
+    generation: GenerationDefaults = GenerationDefaults()
+    """Of models that generate."""
 
 
 @dataclass(frozen=True, slots=True)

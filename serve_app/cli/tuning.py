@@ -12,6 +12,8 @@ from serve_app.cli.ports import CONTROLLER
 from serve_app.cli.serve_file import Entry, Finding, ServeFile
 from serve_app.config import (
     GRACEFUL_SHUTDOWN_S,
+    INGRESS_SLOTS,
+    MOST_QUESTIONS,
     IngressSettings,
     ModelConfig,
     ModelSettings,
@@ -101,13 +103,37 @@ def _haproxy(settings: IngressSettings, file: ServeFile) -> Iterator[Finding]:
 
 def _ingress(deployed: Deployed) -> Iterator[Finding]:
     settings, entry = deployed.ingress, deployed.entries.get("ingress")
-    most = _option(entry, "max_ongoing_requests")
-    needed = settings.max_batch_requests * settings.max_concurrent_batches
-    if entry is not None and most is not None and most < needed:
+    if entry is None:
+        return
+    slots = entry.options.get("max_ongoing_requests", INGRESS_SLOTS)
+    batches = settings.max_batch_requests * settings.max_concurrent_batches
+    if slots < batches:
         yield Finding(
             f"{entry.where}.max_ongoing_requests",
-            f"{most} is below max_batch_requests x max_concurrent_batches = {settings.max_batch_requests} x "
-            f"{settings.max_concurrent_batches} = {needed}: batches would never fill; raise it, or lower those",
+            f"{slots} is below max_batch_requests x max_concurrent_batches = {settings.max_batch_requests} x "
+            f"{settings.max_concurrent_batches} = {batches}: batches would never fill; raise it, or lower those",
+        )
+    if slots < settings.needed_slots:
+        yield Finding(
+            f"{entry.where}.max_ongoing_requests",
+            f"{slots} is below 2 x max_concurrent_requests + {MOST_QUESTIONS} = {settings.needed_slots}: that many "
+            "requests, gRPC streams and questions of operators one replica may have; further ones would wait where no "
+            "deadline counts. Raise it, or lower max_concurrent_requests",
+        )
+    yield from _queue(entry, settings)
+
+
+def _queue(entry: Entry, settings: IngressSettings) -> Iterator[Finding]:
+    """What is wrong with the requests that may wait for a slot."""
+    where, queued = f"{entry.where}.max_queued_requests", entry.options.get("max_queued_requests", INGRESS_SLOTS)
+    if queued == -1:
+        reason = "-1 lets any number of requests wait in an ingress replica, where no deadline counts; set a bound"
+        yield Finding(where, f"{reason}, such as {INGRESS_SLOTS}", is_error=False)
+    elif queued < settings.max_concurrent_requests:
+        yield Finding(
+            where,
+            f"{queued} is below max_concurrent_requests ({settings.max_concurrent_requests}): Serve counts each "
+            "request as waiting for a moment, and would refuse some that come together though slots are free; raise it",
         )
 
 
@@ -188,10 +214,6 @@ def _surging(deployed: Deployed) -> Iterator[list[Entry]]:
     together += [[tokenizer_deployment(m.config.name), model_deployment(m.config.name)] for m in deployed.models]
     for names in together:
         yield [deployed.entries[name] for name in names if name in deployed.entries]
-
-
-def _option(entry: Entry | None, name: str) -> Any:
-    return None if entry is None else entry.options.get(name)
 
 
 def _resources(entry: Entry) -> Mapping[str, Any]:

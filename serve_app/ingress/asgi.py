@@ -17,7 +17,7 @@ from serve_app.ingress.protocols import huggingface, open_inference, openai, tei
 from serve_app.ingress.refusals import dialect_of, error_reply
 from serve_app.ingress.routes import Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
-from serve_app.ingress.writing import ClientStalledError, Writer, part, write_whole
+from serve_app.ingress.writing import Writer, part, write_whole
 
 _LINGER_S = 2.0
 """How long the rest of a refused body is read and thrown away before the connection is closed. Closing at once would
@@ -44,8 +44,7 @@ class App:
         self._writes_request_id = writes_request_id
         self._door = door
         api = (*tei.routes(), *huggingface.routes(), *openai.routes(), *open_inference.routes(), *operations.routes())
-        names = (*service.models, *service.aliases)
-        documentation = pages.routes(api, names, asks_keys=door.guard is not None)
+        documentation = pages.routes(api, asks_keys=door.guard is not None)
         self._table = RouteTable((*api, *open_inference.unsupported.routes(), *documentation))
 
     @property
@@ -65,11 +64,7 @@ class App:
         exchange = self._exchange(scope, receive)
         with contextlib.suppress(ClientDisconnectedError), self._door.visited(exchange):
             reply = await self._reply(exchange)
-            try:
-                await self._answer(exchange, reply, Writer(exchange, send))
-            except ClientStalledError:
-                exchange.status = 0
-                raise
+            await self._answer(exchange, reply, Writer(exchange, send))
 
     def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -91,7 +86,8 @@ class App:
         try:
             route, exchange.path_model = self._table.find(exchange.scope["method"], path)
             dialect, exchange.route = route.dialect, (route.method, route.path)
-            self._door.admit(exchange, route.role, counts=route.body is not None)
+            exchange.is_counted = route.method == "POST"
+            self._door.admit(exchange, route.role, route.kind)
             return await route.endpoint(exchange)
         except ClientDisconnectedError:
             raise
@@ -108,21 +104,23 @@ class App:
         return error_reply(exchange.expected(error), dialect, exchange.id, *headers)
 
     async def _answer(self, exchange: Exchange, reply: Reply, write: Writer) -> None:
-        """Raises ClientStalledError; a server closes the connection of an answer that was begun and not ended."""
-        exchange.status = reply.status
+        """Raises ClientDisconnectedError; a server closes the connection of an answer that was begun and not ended."""
         headers = [(b"content-type", reply.content_type), *reply.headers]
         if self._writes_request_id:
             headers.append((b"x-request-id", exchange.id.encode()))
         start = {"type": "http.response.start", "status": reply.status, "headers": headers}
         if not isinstance(reply.body, bytes):
             await _write_parts(write, start, reply.body)
+            exchange.status = reply.status
             return
         headers.append((b"content-length", b"%d" % len(reply.body)))
         if not exchange.body_is_unread:
             await write_whole(write, start, reply.body)
+            exchange.status = reply.status
             return
         headers.append((b"connection", b"close"))
         await write(start, part(reply.body, more=True))
+        exchange.status = reply.status
         self._door.leave(exchange)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(_drain(exchange.receive), _LINGER_S)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import ray
@@ -14,8 +15,8 @@ from ray.exceptions import RayError
 
 from serve_app.cache.prewarm import cache_status
 from serve_app.cache.status import ModelOnNode
-from serve_app.config import IngressConfig, IngressSettings, ModelConfig, parse
-from serve_app.errors import ServeAppError, UnavailableError
+from serve_app.config import CacheConfig, IngressConfig, IngressSettings, ModelConfig, parse
+from serve_app.errors import UnavailableError
 from serve_app.ingress.access import Guard
 from serve_app.ingress.access_log import start_log
 from serve_app.ingress.asgi import create_app
@@ -26,15 +27,16 @@ from serve_app.ingress.finishing import Finishing
 from serve_app.ingress.front import is_stopping
 from serve_app.ingress.haproxy_page import page_of, put_error_page
 from serve_app.ingress.keys import KeyRing
-from serve_app.ingress.prometheus import scrape_cluster
+from serve_app.ingress.prometheus import ClusterMetrics
 from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods
 from serve_app.ingress.reach import serves_this_machine_alone
 from serve_app.ingress.served_model import PROBE_TIMEOUT_S, ServedModel
 from serve_app.ingress.service import ModelInfo, SettingsRef, TextToken, check_model
+from serve_app.ingress.single_flight import SingleFlight
 from serve_app.logs import show_log
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.outputs import GeneratedPiece
-from serve_app.types import Answer, ModelCard, Request, TokenIds
+from serve_app.types import Answer, ModelCard, Request, TokenIds, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +50,14 @@ class Ingress(OpenInferenceMethods):
     def __init__(self, config: IngressConfig, directory: Directory | None = None) -> None:
         """`directory` is Serve's controller unless given."""
         show_log()
-        self._cache = config.cache
+        self._cache_told = SingleFlight(partial(_cache_status, config.cache), 0.0)
+        self._cluster_metrics = ClusterMetrics()
         self._directory = directory or ServeDirectory()
-        self._door = Door(None if config.api_keys is None else Guard(KeyRing(config.api_keys)))
+        self._metrics = IngressMetrics()
+        self._door = Door(None if config.api_keys is None else Guard(KeyRing(config.api_keys)), self._metrics)
         self._settings = SettingsRef(IngressSettings())
         self._draining = Draining(is_stopping, _grace_s)
         self.open_inference = OpenInference(self, self._settings, self._door, self._draining)
-        self._metrics = IngressMetrics()
         self._replica_metrics = ReplicaMetrics()
         self._finishing = Finishing()
         self._models: list[tuple[str, ModelConfig]] = []
@@ -135,41 +138,35 @@ class Ingress(OpenInferenceMethods):
         return await self._model(name).card()
 
     async def answer(self, request: Request) -> Answer:
-        try:
-            answer = await self._model(request.model).answer(request)
-        except ServeAppError as error:
-            self._count(request, error.code)
-            raise
-        self._count(request, "ok", answer)
-        return answer
+        return await self._model(request.model).answer(request)
 
     async def estimate(self, request: Request) -> int:
         return await self._model(request.model).estimate(request)
 
     async def stream(self, request: Request) -> AsyncGenerator[GeneratedPiece, None]:
-        code = "cancelled"
-        try:
-            pieces_of_it = self._model(request.model).stream(request)
-            async with aclosing(self._draining.bounded(pieces_of_it)) as pieces:
-                async for piece in pieces:
-                    if piece.truncated:
-                        self._metrics.truncated_inputs.inc(1, {"model": request.model})
-                    if piece.finish_reason is not None:
-                        code = "ok"
-                    yield piece
-        except ServeAppError as error:
-            code = error.code
-            raise
-        finally:
-            self._count(request, code)
+        pieces_of_it = self._model(request.model).stream(request)
+        async with aclosing(self._draining.bounded(pieces_of_it)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def tokenize(
-        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
+        self,
+        model: str,
+        texts: Sequence[str],
+        special_tokens: bool,
+        prompt_name: str | None = None,
+        usage: Usage | None = None,
     ) -> Sequence[Sequence[TextToken]]:
-        return await self._model(model).tokenize(texts, special_tokens, prompt_name)
+        return await self._model(model).tokenize(texts, special_tokens, prompt_name, usage)
 
-    async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
-        return await self._model(model).decode(sequences, skip_special_tokens)
+    async def decode(
+        self,
+        model: str,
+        sequences: Sequence[TokenIds],
+        skip_special_tokens: bool,
+        usage: Usage | None = None,
+    ) -> Sequence[str]:
+        return await self._model(model).decode(sequences, skip_special_tokens, usage)
 
     async def ready(self, name: str | None = None) -> None:
         if name is None and not self._served:
@@ -191,35 +188,22 @@ class Ingress(OpenInferenceMethods):
     def compute_type(self, name: str) -> str:
         return self._model(name).compute_type
 
-    async def metrics_text(self) -> bytes:
-        return await scrape_cluster()
+    async def metrics_text(self, everything: bool) -> bytes:
+        return await self._cluster_metrics.text(everything)
 
     async def memory(self, name: str) -> str:
         return await self._model(name).memory()
 
     async def cache(self) -> Sequence[ModelOnNode]:
-        try:
-            return await asyncio.wait_for(cache_status(self._cache), PROBE_TIMEOUT_S)
-        except (asyncio.TimeoutError, RayError) as error:
-            raise UnavailableError("the cache's warmer does not answer", retry_after_s=1.0) from error
+        return await self._cache_told()
 
-    def _count(self, request: Request, code: str, answer: Answer | None = None) -> None:
-        model = {"model": request.model}
-        self._metrics.requests.inc(1, {**model, "task": request.task, "code": code})
-        if answer is None:
-            return
-        if answer.tokens:
-            self._metrics.tokens.inc(answer.tokens, model)
-        if answer.truncated:
-            self._metrics.truncated_inputs.inc(answer.truncated, model)
-        times = answer.timings
-        for stage, seconds in (
-            ("tokenize", times.tokenize_s),
-            ("queue", times.queue_s),
-            ("forward", times.forward_s),
-            ("total", times.total_s),
-        ):
-            self._metrics.stage_seconds.observe(seconds, {**model, "stage": stage})
+
+async def _cache_status(cache: CacheConfig) -> Sequence[ModelOnNode]:
+    """Raises UnavailableError."""
+    try:
+        return await asyncio.wait_for(cache_status(cache), PROBE_TIMEOUT_S)
+    except (asyncio.TimeoutError, RayError) as error:
+        raise UnavailableError("the cache's warmer does not answer", retry_after_s=1.0) from error
 
 
 def _grace_s() -> float:

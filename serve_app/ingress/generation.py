@@ -29,7 +29,7 @@ from serve_app.metrics import IngressMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import Generated, GeneratedPiece
 from serve_app.tasks import probe
-from serve_app.tasks.generation import GENERATING, collected, speaks_by_prefix
+from serve_app.tasks.generation import GENERATING, beams_of, collected, speaks_by_prefix
 from serve_app.types import (
     Answer,
     GenerationCall,
@@ -113,7 +113,8 @@ class GenerationPath:
 
             async def answered(ids: Int32Array) -> Generated:
                 async with under_way:
-                    return await self._whole(self._call(ids, request, card, version, deadline), deadline)
+                    call = self._call(ids, request, card, version, deadline)
+                    return await self._whole(_counted(self._pieces(call, deadline), call, request, card))
 
             tasks = [asyncio.ensure_future(answered(ids)) for ids in prompts.input_ids]
             try:
@@ -133,9 +134,9 @@ class GenerationPath:
         left_s, call_id = max(0.0, deadline - time.monotonic()), next(self._call_ids)
         return GenerationCall(ids, _options(request, card), left_s, request.priority, version, call_id)
 
-    async def _whole(self, call: GenerationCall, deadline: float) -> Generated:
+    async def _whole(self, answer: AsyncGenerator[list[GeneratedPiece], None]) -> Generated:
         pieces: list[GeneratedPiece] = []
-        async with aclosing(self._pieces(call, deadline)) as lists:
+        async with aclosing(answer) as lists:
             async for some in lists:
                 pieces.extend(some)
         return collected(pieces)
@@ -161,7 +162,7 @@ class GenerationPath:
             yield GeneratedPiece(echo, prompt_tokens=len(ids), truncated=untold)
             untold = False
         call = self._call(ids, request, card, version, deadline)
-        async with aclosing(self._pieces(call, deadline)) as lists:
+        async with aclosing(_counted(self._pieces(call, deadline), call, request, card)) as lists:
             async for some in lists:
                 for piece in some:
                     yield replace(piece, truncated=True) if untold else piece
@@ -248,6 +249,19 @@ class GenerationPath:
             finally:
                 if not ended:
                     response.cancel()
+
+
+async def _counted(
+    answer: AsyncGenerator[list[GeneratedPiece], None], call: GenerationCall, request: Request, card: ModelCard
+) -> AsyncGenerator[list[GeneratedPiece], None]:
+    """One prompt's `answer`, each part counted in the request's usage when it comes, the prompt with the first."""
+    assert isinstance(request.options, GenerationOptions)
+    beams, uncounted = beams_of(request.options, card), len(call.input_ids)
+    async with aclosing(answer) as lists:
+        async for some in lists:
+            request.usage.tokens += uncounted + beams * sum(piece.token is not None for piece in some)
+            uncounted = 0
+            yield some
 
 
 async def _in_time(answer: Any, deadline: float, wait_s: Callable[[], float], pulse: Pulse) -> Any:

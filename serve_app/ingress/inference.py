@@ -18,7 +18,7 @@ from serve_app.ingress.protocols.fields import InferenceBody
 from serve_app.ingress.service import served_name
 from serve_app.ingress.streaming import Events, stream_reply
 from serve_app.ingress.visit import Visit
-from serve_app.outputs import Generated, GeneratedPiece
+from serve_app.outputs import GeneratedPiece
 from serve_app.types import Answer, Request, Version
 
 BodyT = TypeVar("BodyT", bound=InferenceBody)
@@ -70,12 +70,11 @@ async def compute(exchange: Exchange, request: Request) -> tuple[Answer, tuple[H
 
 async def measured(visit: Visit, request: Request, wait: Wait) -> tuple[Answer, tuple[Header, ...]]:
     """As `compute`, for any protocol; `wait` takes the work and the seconds that it may take."""
+    request = with_usage(visit, request)
     characters = check_limits(request, visit.settings)
-    visit.request = request
     await reserve(visit, request)
     timeout_s = visit.time_left_s
-    computed = await wait(visit.service.answer(in_time(visit, request)), timeout_s)
-    visit.answer, visit.tokens = computed, tokens_of(computed)
+    visit.answer = computed = await wait(visit.service.answer(in_time(visit, request)), timeout_s)
     compute_type = visit.service.compute_type(request.model)
     total_s = time.perf_counter() - visit.started
     return computed, cost_headers(compute_type, characters, computed, total_s)
@@ -89,13 +88,20 @@ async def stream(
     dialect: Dialect,
 ) -> Reply:
     """Compute the request and send its answer in pieces. Raises as `answer` does, before the first piece."""
+    request = with_usage(exchange, request)
     characters = check_stream(request, exchange.settings)
     compute_type = exchange.service.compute_type(request.model)
     headers = ((b"x-compute-type", compute_type.encode()), (b"x-compute-characters", b"%d" % characters))
-    exchange.request = request
     await reserve(exchange, request)
     timed = in_time(exchange, request)
     return await stream_reply(exchange, timed, dialect, lambda pieces: write(body, request, pieces), headers)
+
+
+def with_usage(visit: Visit, request: Request) -> Request:
+    """`request`, whose cost is counted in the visit's usage; the visit knows from now on what it is about."""
+    visit.request = request = replace(request, usage=visit.usage)
+    visit.model, visit.task = request.model, request.task
+    return request
 
 
 async def reserve(visit: Visit, request: Request) -> None:
@@ -105,14 +111,6 @@ async def reserve(visit: Visit, request: Request) -> None:
     """
     if visit.account is not None and visit.account.tokens is not None:
         visit.reserve(await visit.service.estimate(request))
-
-
-def tokens_of(answer: Answer) -> int:
-    """All that were computed, the generated ones too."""
-    new = (
-        [len(one.tokens) for one in answer.output if isinstance(one, Generated)] if type(answer.output) is tuple else []
-    )
-    return answer.tokens + sum(new)
 
 
 def in_time(visit: Visit, request: Request) -> Request:
@@ -126,6 +124,11 @@ def choose_model(exchange: Exchange, asked: str | None) -> str:
     Raises ModelNotFoundError if it is not served or the path and the body differ, MalformedRequestError if nothing
     names one of several.
     """
+    exchange.model = _chosen_model(exchange, asked)
+    return exchange.model
+
+
+def _chosen_model(exchange: Exchange, asked: str | None) -> str:
     in_path = None if exchange.path_model is None else served_name(exchange.path_model, exchange.service)
     in_body = None if asked is None else _named_in_body(exchange, asked)
     chosen = in_path or in_body

@@ -148,7 +148,7 @@ def _model_parameter(models: Sequence[str]) -> Json:
         "in": "path",
         "required": True,
         "description": "Name of the model, or one of its aliases.",
-        "schema": {"type": "string", "enum": list(models)},
+        "schema": {"type": "string", "enum": list(models)} if models else {"type": "string"},
     }
 
 

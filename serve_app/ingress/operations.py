@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Coroutine, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import parse_qs
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app import __version__
+from serve_app.errors import MalformedRequestError
 from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
@@ -160,8 +162,17 @@ async def info(exchange: Exchange) -> Reply:
 
 
 async def metrics(exchange: Exchange) -> Reply:
-    text = await _asked(exchange, exchange.service.metrics_text())
+    text = await _asked(exchange, exchange.service.metrics_text(_wants_all(exchange)))
     return Reply(text, content_type=PROMETHEUS.encode())
+
+
+def _wants_all(exchange: Exchange) -> bool:
+    """Raises MalformedRequestError."""
+    query: bytes = exchange.scope["query_string"]
+    given = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("all", ["0"])[-1]
+    if given not in ("0", "1"):
+        raise MalformedRequestError("the query parameter `all` takes 0 or 1")
+    return given == "1"
 
 
 async def memory(exchange: Exchange) -> Reply:
@@ -256,7 +267,8 @@ def routes() -> tuple[Route, ...]:
             DIALECT,
             "Prometheus metrics",
             media=PROMETHEUS,
-            failures=asks,
+            failures=(400, *asks),
+            description="Those of this application and of Ray Serve; with `?all=1` also all others that Ray has.",
             role="metrics",
         ),
         Route(

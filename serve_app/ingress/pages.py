@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Sequence
-from functools import cache
+from functools import partial
 from importlib.resources import files
 
 from serve_app.ingress import openapi
@@ -11,6 +13,7 @@ from serve_app.ingress.encoding import encode
 from serve_app.ingress.exchange import Exchange, Reply
 from serve_app.ingress.operations import DIALECT
 from serve_app.ingress.routes import Endpoint, Route
+from serve_app.ingress.single_flight import SingleFlight
 
 _SAFE = (
     (b"content-security-policy", b"default-src 'self'; img-src data:; frame-ancestors 'none'"),
@@ -23,27 +26,35 @@ _FILES = (
 )
 
 
-def routes(documented: Sequence[Route], models: Sequence[str], *, asks_keys: bool) -> tuple[Route, ...]:
+def routes(documented: Sequence[Route], *, asks_keys: bool) -> tuple[Route, ...]:
     """Routes of the documentation of `documented`, which are not in the document themselves."""
     pages = (
         Route("GET", path, _page(name, media), DIALECT, name, media=media, role=None) for path, name, media in _FILES
     )
     return (
-        Route("GET", "/openapi.json", _document(documented, models, asks_keys), DIALECT, "This document", role=None),
+        Route("GET", "/openapi.json", _Document(documented, asks_keys), DIALECT, "This document", role=None),
         Route("GET", "/", _to_docs, DIALECT, "To the documentation", role=None),
         *pages,
     )
 
 
-def _document(documented: Sequence[Route], models: Sequence[str], asks_keys: bool) -> Endpoint:
-    @cache
-    def written() -> Reply:
-        return Reply(encode(openapi.describe(documented, models, asks_keys=asks_keys)))
+class _Document:
+    """The OpenAPI document, written anew in a thread when other models are served."""
 
-    async def endpoint(exchange: Exchange) -> Reply:
-        return written()
+    def __init__(self, documented: Sequence[Route], asks_keys: bool) -> None:
+        self._describe = partial(openapi.describe, documented, asks_keys=asks_keys)
+        self._models: tuple[str, ...] = ()
+        self._written: SingleFlight[Reply] | None = None
 
-    return endpoint
+    async def __call__(self, exchange: Exchange) -> Reply:
+        models = (*exchange.service.models, *exchange.service.aliases)
+        if self._written is None or models != self._models:
+            self._models = models
+            self._written = SingleFlight(partial(asyncio.to_thread, self._write, models), math.inf)
+        return await self._written()
+
+    def _write(self, models: tuple[str, ...]) -> Reply:
+        return Reply(encode(self._describe(models=models)))
 
 
 def _page(name: str, media: str) -> Endpoint:

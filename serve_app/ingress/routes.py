@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote
 
@@ -18,6 +19,10 @@ from serve_app.ingress.keys import Role
 
 Endpoint: TypeAlias = Callable[[Exchange], Awaitable[Reply]]
 Method: TypeAlias = Literal["GET", "POST"]
+Kind: TypeAlias = Literal["inference", "question", "page"]
+"""What a request takes: a body is read and computed; replicas or nodes are asked about themselves, which may take
+seconds; or the answer is there.
+"""
 
 _PARAMETER = "{name}"
 _SLASH = "%2F"
@@ -57,6 +62,12 @@ class Route:
     description: str = ""
     role: Role | None = "inference"
     """What an API key must be for, where keys are on; None: no key is asked."""
+
+    @property
+    def kind(self) -> Kind:
+        if self.body is not None:
+            return "inference"
+        return "question" if HTTPStatus.GATEWAY_TIMEOUT in self.failures else "page"
 
     @property
     def methods(self) -> frozenset[str]:

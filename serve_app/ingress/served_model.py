@@ -26,13 +26,14 @@ from serve_app.ingress.coalescer import Coalescer, Work
 from serve_app.ingress.finishing import Finishing, steps_after, steps_before
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.service import ModelInfo, TextToken
+from serve_app.ingress.single_flight import SingleFlight
 from serve_app.ingress.tier import Tier
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
 from serve_app.metrics import IngressMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece, TaskOutput
 from serve_app.tasks import probe
-from serve_app.tasks.generation import GENERATING
+from serve_app.tasks.generation import GENERATING, most_new_tokens
 from serve_app.tasks.inputs import prompt_of
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from serve_app.tasks.task import Task
@@ -47,6 +48,7 @@ from serve_app.types import (
     TextInput,
     TokenIds,
     TokenizeCall,
+    Usage,
     Version,
     VersionCall,
 )
@@ -55,6 +57,9 @@ READY_FOR_S = 5.0
 """A forward that succeeded this recently proves readiness; without one, a probe runs a forward of its own."""
 
 PROBE_TIMEOUT_S = 5.0
+
+PROBE_KEPT_S = 1.0
+"""Seconds after a probe in which its outcome is told again: a model that does not answer is asked once a second."""
 
 ASK_TIMEOUT_S = 30.0
 """For a version to be there, and for what a replica says of itself; longer than a probe, because a request may wait for
@@ -100,6 +105,9 @@ class ServedModel:
         self._coalescer = Coalescer(name, tiers.tokenizer, tiers.model, settings, metrics, self._backlog.half_s)
         self._generating = GenerationPath(name, tiers.tokenizer, tiers.model, metrics, self._backlog.half_s)
         self._known: dict[str, _Known] = {}
+        self._proven = SingleFlight(self._prove, PROBE_KEPT_S)
+        self._told_info = SingleFlight(self._info, 0.0)
+        self._told_memory = SingleFlight(self._memory, 0.0)
         self._answered_at = -READY_FOR_S
         self._is_removed = False
         self._changed = asyncio.Event()
@@ -153,31 +161,43 @@ class ServedModel:
         return await self._begin(self._soon(), self._card)
 
     async def tokenize(
-        self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
+        self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None, usage: Usage | None = None
     ) -> Sequence[Sequence[TextToken]]:
+        usage = usage or Usage()
+
         async def work(known: _Known) -> Sequence[Sequence[TextToken]]:
             card, vocabulary = await self._card(known), await self._vocabulary(known)
             prompt = prompt_of(prompt_name, card)
             prompted = [prompt + text for text in texts]
             asked = whole_texts(prompted)
-            with self._word_backlog.admitted(tokens_in(asked, card)):
+            with self._word_backlog.admitted(tokens_in(asked, card)), usage.computing():
                 call = TokenizeCall((asked,), known.version.fingerprint)
                 batch = await self._ask(self.tiers.tokenizer.handle.tokenize, call)
                 if batch.failures:
                     raise batch.failures[0]
+                usage.tokens += len(batch.input_ids)
                 return await asyncio.to_thread(text_tokens, prompted, batch, vocabulary, special_tokens)
 
         return await self._begin(self._soon(), work)
 
-    async def decode(self, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
+    async def decode(
+        self, sequences: Sequence[TokenIds], skip_special_tokens: bool, usage: Usage | None = None
+    ) -> Sequence[str]:
+        usage, tokens = usage or Usage(), sum(map(len, sequences))
         vocabulary = await self._begin(self._soon(), self._vocabulary)
-        with self._word_backlog.admitted(sum(map(len, sequences))):
+        with self._word_backlog.admitted(tokens):
+            usage.tokens += tokens
             return await asyncio.to_thread(texts_of, sequences, vocabulary, skip_special_tokens)
 
     async def ready(self) -> None:
-        """Return if the model has answered lately, or does now. Raises UnavailableError."""
-        if time.monotonic() - self._answered_at < READY_FOR_S:
-            return
+        """Return if the model has answered lately, or does now: all who ask at the same time share one probe.
+
+        Raises UnavailableError.
+        """
+        if time.monotonic() - self._answered_at >= READY_FOR_S:
+            await self._proven()
+
+    async def _prove(self) -> None:
         try:
             await asyncio.wait_for(self._probe(), PROBE_TIMEOUT_S)
         except asyncio.TimeoutError as error:
@@ -187,6 +207,9 @@ class ServedModel:
         self._answered_at = time.monotonic()
 
     async def info(self) -> ModelInfo:
+        return await self._told_info()
+
+    async def _info(self) -> ModelInfo:
         async def work(known: _Known) -> ModelInfo:
             card = await self._card(known)
             try:
@@ -216,6 +239,9 @@ class ServedModel:
 
     async def memory(self) -> str:
         """A model replica's report of its memory, for a person."""
+        return await self._told_memory()
+
+    async def _memory(self) -> str:
         return await self._begin(
             self._soon(), lambda known: self._ask(self.tiers.model.handle.memory_summary, _call(known))
         )
@@ -291,8 +317,9 @@ class ServedModel:
         task = TASKS[request.task]
         vocabulary = await self._vocabulary(known) if task.needs_vocabulary else None
         work = await self._work(task, request, card, known.version, vocabulary)
-        with self._backlog.admitted(tokens_in(work.tokenize, card)):
+        with self._backlog.admitted(tokens_in(work.tokenize, card)), request.usage.computing():
             computed = await self._coalescer.compute(work, deadline - time.monotonic())
+        request.usage.tokens += computed.tokens
         output = await self._output(task, request, card, computed.features, vocabulary)
         return Answer(output, computed.tokens, computed.timings, computed.truncated, computed.windows)
 
@@ -319,7 +346,7 @@ class ServedModel:
     async def _generate(self, request: Request, card: ModelCard, known: _Known, deadline: float) -> Answer:
         check_generated(request, card, self._settings.max_answer_bytes)
         echoes = await self._echoes(request, known)
-        with self._backlog.admitted(_tokens_to_generate(request, card)):
+        with self._backlog.admitted(_tokens_to_generate(request, card)), request.usage.computing():
             left_s = deadline - time.monotonic()
             return await self._generating.answer(request, card, known.version.fingerprint, left_s, echoes)
 
@@ -332,9 +359,10 @@ class ServedModel:
         echoes = await self._echoes(request, known)
         left_s, fingerprint = deadline - time.monotonic(), known.version.fingerprint
         answer = self._generating.stream(request, card, fingerprint, left_s, echoes[0] if echoes else "")
-        with self._backlog.admitted(_tokens_to_generate(request, card)):
+        with self._backlog.admitted(_tokens_to_generate(request, card)), request.usage.computing():
             async with aclosing(answer) as pieces:
                 async for piece in pieces:
+                    request.usage.is_uncertain = not request.usage.tokens  # each token is counted as it comes
                     yield piece
         self._answered_at = time.monotonic()
 
@@ -392,10 +420,9 @@ def _tokens_of(request: Request, card: ModelCard) -> int:
 
 
 def _tokens_to_generate(request: Request, card: ModelCard) -> int:
-    """An estimate: those of the prompts, and for each the new ones that it asks for."""
-    assert isinstance(request.options, GenerationOptions)
-    prompts = tokens_in(GENERATING[request.task].prepare(request, card), card)
-    return prompts + len(request.inputs) * (request.options.max_new_tokens or 0)
+    """An estimate: those of the prompts, and for each the most new ones that request and model allow."""
+    prompts, count = tokens_in(GENERATING[request.task].prepare(request, card), card), len(request.inputs)
+    return prompts + count * most_new_tokens(request, card, prompts // count)
 
 
 def _prompt_text(value: TextInput, vocabulary: Vocabulary) -> str:

@@ -10,7 +10,7 @@ from serve_app.cache.status import ModelOnNode
 from serve_app.config import IngressSettings
 from serve_app.errors import ModelNotFoundError, UnavailableError
 from serve_app.outputs import GeneratedPiece
-from serve_app.types import Answer, ModelCard, ModelState, Request, TokenIds, Version
+from serve_app.types import Answer, ModelCard, ModelState, Request, TokenIds, Usage, Version
 
 
 def check_model(name: str | None, models: Sequence[str]) -> None:
@@ -78,7 +78,8 @@ class Service(Protocol):
     async def answer(self, request: Request) -> Answer:
         """Compute one request; `serve_app.outputs.TaskOutput` says what `output` is for each task.
 
-        Raises ServeAppError. Cancelling the caller cancels the work.
+        What it costs is counted in `request.usage`, whatever comes of it. Raises ServeAppError. Cancelling the caller
+        cancels the work.
         """
 
     async def estimate(self, request: Request) -> int:
@@ -87,19 +88,31 @@ class Service(Protocol):
     def stream(self, request: Request) -> AsyncIterator[GeneratedPiece]:
         """The one input's answer piece by piece, for tasks that generate.
 
-        Iterating raises ServeAppError, before the first piece or later. Closing the iterator cancels the work.
+        Iterating raises ServeAppError, before the first piece or later. Closing the iterator cancels the work. Each
+        token is counted in `request.usage` as it comes.
         """
 
     async def tokenize(
-        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
+        self,
+        model: str,
+        texts: Sequence[str],
+        special_tokens: bool,
+        prompt_name: str | None = None,
+        usage: Usage | None = None,
     ) -> Sequence[Sequence[TextToken]]:
         """The tokens of each text, however long, after a prompt (the model's default one where none is named).
 
-        With or without special tokens. Raises ServeAppError.
+        With or without special tokens. They are counted in `usage`. Raises ServeAppError.
         """
 
-    async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> Sequence[str]:
-        """The text of each sequence of token ids. Raises ServeAppError."""
+    async def decode(
+        self,
+        model: str,
+        sequences: Sequence[TokenIds],
+        skip_special_tokens: bool,
+        usage: Usage | None = None,
+    ) -> Sequence[str]:
+        """The text of each sequence of token ids, which are counted in `usage`. Raises ServeAppError."""
 
     def has_version(self, name: str) -> bool:
         """Whether the model has a version that can answer. Raises ModelNotFoundError."""
@@ -118,8 +131,11 @@ class Service(Protocol):
     def compute_type(self, name: str) -> str:
         """What the model runs on, "cpu" or "gpu", as far as is known; for the header `x-compute-type`."""
 
-    async def metrics_text(self) -> bytes:
-        """Prometheus text exposition, format 0.0.4."""
+    async def metrics_text(self, everything: bool) -> bytes:
+        """The cluster's metrics as Prometheus text exposition, format 0.0.4: Serve's and this application's, or all.
+
+        Raises UnavailableError.
+        """
 
     async def memory(self, name: str) -> str:
         """A replica's report of its memory, for a person. Raises ModelNotFoundError or UnavailableError."""

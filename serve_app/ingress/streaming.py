@@ -42,7 +42,7 @@ async def stream_reply(
     deadline, which counts for the whole answer, end the work.
     """
     timeout_s = exchange.time_left_s
-    pieces = _counted(exchange, stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s))
+    pieces = _noted(exchange, stream_while_connected(exchange.receive, exchange.service.stream(request), timeout_s))
     events = _closing(pieces, write(pieces))
     first = await anext(events, b"")
     told = [*_HEADERS, *headers, (b"x-truncated-inputs", b"%d" % exchange.truncated)]
@@ -51,13 +51,12 @@ async def stream_reply(
     return Reply(_framed(first, events, dialect, exchange), content_type=EVENT_STREAM, headers=tuple(told))
 
 
-async def _counted(
+async def _noted(
     exchange: Exchange, pieces: AsyncGenerator[GeneratedPiece, None]
 ) -> AsyncGenerator[GeneratedPiece, None]:
-    """`pieces`, each counted with the request's tokens, the prompt's (and whether it was cut) with the first."""
+    """`pieces`, of whose first one it is noted whether the prompt was cut, and by which revision it was read."""
     async with aclosing(pieces):
         async for piece in pieces:
-            exchange.tokens += (piece.token is not None) + (0 if exchange.tokens else piece.prompt_tokens)
             exchange.truncated += piece.truncated
             exchange.revision = exchange.revision or piece.revision
             yield piece
@@ -78,7 +77,7 @@ async def _framed(first: bytes, events: Events, dialect: Dialect, exchange: Exch
             async for data in events:
                 yield _event(data)
         except ClientDisconnectedError:
-            exchange.status = 0
+            raise
         except Exception as error:
             yield _event(_error(exchange.expected(error), dialect, exchange.id))
 

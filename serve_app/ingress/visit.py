@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from serve_app.config import IngressSettings
 from serve_app.errors import DeadlineExceededError, ServeAppError, ServerError
 from serve_app.ingress.access import Account
+from serve_app.ingress.places import Places
 from serve_app.ingress.service import Service
-from serve_app.types import Answer, Request
+from serve_app.types import Answer, Request, Usage
 
 logger = logging.getLogger(__name__)
 
-_COMPUTED_AND_FAILED = 424
-"""Of the statuses of refusals the one that is none."""
+CANCELLED = "cancelled"
+"""In the place of an error's code, of a request whose client did not wait for its answer."""
 
 
 @dataclass(slots=True)
@@ -32,22 +33,28 @@ class Visit:
     """Seconds that the request may take from its arrival on: the client's own, never more than the server's."""
     account: Account | None = None
     """Of the API key, where keys are on."""
-    tokens: int = 0
-    """Tokens that it has cost so far, as far as is known."""
+    usage: Usage = field(default_factory=Usage)
+    """What it has cost so far."""
     reserved: int = 0
     """Tokens that its account was charged with before they were computed."""
     truncated: int = 0
     """Inputs that were cut, of an answer in pieces."""
     revision: str = ""
     """Revision of the model that makes an answer in pieces, once it is known."""
-    counted: bool = False
-    """Whether it is among the requests under way, of which there may be only so many."""
+    place: Places | None = None
+    """Where it is counted while it is under way."""
     route: tuple[str, str] | None = None
     """Method and path of the route that was found, as the table has them; of a gRPC call "gRPC" and its method."""
+    is_counted: bool = True
+    """Whether metrics count it among the requests; False for what operators and load balancers ask."""
+    model: str = ""
+    """The served model that it is about, once that is known."""
+    task: str = ""
+    """What that model is to do, once that is known."""
     request: Request | None = None
     answer: Answer | None = None
     status: int = 0
-    """What was answered, as HTTP tells it; 0 while nothing was."""
+    """What was answered, as HTTP tells it; 0 until all of it was."""
     code: str = "ok"
     """Of the error that was answered."""
     started: float = field(default_factory=time.perf_counter)
@@ -62,15 +69,19 @@ class Visit:
             self.account.reserve(tokens)
             self.reserved += tokens
 
-    def settle(self) -> None:
-        """Charge what it has cost instead of the estimate.
+    @property
+    def outcome(self) -> str:
+        """How it ended: "ok", the code of the error that was answered, or CANCELLED."""
+        return self.code if self.status else CANCELLED
 
-        The estimate stays where nobody can tell: after a timeout, a failure, or if the client left. What was refused
-        has cost nothing.
+    def settle(self) -> None:
+        """Charge what was computed in the place of the estimate, whatever was answered.
+
+        The estimate stays where nobody can tell what was computed: after a timeout, a failure, or if the client left.
         """
         if self.account is not None:
-            refused = 400 <= self.status < 500 and self.status != _COMPUTED_AND_FAILED
-            cost = self.tokens or (0 if refused else self.reserved)
+            known = self.usage.tokens
+            cost = max(known, self.reserved) if self.usage.is_uncertain else known
             self.account.charge(cost - self.reserved)
 
     def expected(self, error: Exception) -> ServeAppError:

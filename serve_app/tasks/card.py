@@ -18,7 +18,7 @@ from serve_app.config import GENERATING_TASKS, ModelConfig, TaskName
 from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.tasks.architectures import architectures_of, check_task, labels_of, task_of
 from serve_app.tasks.special_tokens import SpecialTokens, has_chat_template
-from serve_app.types import ModelCard, Side
+from serve_app.types import GenerationDefaults, ModelCard, Side
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,17 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
         prompts=prompts,
         default_prompt_name=default_prompt_name,
         tokenizer_threads=config.tokenizer_threads,
+        generation=_generation_defaults(folder, model) if task in GENERATING_TASKS else GenerationDefaults(),
     )
+
+
+def _generation_defaults(folder: Path, model: Json) -> GenerationDefaults:
+    """Of `generation_config.json`, else of config.json, where older models have them."""
+    file = folder / "generation_config.json"
+    told = _json(file) if file.exists() else model
+    found = {name: told.get(name) for name in ("max_new_tokens", "max_length", "num_beams")}
+    numbers = {name: value for name, value in found.items() if type(value) is int and value > 0}
+    return GenerationDefaults(**numbers)
 
 
 def _task_prefixes(model: Json) -> Mapping[str, str]:

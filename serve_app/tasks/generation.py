@@ -15,7 +15,7 @@ from serve_app.tasks.inputs import truncation_side_of
 from serve_app.types import Chat, ModelCard, Request, TokenizeRequest
 
 DEFAULT_NEW_TOKENS = 256
-"""Room that a cut prompt leaves for an answer where the request does not say how long it may be."""
+"""New tokens of an answer where neither the request nor the model's files say; what transformers' pipelines take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,27 @@ def _translation_prefix(card: ModelCard, options: GenerationOptions) -> str:
 
 def _known(pairs: Mapping[str, str]) -> str:
     return ", ".join(sorted(task.removeprefix("translation_").replace("_to_", " to ") for task in pairs))
+
+
+def most_new_tokens(request: Request, card: ModelCard, prompt_tokens: int) -> int:
+    """Most tokens that the model computes to answer one prompt of so many tokens, those of all beams together.
+
+    By the rule of the model replica (`serve_app.model.generation.sampling.new_tokens`), within the model's window.
+    """
+    options, own, encodes = request.options, card.generation, GENERATING[request.task].encodes
+    assert isinstance(options, GenerationOptions)
+    before = 1 if encodes else prompt_tokens
+    new = options.max_new_tokens or own.max_new_tokens
+    if new is None:
+        longest = options.max_length or own.max_length
+        new = DEFAULT_NEW_TOKENS if longest is None else longest - before
+    room = card.max_input_tokens - before
+    return max(1, min(new, room)) * beams_of(options, card)
+
+
+def beams_of(options: GenerationOptions, card: ModelCard) -> int:
+    """Sequences that are computed side by side for one answer."""
+    return options.num_beams or card.generation.num_beams
 
 
 def speaks_by_prefix(card: ModelCard) -> bool:

@@ -24,7 +24,7 @@ GOOD: dict[str, Any] = {
                 {
                     "name": "ingress",
                     "num_replicas": 1,
-                    "max_ongoing_requests": 1024,
+                    "max_ongoing_requests": 2200,
                     "user_config": {"max_batch_requests": 256, "max_concurrent_batches": 4},
                     "ray_actor_options": {"num_cpus": 0.1},
                 },
@@ -200,6 +200,18 @@ def test_what_the_application_refuses_is_named(check: Check, config: dict[str, A
             f"{INGRESS}.max_ongoing_requests: 1000 is below max_batch_requests x max_concurrent_batches = 256 x 4",
         ),
         (
+            ingress("max_ongoing_requests", to=2063),
+            f"{INGRESS}.max_ongoing_requests: 2063 is below 2 x max_concurrent_requests + 64 = 2064: that many",
+        ),
+        (
+            ingress("user_config", "max_concurrent_requests", to=1100),
+            f"{INGRESS}.max_ongoing_requests: 2200 is below 2 x max_concurrent_requests + 64 = 2264: that many",
+        ),
+        (
+            ingress("max_queued_requests", to=999),
+            f"{INGRESS}.max_queued_requests: 999 is below max_concurrent_requests (1000): Serve counts each request",
+        ),
+        (
             model_tier("user_config", "max_batch_tokens", to=128),
             f"{MODEL}.user_config.max_batch_tokens: 128 is below the model's longest input, 256 tokens",
         ),
@@ -235,6 +247,31 @@ def test_settings_that_contradict_each_other_are_named(check: Check, config: dic
 )
 def test_what_may_be_right_elsewhere_is_only_a_warning(check: Check, config: dict[str, Any], line: str) -> None:
     assert line in [found[: len(line)] for found in check(config)]
+
+
+def test_an_ingress_without_a_bound_on_what_waits_is_warned_about(check: Check) -> None:
+    (line,) = check(ingress("max_queued_requests", to=-1))
+
+    assert line.startswith(f"{INGRESS}.max_queued_requests: warning: -1 lets any number of requests wait")
+
+
+def test_slots_that_the_file_does_not_set_are_compared_with_those_that_the_application_sets(check: Check) -> None:
+    config = ingress("user_config", "max_concurrent_requests", to=1100)
+    del config["applications"][0]["deployments"][0]["max_ongoing_requests"]
+
+    (line,) = check(config)
+    assert line.startswith(f"{INGRESS}.max_ongoing_requests: 2200 is below 2 x max_concurrent_requests + 64 = 2264")
+
+
+def test_the_slots_that_the_application_sets_are_enough_for_the_settings_it_sets() -> None:
+    from ray.serve._private.build_app import build_app
+
+    from serve_app.app import build
+    from serve_app.config import IngressConfig, IngressSettings
+
+    (built,) = build_app(build(IngressConfig()), name="default").deployments
+    assert built.max_ongoing_requests >= IngressSettings().needed_slots == 2 * 1000 + 64
+    assert built.max_queued_requests == built.max_ongoing_requests
 
 
 def test_a_share_of_a_core_is_no_fault_while_the_most_replicas_have_a_core_each(check: Check) -> None:

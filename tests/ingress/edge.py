@@ -55,6 +55,7 @@ from serve_app.types import (
     TextInput,
     Timings,
     TokenIds,
+    Usage,
     Version,
 )
 from tests.batches import NO_TOKENS
@@ -119,6 +120,12 @@ def made_up(request: Request) -> TaskOutput:
     return tuple(Generated("".join(WORDS), (10, 11, 12, 13), "length", told) for _ in inputs)
 
 
+def new_tokens(answer: Answer) -> int:
+    """Those that were generated."""
+    output = answer.output if isinstance(answer.output, tuple) else ()
+    return sum(len(one.tokens) for one in output if isinstance(one, Generated))
+
+
 def pieces_of(request: Request) -> Iterator[GeneratedPiece]:
     for index, (word, token) in enumerate(zip(WORDS, TOKENS, strict=True)):
         assert isinstance(request.options, GenerationOptions)
@@ -128,7 +135,9 @@ def pieces_of(request: Request) -> Iterator[GeneratedPiece]:
 
 
 class FakeService:
-    """Answers at once unless held; fails as told; remembers what it was asked and what was cancelled."""
+    """Answers at once unless held; fails as told, before it computes or after; remembers what it was asked and what
+    was cancelled.
+    """
 
     def __init__(self, *names: str, task: str = "embedding", tasks: Mapping[str, str] | None = None) -> None:
         self.models = names or (CARD.name,)
@@ -139,6 +148,7 @@ class FakeService:
         self.pieces_before_failure = 0
         self.requests: list[Request] = []
         self.failure: BaseException | None = None
+        self.late_failure: BaseException | None = None
         self.unready: str | None = None
         self.starting: set[str] = set()
         self.device = "cpu"
@@ -156,14 +166,19 @@ class FakeService:
     async def answer(self, request: Request) -> Answer:
         self.requests.append(request)
         self.started.set()
-        try:
-            await self.go.wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
+        with request.usage.computing():
+            try:
+                await self.go.wait()
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
         if self.failure is not None:
             raise self.failure
-        return self._computed(request, await self.card(request.model))
+        answer = self._computed(request, await self.card(request.model))
+        request.usage.tokens += answer.tokens + new_tokens(answer)
+        if self.late_failure is not None:
+            raise self.late_failure
+        return answer
 
     def _computed(self, request: Request, card: ModelCard) -> Answer:
         if request.task not in ("embedding", "similarity"):
@@ -189,6 +204,7 @@ class FakeService:
             for index, piece in enumerate(pieces_of(request)):
                 if self.failure is not None and index == self.pieces_before_failure:
                     raise self.failure
+                request.usage.tokens += (piece.token is not None) + (0 if index else piece.prompt_tokens)
                 yield piece if index else replace(piece, revision=VERSION.revision)
                 await self.go.wait()
         except (asyncio.CancelledError, GeneratorExit):
@@ -196,18 +212,30 @@ class FakeService:
             raise
 
     async def tokenize(
-        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None
+        self,
+        model: str,
+        texts: Sequence[str],
+        special_tokens: bool,
+        prompt_name: str | None = None,
+        usage: Usage | None = None,
     ) -> list[list[TextToken]]:
         if self.failure is not None:
             raise self.failure
         prompt = prompt_of(prompt_name, await self.card(model))
         texts = [prompt + text for text in texts]
         start = [TextToken(0, "[CLS]", True, None, None)] if special_tokens else []
-        return [[*start, *(TextToken(ord(c), c, False, i, i + 1) for i, c in enumerate(text))] for text in texts]
+        found = [[*start, *(TextToken(ord(c), c, False, i, i + 1) for i, c in enumerate(text))] for text in texts]
+        if usage is not None:
+            usage.tokens += sum(map(len, found))
+        return found
 
-    async def decode(self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool) -> list[str]:
+    async def decode(
+        self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool, usage: Usage | None = None
+    ) -> list[str]:
         if self.failure is not None:
             raise self.failure
+        if usage is not None:
+            usage.tokens += sum(map(len, sequences))
         return ["".join(chr(i) if 0 < i < 0xD800 else "?" for i in ids) for ids in sequences]
 
     async def ready(self, name: str | None = None) -> None:
@@ -225,8 +253,9 @@ class FakeService:
     def compute_type(self, name: str) -> str:
         return self.device
 
-    async def metrics_text(self) -> bytes:
-        return b"# TYPE serve_app_requests_total counter\nserve_app_requests_total 3\n"
+    async def metrics_text(self, everything: bool) -> bytes:
+        text = b"# TYPE serve_app_requests_total counter\nserve_app_requests_total 3\n"
+        return text + b"# TYPE ray_tasks gauge\nray_tasks 1\n" if everything else text
 
     async def memory(self, name: str) -> str:
         await self.card(name)

@@ -12,7 +12,13 @@ import httpx
 import pytest
 
 from serve_app.config import ApiKeysConfig, IngressSettings
-from serve_app.errors import InputTooLongError, OverloadedError, ServeAppError
+from serve_app.errors import (
+    BatchTooLargeError,
+    InputTooLongError,
+    ModelFailureError,
+    OverloadedError,
+    ServeAppError,
+)
 from serve_app.ingress.access import Bucket, Guard
 from serve_app.ingress.asgi import App, create_app
 from serve_app.ingress.door import Door
@@ -20,8 +26,11 @@ from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.protocols.open_inference import unsupported
 from serve_app.ingress.service import SettingsRef
 from tests.ingress.edge import TOKENS, WORDS, FakeService
+from tests.ingress.test_counting import Call
 from tests.ingress.test_keys import Clock, line
 from tests.ingress.test_openapi import example_of
+from tests.ingress.tiers import Tiers, ingress_of
+from tests.inprocess import in_a_replica
 
 SECRET = "sa_the-secret-of-alice"
 GOOD = {"inputs": "a"}
@@ -203,6 +212,47 @@ async def test_what_the_service_refuses_is_given_back(
     service.failure = failure
     assert (await guarded.client.post("/embed", json={"inputs": "x" * 70}, headers=ALICE)).status_code >= 400
     assert guarded.tokens_left() == 60
+
+
+@pytest.mark.parametrize("failure", [BatchTooLargeError("large"), ModelFailureError("late"), ZeroDivisionError()])
+async def test_what_was_computed_is_charged_whatever_is_answered(
+    service: FakeService, tmp_path: Path, failure: Exception
+) -> None:
+    """70 characters are estimated as 70 tokens here, and cost 72."""
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=200"))
+    service.late_failure = failure
+    body = {"inputs": "x" * 70}
+    statuses = [(await guarded.client.post("/embed", json=body, headers=ALICE)).status_code for _ in range(4)]
+    assert [status >= 400 for status in statuses] == [True] * 4
+    assert statuses[3] == 429
+    assert guarded.tokens_left() == 200 - 3 * 72
+
+
+async def test_a_quota_ends_answers_that_are_computed_and_then_refused(tmp_path: Path) -> None:
+    """Through the ingress itself: 100 texts of one token each, whose vectors together are too large an answer."""
+    with in_a_replica():
+        ingress = await ingress_of(Tiers(), max_answer_bytes=3000)
+        guarded = Guarded(FakeService(), tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=200"))
+        ingress._door.guard = guarded.app._door.guard
+        transport = httpx.ASGITransport(ingress.__serve_build_asgi_app__())
+        async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+            body = {"inputs": ["a"] * 100}
+            codes = [(await client.post("/embed_all", json=body, headers=ALICE)).json()["code"] for _ in range(4)]
+    assert codes == ["batch_too_large", "batch_too_large", "quota_exceeded", "quota_exceeded"]
+
+
+async def test_a_stream_that_is_left_costs_what_had_come(service: FakeService, tmp_path: Path) -> None:
+    """A prompt of 6 tokens and the first new one, of the 50 that were estimated."""
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "tokens_per_minute=60"))
+    service.task = "text-generation"
+    service.go.clear()
+    call = Call("/v1/completions", json.dumps({"prompt": "x" * 50, "stream": True}).encode(), ALICE)
+    answering = asyncio.create_task(guarded.app(call.scope(), call.receive, call.send))
+    await call.answered.wait()
+    assert guarded.tokens_left() == 60 - 50
+    call.left.set()
+    await answering
+    assert guarded.tokens_left() == 60 - 7
 
 
 @pytest.mark.parametrize(

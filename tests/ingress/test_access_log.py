@@ -116,7 +116,7 @@ async def test_a_client_that_left_is_told_as_499(service: FakeService, lines: Li
         connection.writer.close()
         await asyncio.wait_for(service.cancelled.wait(), 20)
     (entry,) = lines.entries()
-    assert entry["status"] == 499
+    assert (entry["status"], entry["code"]) == (499, "cancelled")
 
 
 EVIL = '"}\r\n{"forged":"line","status":200}\n\u2028\x00\x1b[31m%s%n'

@@ -77,7 +77,8 @@ async def test_a_stream_says_at_its_start_what_is_known_then(route: Route, lines
 
 async def test_metrics_tell_the_same(ingress: Ingress, tiers: SlowTiers) -> None:
     tokens, stages, requests = Recorder(), Recorder(), Recorder()
-    ingress._metrics = replace(ingress._metrics, tokens=tokens, stage_seconds=stages, requests=requests)  # type: ignore[arg-type]
+    metrics = replace(ingress._metrics, tokens=tokens, stage_seconds=stages, requests=requests)  # type: ignore[arg-type]
+    ingress._door._metrics = metrics
     tiers.forward.go.set()
     ingress.reconfigure({"max_queued_tokens": 100})
     transport = httpx.ASGITransport(ingress.__serve_build_asgi_app__())

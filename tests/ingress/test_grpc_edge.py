@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from serve_app import errors
-from serve_app.config import ApiKeysConfig, IngressSettings
+from serve_app.config import MOST_QUESTIONS, ApiKeysConfig, IngressSettings
 from serve_app.ingress.access import Guard
 from serve_app.ingress.asgi import create_app
 from serve_app.ingress.door import REQUEST_ID, Door
@@ -149,16 +149,15 @@ async def test_failed_and_streamed_and_abandoned_calls_are_told_too(lines: Lines
         await left
     await servicer.ServerLive(messages.ServerLiveRequest(), Context())
     told = [(entry["status"], entry["code"], entry["tokens"]) for entry in lines.entries()]
-    assert told == [(200, "ok", 11), (400, "malformed_request", 0), (499, "ok", 0), (200, "ok", 0)]
+    assert told == [(200, "ok", 11), (400, "malformed_request", 0), (499, "cancelled", 0), (200, "ok", 0)]
 
 
 async def test_what_is_refused_for_want_of_a_place_costs_nothing_of_a_quota(service: FakeService, guard: Guard) -> None:
     servicer = Servicer(service, guard, max_concurrent_requests=1)
     key = {"x-api-key": "a"}
     door, visits = servicer.open_inference._door, servicer.open_inference.visit
-    with visits("ModelInfer", {b"x-api-key": b"m"}) as first:
-        first.counted = True
-        door._under_way += 1
+    with visits("ModelInfer", {}) as first:
+        door.admit(first, None, "inference")
         refused = Context(**key)
         await servicer.ModelInfer(request_of("a"), refused)
     assert "under way" in refused.details
@@ -216,6 +215,72 @@ async def test_a_stream_on_which_nothing_comes_is_ended(service: FakeService) ->
         assert await asyncio.wait_for(stream.code(), 20) is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "no request came" in await stream.details()
         assert dict(await stream.trailing_metadata())["x-request-id"]
+
+
+async def test_a_stream_without_a_key_is_refused_before_anything_comes_on_it(
+    service: FakeService, guard: Guard
+) -> None:
+    async with called(service, guard=guard) as channel:  # type: ignore[arg-type]
+        stream = streamed_on(channel)
+        assert await asyncio.wait_for(stream.code(), 20) is grpc.StatusCode.UNAUTHENTICATED
+        assert "API key" in await stream.details()
+        assert dict(await stream.trailing_metadata())["x-request-id"]
+
+
+class Unread:
+    """A stream of requests that nobody may read."""
+
+    def __aiter__(self) -> Unread:
+        return self
+
+    async def __anext__(self) -> Any:
+        raise AssertionError("it was read")
+
+
+@pytest.mark.parametrize(("key", "refused"), [("unknown", "UNAUTHENTICATED"), ("m", "PERMISSION_DENIED")])
+async def test_a_stream_that_is_refused_holds_no_place(
+    service: FakeService, guard: Guard, lines: Lines, key: str, refused: str
+) -> None:
+    servicer, context = Servicer(service, guard, log_requests=True), Context(**{"x-api-key": key})
+    assert [each async for each in servicer.ModelStreamInfer(Unread(), context)] == []
+    assert context.code.name == refused
+    assert servicer.open_inference._streams._taken == 0
+    assert [entry["code"] for entry in lines.entries()] == [{"unknown": "unauthorized", "m": "forbidden"}[key]]
+
+
+async def test_questions_about_the_server_have_places_of_their_own(service: FakeService) -> None:
+    """So that no number of them keeps requests out, or others who ask."""
+    asked, release = asyncio.Event(), asyncio.Event()
+    count = 0
+
+    async def held(name: str | None = None) -> None:
+        nonlocal count
+        count += 1
+        if count == MOST_QUESTIONS:
+            asked.set()
+        await release.wait()
+
+    service.ready = held  # type: ignore[method-assign]
+    settings, door = SettingsRef(IngressSettings()), Door()
+    servicer = Servicer(service)
+    servicer.open_inference = type(servicer.open_inference)(service, settings, door)
+    transport = httpx.ASGITransport(create_app(service, settings, door=door))
+    async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+        http = [asyncio.create_task(client.get("/ready")) for _ in range(MOST_QUESTIONS - 1)]
+        ready = asyncio.create_task(servicer.ServerReady(messages.ServerReadyRequest(), Context()))
+        await asyncio.wait_for(asked.wait(), 20)
+        for path in ("/ready", "/models/tiny/health", "/info", "/metrics", "/v2/health/ready", "/v2/models/tiny"):
+            refused = await client.get(path)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1"), path
+        context = Context()
+        await servicer.ServerReady(messages.ServerReadyRequest(), context)
+        assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await client.get("/health")).status_code == (await client.get("/docs")).status_code == 200
+        assert (await client.post("/embed", json={"inputs": "a"})).status_code == 200
+        release.set()
+        assert [response.status_code for response in await asyncio.gather(*http)] == [200] * len(http)
+        assert (await ready).ready
+        assert (await client.get("/ready")).status_code == 200
 
 
 async def test_streams_are_counted_as_long_as_they_are_open(service: FakeService) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 
 from serve_app import errors
 from serve_app.config import ApiKeysConfig, IngressSettings
+from serve_app.ingress import openapi
 from serve_app.ingress.access import Guard
 from serve_app.ingress.asgi import App, create_app
 from serve_app.ingress.door import Door
@@ -176,3 +178,27 @@ async def test_the_page_needs_nothing_from_elsewhere(client: httpx.AsyncClient) 
 async def test_the_root_leads_a_browser_to_the_page(client: httpx.AsyncClient) -> None:
     response = await client.get("/")
     assert (response.status_code, response.headers["location"]) == (307, "/docs")
+
+
+async def test_the_document_is_written_in_a_thread_once_for_all_and_again_for_other_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[int] = []
+    describe = openapi.describe
+
+    def noted(*arguments: Any, **more: Any) -> Any:
+        threads.append(threading.get_ident())
+        return describe(*arguments, **more)
+
+    monkeypatch.setattr(openapi, "describe", noted)
+    service = FakeService("first")
+    async with client_of(service) as client:
+        for models in ((), ("first",), ("first", "second")):
+            service.models = models
+            threads.clear()
+            documents = await asyncio.gather(*(client.get("/openapi.json") for _ in range(5)))
+            assert len({document.text for document in documents}) == 1
+            assert len(threads) == 1
+            assert threading.get_ident() not in threads
+            (name,) = documents[0].json()["paths"]["/models/{name}/info"]["get"]["parameters"]
+            assert name["schema"].get("enum", []) == list(models)

@@ -165,6 +165,16 @@ async def test_metrics_are_prometheus_text(client: httpx.AsyncClient) -> None:
     response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "serve_app_requests_total 3" in response.text
+    assert "ray_tasks" not in response.text
+
+
+async def test_all_metrics_are_told_where_they_are_asked_for(client: httpx.AsyncClient) -> None:
+    assert "ray_tasks 1" in (await client.get("/metrics?all=1")).text
+    assert "ray_tasks" not in (await client.get("/metrics?all=0&other=1")).text
+    for wrong in ("all=yes", "all=", "all=%FF"):
+        response = await client.get(f"/metrics?{wrong}")
+        assert (response.status_code, response.json()["code"]) == (400, "malformed_request")
+        assert "`all` takes 0 or 1" in response.json()["error"]
 
 
 async def test_a_replicas_memory_is_text_for_a_person(client: httpx.AsyncClient) -> None:
@@ -222,6 +232,7 @@ class Running:
 async def running(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     monkeypatch.setattr(served_model, "PROBE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(served_model, "READY_FOR_S", -1.0)  # each question is a forward of its own
+    monkeypatch.setattr(served_model, "PROBE_KEPT_S", 0.0)
     with in_a_replica():
         running = Running()
         yield running

@@ -1,8 +1,13 @@
-"""Several nodes' expositions as one, read back with the parser of Prometheus' own client."""
+"""Several nodes' expositions, fetched off the event loop and merged, read back with Prometheus' own parser."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import contextlib
+import ssl
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -19,7 +24,9 @@ from prometheus_client import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.ingress.prometheus import merge
+from serve_app.errors import UnavailableError
+from serve_app.ingress import prometheus
+from serve_app.ingress.prometheus import Address, ClusterMetrics, merge
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +114,128 @@ def test_no_sample_is_lost_whatever_the_labels_and_values(nodes: list[tuple[str,
         texts.append(generate_latest(registry).decode())
     samples = parsed(merge(texts)).get("queued", ("", "", set()))[2]
     assert samples == {("queued", (("model", label),), value) for label, value in nodes}
+
+
+class Node:
+    """An endpoint that tells `text` once it may."""
+
+    def __init__(self, text: str) -> None:
+        self.asked = 0
+        self.go = threading.Event()
+        self.go.set()
+        node = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                node.asked += 1
+                assert node.go.wait(20)
+                self.send_response(200 if self.path == "/metrics" and text else 404)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address: Address = ("127.0.0.1", self._server.server_address[1])
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Node]:
+        thread = threading.Thread(target=self._server.serve_forever)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._server.shutdown()
+            thread.join()
+            self._server.server_close()
+
+
+OURS = """# HELP ray_serve_app_requests_total Requests.
+# TYPE ray_serve_app_requests_total counter
+ray_serve_app_requests_total{model="tiny"} 3.0
+"""
+SERVES = """# HELP ray_serve_num_http_requests_total Requests.
+# TYPE ray_serve_num_http_requests_total counter
+ray_serve_num_http_requests_total{route="/"} 4.0
+"""
+RAYS = """# HELP ray_tasks Tasks.
+# TYPE ray_tasks gauge
+ray_tasks{name="ray_serve_app"} 5.0
+"""
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[Node, Node]]:
+    with Node(OURS + RAYS).running() as first, Node(RAYS + SERVES).running() as second:
+        yield first, second
+
+
+def metrics_of(nodes: Sequence[Node], kept_s: float = 0.0) -> ClusterMetrics:
+    return ClusterMetrics(lambda: [node.address for node in nodes], kept_s)
+
+
+async def test_all_nodes_are_told_and_by_default_only_what_is_of_serve(nodes: tuple[Node, Node]) -> None:
+    metrics = metrics_of(nodes)
+    assert parsed((await metrics.text(False)).decode()) == parsed(OURS + SERVES)
+    assert parsed((await metrics.text(True)).decode()) == parsed(OURS + RAYS + SERVES)
+
+
+async def test_the_event_loop_turns_while_nodes_are_asked(nodes: tuple[Node, Node]) -> None:
+    """Each node answers only when the loop has let it."""
+    for node in nodes:
+        node.go.clear()
+    asking = asyncio.create_task(metrics_of(nodes).text(True))
+    while not all(node.asked for node in nodes):
+        await asyncio.sleep(0.001)
+    assert not asking.done()
+    for node in nodes:
+        node.go.set()
+    assert parsed((await asyncio.wait_for(asking, 20)).decode()) == parsed(OURS + RAYS + SERVES)
+
+
+async def test_nothing_is_fetched_or_merged_on_the_event_loops_thread_or_with_tls(
+    nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked: list[int] = []
+
+    def noted(work: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            worked.append(threading.get_ident())
+            return work(*arguments)
+
+        return call
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("an SSL context was made")
+
+    for name in ("fetch", "_merged"):
+        monkeypatch.setattr(prometheus, name, noted(getattr(prometheus, name)))
+    monkeypatch.setattr(ssl, "SSLContext", refuse)
+    metrics = ClusterMetrics(noted(lambda: [node.address for node in nodes]), 0.0)
+    await metrics.text(False)
+    assert len(worked) == 1 + 2 + 1
+    assert threading.get_ident() not in worked
+
+
+@pytest.mark.parametrize("kept_s", [0.0, 3600.0])
+async def test_scrapes_at_the_same_time_ask_each_node_once(nodes: tuple[Node, Node], kept_s: float) -> None:
+    metrics = metrics_of(nodes, kept_s)
+    texts = await asyncio.gather(*(metrics.text(False) for _ in range(20)))
+    assert len(set(texts)) == 1
+    assert [node.asked for node in nodes] == [1, 1]
+    assert await metrics.text(False) == texts[0]
+    assert [node.asked for node in nodes] == ([1, 1] if kept_s else [2, 2])
+
+
+async def test_nodes_that_do_not_answer_are_left_out() -> None:
+    with Node(OURS).running() as there, Node("").running() as refusing:
+        gone = Node("")
+        gone._server.server_close()
+        assert (await metrics_of([gone, there, refusing]).text(True)).decode() == OURS
+        with pytest.raises(UnavailableError, match="no node's metrics endpoint answers"):
+            await metrics_of([gone, refusing]).text(True)
+
+
+def test_a_name_in_a_label_keeps_no_metric() -> None:
+    assert merge([OURS + RAYS], "ray_serve_") == OURS

@@ -17,14 +17,32 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from serve_app.config import IngressSettings
-from serve_app.errors import ModelNotFoundError, UnavailableError, VersionGoneError
+from serve_app.errors import (
+    BatchTooLargeError,
+    ModelFailureError,
+    ModelNotFoundError,
+    OverloadedError,
+    ServeAppError,
+    UnavailableError,
+    VersionGoneError,
+)
+from serve_app.ingress import served_model
 from serve_app.ingress.finishing import Finishing
 from serve_app.ingress.served_model import VERSION_TRIES, ModelTiers, ServedModel
 from serve_app.ingress.tier import Tier, TierView
 from serve_app.metrics import IngressMetrics
-from serve_app.options import EmbeddingOptions, GenerationOptions
+from serve_app.options import EmbeddingOptions, GenerationOptions, TokenEmbeddingOptions
 from serve_app.outputs import GeneratedPiece
-from serve_app.types import Answer, FloatArray, ModelCard, ModelState, Request, Version
+from serve_app.types import (
+    Answer,
+    FloatArray,
+    GenerationDefaults,
+    ModelCard,
+    ModelState,
+    Request,
+    Usage,
+    Version,
+)
 from tests.ingress import tiers
 from tests.ingress.edge import CARD, STATE
 from tests.ingress.test_coalescer import replica, settle
@@ -355,6 +373,50 @@ async def test_readiness_is_shown_by_a_version_that_answers(bench: Bench) -> Non
     assert bench.model.asked("forward")[-1] == "b"
 
 
+@pytest.mark.parametrize("task", ["embedding", "text-generation"])
+async def test_all_who_ask_for_readiness_share_one_probe_whoever_leaves(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    monkeypatch.setitem(ANSWERS, "card", lambda version, call: replace(card_of(version), task=task))
+    bench.run(A)
+    bench.tokenizer.hold("tokenize")
+    asking = [asyncio.create_task(bench.served.ready()) for _ in range(30)]
+    await bench.tokenizer.called["tokenize"].wait()
+    asking.pop(0).cancel()
+    await settle()
+    bench.tokenizer.release("tokenize")
+    await asyncio.wait_for(asyncio.gather(*asking), 5)
+    assert bench.tokenizer.asked("tokenize") == ["a"]
+    assert [name for name, _ in bench.model.calls] == [{"embedding": "forward", "text-generation": "stream"}[task]]
+    await bench.served.ready()
+    assert len(bench.model.calls) == 1, "it has answered lately"
+
+
+async def test_a_model_that_fails_its_probe_is_not_asked_again_at_once() -> None:
+    bench = Bench()
+    bench.run(A)
+    bench.model.failures["forward"] = [ModelFailureError("not a number")] * 2
+    for _ in range(10):
+        with pytest.raises(UnavailableError, match="does not answer: not a number") as refused:
+            await bench.served.ready()
+        assert refused.value.retry_after_s == 1.0
+    assert bench.model.asked("forward") == ["a"]
+
+
+async def test_those_who_ask_for_information_at_once_share_one_call(bench: Bench) -> None:
+    bench.run(A)
+    bench.model.hold("describe")
+    bench.model.hold("memory_summary")
+    infos = [asyncio.create_task(bench.served.info()) for _ in range(10)]
+    memories = [asyncio.create_task(bench.served.memory()) for _ in range(10)]
+    await settle()
+    bench.model.release("describe")
+    bench.model.release("memory_summary")
+    assert {info.state for info in await asyncio.gather(*infos) if info.state is None} == set()
+    assert set(await asyncio.gather(*memories)) == {A.revision}
+    assert sorted(name for name, _ in bench.model.calls) == ["describe", "memory_summary"]
+
+
 @pytest.fixture
 def _generates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ANSWERS, "card", lambda version, call: replace(card_of(version), task="text-generation"))
@@ -431,3 +493,125 @@ async def test_a_whole_answer_of_a_version_that_leaves_is_made_again_by_another(
     answer = await asked
     assert answer.version == B
     assert [whole.text for whole in answer.output] == ["word-of-bb says so"]  # type: ignore[union-attr]
+
+
+def embedding(*texts: str) -> Request:
+    return Request("id", "tiny", "embedding", texts, EmbeddingOptions(normalize=False))
+
+
+def cost(request: Request) -> tuple[int, bool]:
+    return request.usage.tokens, request.usage.is_uncertain
+
+
+async def test_what_was_computed_is_told_though_the_answer_is_refused() -> None:
+    bench = Bench(max_answer_bytes=3000)
+    bench.run(A)
+    request = Request("id", "tiny", "token-embedding", ("a",) * 100, TokenEmbeddingOptions())
+    with pytest.raises(BatchTooLargeError):
+        await bench.served.answer(request)
+    assert bench.model.asked("forward") == ["a"]
+    assert cost(request) == (100, False)
+
+
+@pytest.mark.parametrize(
+    ("failure", "uncertain"), [(ModelFailureError("not a number"), True), (OverloadedError("full"), False)]
+)
+async def test_a_failure_leaves_it_open_what_was_computed_and_a_refusal_does_not(
+    bench: Bench, failure: ServeAppError, uncertain: bool
+) -> None:
+    bench.run(A)
+    bench.model.failures["forward"] = [failure]
+    request = embedding("hello")
+    with pytest.raises(type(failure)):
+        await bench.served.answer(request)
+    assert cost(request) == (0, uncertain)
+
+
+async def test_what_waits_for_a_version_or_a_place_has_cost_nothing() -> None:
+    bench = Bench(max_queued_tokens=10)
+    waiting = embedding("hello")
+    asked = asyncio.create_task(bench.served.answer(waiting))
+    await settle()
+    asked.cancel()
+    await settle()
+    bench.run(A)
+    bench.tokenizer.hold("tokenize")
+    held = asyncio.create_task(bench.served.answer(embedding("x" * 40)))
+    await bench.tokenizer.called["tokenize"].wait()
+    refused = embedding("x" * 40)
+    with pytest.raises(OverloadedError):
+        await bench.served.answer(refused)
+    assert cost(waiting) == cost(refused) == (0, False)
+    bench.tokenizer.release("tokenize")
+    await held
+
+
+@pytest.mark.usefixtures("_generates")
+async def test_generated_tokens_are_told_as_they_come(bench: Bench) -> None:
+    """The stand-in for a tokenizer makes a token of each character: `(0,)` has four, `(0, 0)` has six."""
+    bench.run(A)
+    request = streaming()
+    async with aclosing(bench.served.stream(request)) as pieces:
+        await anext(pieces)
+        assert cost(request) == (4 + 1, False)
+    assert cost(request) == (4 + 1, False), "the client left"
+    whole = replace(streaming(), inputs=((0,), (0, 0)), usage=Usage())
+    await bench.served.answer(whole)
+    assert cost(whole) == ((4 + 2) + (6 + 2), False)
+
+
+@pytest.mark.usefixtures("_generates")
+async def test_tokens_of_each_beam_are_told(bench: Bench) -> None:
+    bench.run(A)
+    options = GenerationOptions(max_new_tokens=3, num_beams=4)
+    request = Request("id", "tiny", "text-generation", ((0,),), options)
+    await bench.served.answer(request)
+    assert cost(request) == (4 + 4 * 2, False)
+
+
+@pytest.mark.usefixtures("_generates")
+async def test_answers_to_the_other_prompts_of_a_refused_request_are_told(bench: Bench) -> None:
+    bench.run(A)
+    bench.model.failures["go on"] = [OverloadedError("full")] * 3
+    request = replace(streaming(), inputs=((0,),) * 3, usage=Usage())
+    with pytest.raises(OverloadedError):
+        await bench.served.answer(request)
+    assert cost(request) == (3 * (4 + 1), False)
+
+
+async def test_texts_whose_tokens_are_too_many_to_be_told_have_cost_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BatchTooLargeError("too many")
+
+    monkeypatch.setattr(served_model, "text_tokens", refuse)
+    bench.run(A)
+    usage = Usage()
+    with pytest.raises(BatchTooLargeError):
+        await bench.served.tokenize(["hello", "you"], True, usage=usage)
+    assert usage.tokens == len("helloyou")
+
+
+@pytest.mark.parametrize(
+    ("options", "defaults", "tokens"),
+    [
+        (GenerationOptions(), GenerationDefaults(), 2 * (2 + 62)),
+        (GenerationOptions(), GenerationDefaults(max_new_tokens=10), 2 * (2 + 10)),
+        (GenerationOptions(), GenerationDefaults(max_length=20), 2 * (2 + 18)),
+        (GenerationOptions(), GenerationDefaults(max_new_tokens=10, num_beams=4), 2 * (2 + 40)),
+        (GenerationOptions(max_length=7), GenerationDefaults(max_length=20), 2 * (2 + 5)),
+        (GenerationOptions(max_new_tokens=5, num_beams=2), GenerationDefaults(max_new_tokens=10), 2 * (2 + 10)),
+        (GenerationOptions(max_new_tokens=10**9), GenerationDefaults(), 2 * (2 + 62)),
+    ],
+    ids=["window", "new", "length", "beams", "own length", "own", "more than fits"],
+)
+async def test_an_answer_is_estimated_as_long_as_request_and_model_allow(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, options: GenerationOptions, defaults: GenerationDefaults, tokens: int
+) -> None:
+    """Two prompts of two tokens, in a window of 64."""
+    card = replace(CARD, task="text-generation", generation=defaults)
+    monkeypatch.setitem(ANSWERS, "card", lambda version, call: card)
+    bench.run(A)
+    request = Request("id", "tiny", "text-generation", ((5, 6), (7, 8)), options)
+    assert await bench.served.estimate(request) == tokens

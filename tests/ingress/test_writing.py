@@ -47,7 +47,7 @@ def service() -> Talkative:
 
 
 def under_way(app: App) -> int:
-    return app._door._under_way
+    return app._door._requests._taken + app._door._questions._taken
 
 
 async def until_free(app: App) -> None:

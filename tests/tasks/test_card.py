@@ -12,6 +12,7 @@ import pytest
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.tasks.card import read_card, transformer_folder
+from serve_app.types import GenerationDefaults
 
 BERT = {"model_type": "bert", "hidden_size": 24, "max_position_embeddings": 64}
 
@@ -234,3 +235,36 @@ def test_a_begin_token_is_a_cls_token_only_where_the_tokenizers_class_says_so(
         "tokenizer_config.json": {"model_max_length": 64, **tokenizer},
     }
     assert read_card(write(tmp_path, files), config(), "").cls_token_id == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "legacy"),
+    [
+        ({"max_length": 142, "num_beams": 4}, {}),
+        ({"max_new_tokens": 30}, {"max_length": 142, "num_beams": 4}),
+        ({}, {"max_length": 142}),
+        (None, {"max_length": 142, "num_beams": 4}),
+        (None, {}),
+        ({"max_length": None, "num_beams": None}, {}),
+    ],
+    ids=["length and beams", "its own file wins", "an empty file", "of an older model", "nothing", "null"],
+)
+def test_what_a_model_generates_by_default_is_what_transformers_reads(tmp_path: Path, own: Any, legacy: Any) -> None:
+    """Where there is no file of its own, models are loaded with what their config.json says."""
+    from transformers import GenerationConfig
+
+    model = {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "d_model": 16}
+    files: dict[str, Any] = {"config.json": {**model, "max_position_embeddings": 64, **legacy}}
+    if own is not None:
+        files["generation_config.json"] = own
+    write(tmp_path, files)
+    told = read_card(tmp_path, config(task="summarization"), "").generation
+    source = "config.json" if own is None else "generation_config.json"
+    expected = GenerationConfig.from_pretrained(tmp_path, config_file_name=source)
+    assert (told.max_new_tokens, told.max_length) == (expected.max_new_tokens, expected.max_length)
+    assert told.num_beams == (expected.num_beams or 1)
+
+
+def test_a_model_that_does_not_generate_has_no_such_defaults(tmp_path: Path) -> None:
+    files = {"generation_config.json": {"max_length": 142}}
+    assert read_card(write(tmp_path, files), config(), "").generation == GenerationDefaults()

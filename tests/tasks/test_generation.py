@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.options import EmbeddingOptions, GenerationOptions
 from serve_app.outputs import GeneratedPiece
-from serve_app.tasks.generation import GENERATING, collected
-from serve_app.types import Chat, ChatMessage, ModelCard, Request, TokenizeRequest
+from serve_app.tasks.generation import GENERATING, collected, most_new_tokens
+from serve_app.types import Chat, ChatMessage, GenerationDefaults, ModelCard, Request, TokenizeRequest
 
 CARD = ModelCard(
     name="tiny",
@@ -123,3 +124,27 @@ def test_pieces_make_the_whole() -> None:
     pieces = [GeneratedPiece("a", 5), GeneratedPiece("", 6), GeneratedPiece("bc", None, finish_reason="length")]
     whole = collected(pieces)
     assert (whole.text, whole.tokens, whole.finish_reason) == ("abc", (5, 6), "length")
+
+
+@pytest.mark.parametrize(("task", "card"), [("text-generation", CARD), ("summarization", T5)], ids=["decoder", "both"])
+@pytest.mark.parametrize("asked", [{}, {"max_new_tokens": 7}, {"max_length": 90}, {"max_new_tokens": 5000}], ids=str)
+@pytest.mark.parametrize("own", [{}, {"max_new_tokens": 11}, {"max_length": 80}, {"max_length": 5}], ids=str)
+def test_an_answer_is_reckoned_as_long_as_the_model_replica_lets_it_be(
+    task: str, card: ModelCard, asked: dict[str, int], own: dict[str, int]
+) -> None:
+    from transformers import GenerationConfig
+
+    from serve_app.model.generation.sampling import new_tokens
+
+    request = Request("id", "tiny", task, ("hello",), GenerationOptions(**asked))
+    model, before = SimpleNamespace(generation_config=GenerationConfig(**own)), 1 if card is T5 else 40
+    allowed = min(new_tokens(model, request.options, before), card.max_input_tokens - before)  # type: ignore[arg-type]
+    defaults = replace(card, generation=GenerationDefaults(**own))
+    assert most_new_tokens(request, defaults, prompt_tokens=40) == allowed
+
+
+@pytest.mark.parametrize(("asked", "own", "beams"), [(None, 1, 1), (None, 4, 4), (1, 4, 1), (3, 1, 3)])
+def test_each_beam_counts(asked: int | None, own: int, beams: int) -> None:
+    request = Request("id", "tiny", "text-generation", ("hello",), GenerationOptions(max_new_tokens=7, num_beams=asked))
+    card = replace(CARD, generation=GenerationDefaults(num_beams=own))
+    assert most_new_tokens(request, card, prompt_tokens=40) == 7 * beams

@@ -103,11 +103,12 @@ async def tokenize(exchange: Exchange) -> Reply:
     body = parse_body(TokenizeBody, await read_body(exchange), exchange.settings)
     model = choose_model(exchange, body.model)
     lengths = [len(each) for each in body.inputs]
+    exchange.task = "tokenize"
     _check(lengths, exchange.settings)
     exchange.reserve(-(-sum(lengths) // CHARACTERS))
-    work = exchange.service.tokenize(model, body.inputs, body.add_special_tokens, body.prompt_name)
+    special_tokens, usage = body.add_special_tokens, exchange.usage
+    work = exchange.service.tokenize(model, body.inputs, special_tokens, body.prompt_name, usage)
     found = await while_connected(exchange.receive, work, exchange.time_left_s)
-    exchange.tokens = sum(map(len, found))
     return Reply(await asyncio.to_thread(encode, found))
 
 
@@ -116,11 +117,11 @@ async def decode(exchange: Exchange) -> Reply:
     body = parse_body(DecodeBody, await read_body(exchange), exchange.settings)
     model = choose_model(exchange, body.model)
     lengths = [len(each) for each in body.ids]
+    exchange.task = "decode"
     _check(lengths, exchange.settings)
     exchange.reserve(sum(lengths))
-    work = exchange.service.decode(model, body.ids, body.skip_special_tokens)
+    work = exchange.service.decode(model, body.ids, body.skip_special_tokens, exchange.usage)
     found = await while_connected(exchange.receive, work, exchange.time_left_s)
-    exchange.tokens = sum(lengths)
     return Reply(encode(found))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -22,15 +23,15 @@ from serve_app.errors import (
     BodyTooLargeError,
     DeadlineExceededError,
     MalformedRequestError,
-    OverloadedError,
     ServeAppError,
 )
 from serve_app.ingress.deadlines import within
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.exchange import Header
-from serve_app.ingress.inference import in_time, measured, reserve
+from serve_app.ingress.inference import in_time, measured, reserve, with_usage
 from serve_app.ingress.limits import check_stream
+from serve_app.ingress.places import Places
 from serve_app.ingress.protocols.open_inference import messages
 from serve_app.ingress.protocols.open_inference.call import (
     EXTENSIONS,
@@ -70,6 +71,9 @@ _CODES: Mapping[int, grpc.StatusCode] = {
 }
 """By the HTTP status of the same error; other statuses of the client's errors are INVALID_ARGUMENT, else INTERNAL."""
 
+_INFERENCE = frozenset({"ModelInfer", "ModelStreamInfer"})
+"""Methods whose requests metrics count."""
+
 _CONTENTS = {
     "INT8": "int_contents",
     "INT16": "int_contents",
@@ -92,7 +96,7 @@ class OpenInference:
         self._settings = settings
         self._door = door
         self._draining = draining
-        self._streams = 0
+        self._streams = Places()
 
     def check(self, context: Any) -> None:
         """Raises ForbiddenError."""
@@ -110,6 +114,7 @@ class OpenInference:
             settings=settings,
             timeout_s=settings.request_timeout_s,
             route=("gRPC", f"/{messages.SERVICE}/{method}"),
+            is_counted=method in _INFERENCE,
         )
         with self._door.visited(visit):
             yield visit
@@ -118,7 +123,7 @@ class OpenInference:
         return messages.ServerLiveResponse(live=True)
 
     async def server_metadata(self, visit: Visit, asked: Any) -> Any:
-        self._door.admit(visit, "inference", counts=False)
+        self._door.admit(visit, "inference", "page")
         return messages.ServerMetadataResponse(name="serve-app", version=__version__, extensions=EXTENSIONS)
 
     async def server_ready(self, visit: Visit, asked: Any) -> Any:
@@ -129,6 +134,7 @@ class OpenInference:
         return messages.ModelReadyResponse(ready=known and await self._is_ready(visit, asked.name))
 
     async def _is_ready(self, visit: Visit, name: str | None) -> bool:
+        self._door.admit(visit, None, "question")
         try:
             served = None if name is None else served_name(name, self._service)
             await _within(self._service.ready(served), visit.time_left_s)
@@ -137,58 +143,72 @@ class OpenInference:
         return True
 
     async def model_metadata(self, visit: Visit, asked: Any) -> Any:
-        self._door.admit(visit, "inference", counts=False)
+        self._door.admit(visit, "inference", "question")
         check_version(asked.version)
         card = await _within(self._service.card(self._model(asked.name)), visit.time_left_s)
         return messages.ModelMetadataResponse(**metadata(card))
 
     async def infer(self, visit: Visit, asked: Any) -> tuple[Any, tuple[Header, ...]]:
         """The response, and what it cost."""
-        self._door.admit(visit, "inference", counts=True)
+        self._door.admit(visit, "inference", "inference")
         call, request = await self._read(visit, asked)
         return await _whole(visit, asked, call, request)
 
     async def stream(self, visit: Visit, asked: Any) -> AsyncGenerator[Any, None]:
         """A response for each piece of a generated text, and one for the answer to any other task."""
-        self._door.admit(visit, "inference", counts=True)
+        self._door.admit(visit, "inference", "inference")
         call, request = await self._read(visit, asked)
         if request.task not in GENERATING:
             response, _ = await _whole(visit, asked, call, request)
             yield response
             return
+        request = with_usage(visit, request)
         check_stream(request, visit.settings)
         async with aclosing(self._pieces(visit, request)) as pieces:
             async for tensors in pieces:
                 wanted = [each for each in tensors if not call.outputs or each.name in call.outputs]
                 yield _response(asked, request, wanted)
 
-    async def requests(self, stream: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-        """A stream's requests; it is counted as long as it is open, and ended when none comes for too long.
+    @contextlib.contextmanager
+    def opened(self, context: Any, headers: Mapping[bytes, bytes]) -> Iterator[None]:
+        """The block is a stream, which has a place as long as it is open.
 
-        Raises OverloadedError or DeadlineExceededError, or UnavailableError when the replica stops.
+        Raises ForbiddenError, UnauthorizedError or OverloadedError before anything of the stream is read; it is then
+        told and counted as one request.
         """
-        settings = self._settings.current
-        if self._streams >= settings.max_concurrent_requests:
-            raise OverloadedError(f"{self._streams} streams are open here; close one, or come back later")
-        self._streams += 1
         try:
-            incoming = _requests_in_time(stream, settings.stream_idle_timeout_s)
-            if self._draining is not None:
-                incoming = self._draining.until_stopping(incoming)
-            async with aclosing(incoming):
-                async for request in incoming:
-                    yield request
+            self.check(context)
+            self._door.account(headers, "inference")
+            self._streams.take(self._settings.current.max_concurrent_requests, "streams are open")
+        except ServeAppError as error:
+            with self.visit("ModelStreamInfer", headers) as refused:
+                refused.status = kind_of(refused.expected(error)).status
+            raise
+        opened = time.perf_counter()
+        try:
+            yield
         finally:
-            self._streams -= 1
+            self._streams.leave(time.perf_counter() - opened)
+
+    async def requests(self, stream: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+        """A stream's requests; it is ended when none comes for too long.
+
+        Raises DeadlineExceededError, or UnavailableError when the replica stops.
+        """
+        incoming = _requests_in_time(stream, self._settings.current.stream_idle_timeout_s)
+        if self._draining is not None:
+            incoming = self._draining.until_stopping(incoming)
+        async with aclosing(incoming):
+            async for request in incoming:
+                yield request
 
     async def _pieces(self, visit: Visit, request: Request) -> AsyncGenerator[Sequence[OutputTensor], None]:
         """`finish_reason` is empty but in the last piece."""
-        visit.request = request
         await _within(reserve(visit, request), visit.time_left_s)
         pieces: Any = self._service.stream(in_time(visit, request))
         async with aclosing(pieces):
             while (piece := await _within(anext(pieces, None), visit.time_left_s)) is not None:
-                visit.tokens += (piece.token is not None) + (0 if visit.tokens else piece.prompt_tokens)
+                visit.truncated += piece.truncated
                 yield generated([piece.text], [piece.finish_reason or ""])
 
     async def _read(self, visit: Visit, asked: Any) -> tuple[Call, Request]:
@@ -198,7 +218,7 @@ class OpenInference:
         check_version(asked.model_version)
         for described in (*asked.inputs, *asked.outputs):
             refuse_extensions(_parameters(described.parameters))
-        model = self._model(asked.model_name)
+        visit.model = model = self._model(asked.model_name)
         call = Call(_parameters(asked.parameters), _inputs(asked), tuple(output.name for output in asked.outputs))
         return call, call.request(visit.id, await _within(self._service.card(model), visit.time_left_s))
 
@@ -264,11 +284,12 @@ class OpenInferenceMethods:
         """Each request's responses before the next one's; an error is a response, and the stream goes on."""
         headers = _headers(grpc_context)
         try:
-            async with aclosing(self.open_inference.requests(request_stream)) as requests:
-                async for request in requests:
-                    async with aclosing(self._streamed(request, headers, grpc_context)) as responses:
-                        async for response in responses:
-                            yield response
+            with self.open_inference.opened(grpc_context, headers):
+                async with aclosing(self.open_inference.requests(request_stream)) as requests:
+                    async for request in requests:
+                        async with aclosing(self._streamed(request, headers, grpc_context)) as responses:
+                            async for response in responses:
+                                yield response
         except ServeAppError as error:
             grpc_context.set_code(code_of(error))
             grpc_context.set_details(error.message)
@@ -279,7 +300,6 @@ class OpenInferenceMethods:
         with self.open_inference.visit("ModelStreamInfer", headers) as visit:
             context.set_trailing_metadata(_metadata(visit))
             try:
-                self.open_inference.check(context)
                 async with aclosing(self.open_inference.stream(visit, _readable(request))) as responses:
                     async for response in responses:
                         yield messages.ModelStreamInferResponse(infer_response=response)

@@ -1,10 +1,11 @@
-"""When to come back, as the door tells it."""
+"""How many may be under way, and when to come back."""
 
 from __future__ import annotations
 
 import pytest
 
-from serve_app.ingress.door import Pace
+from serve_app.errors import OverloadedError
+from serve_app.ingress.places import Pace, Places
 
 
 def paced(*seconds: float) -> Pace:
@@ -34,3 +35,14 @@ def test_the_pace_follows_what_requests_take_now() -> None:
     pace = paced(10.0, *[2.0] * 200)
     assert pace.wait_s(100, 100) == pytest.approx(1.0, rel=0.01)
     assert paced(2.0, *[20.0] * 200).wait_s(100, 100) == pytest.approx(10.0, rel=0.01)
+
+
+def test_no_more_are_under_way_than_there_are_places() -> None:
+    places = Places()
+    for _ in range(2):
+        places.take(2, "requests are under way")
+    with pytest.raises(OverloadedError, match="2 requests are under way here; come back later") as refused:
+        places.take(2, "requests are under way")
+    assert refused.value.retry_after_s == 1.0
+    places.leave(after_s=0.5)
+    places.take(2, "requests are under way")

@@ -91,6 +91,8 @@ class TokenizeRequest:
     """Whether `TokenBatch.alignment` is wanted."""
     max_windows: int = 512
     """Most windows of inputs that need more than one, of all inputs together; beyond it the request is refused."""
+    computed: bool = True
+    """Whether the model is to compute them: a token that it does not know is then refused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,6 +294,8 @@ class ForwardCall:
     """Fingerprint of the replicas that made `tokens`; only a model replica of the same one computes them."""
     id: str = ""
     """By which some of its requests can be taken back while it is under way (Forget); empty if they cannot."""
+    goes_first: bool = False
+    """Whether it goes before what waits at the replica: it has waited at another one, which was lost."""
 
     @property
     def weight(self) -> int:

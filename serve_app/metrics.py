@@ -47,7 +47,9 @@ class IngressMetrics:
         )
     )
     retries: Counter = field(
-        default_factory=lambda: Counter("serve_app_retries", "Batches sent again after a replica was lost.", ("model",))
+        default_factory=lambda: Counter(
+            "serve_app_retries", "Requests sent again after a replica was lost.", ("model",)
+        )
     )
     abandoned_requests: Counter = field(
         default_factory=lambda: Counter(

@@ -120,6 +120,8 @@ class TokenizeRequest:
     """Whether `TokenBatch.alignment` is wanted."""
     max_windows: int = 512
     """Most windows of inputs that need more than one, of all inputs together; beyond it the request is refused."""
+    computed: bool = True
+    """Whether the model is to compute them: a token that it does not know is then refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +323,8 @@ class ForwardCall:
     """Fingerprint of the replicas that made `tokens`; only a model replica of the same one computes them."""
     id: str = ""
     """By which some of its requests can be taken back while it is under way (Forget); empty if they cannot."""
+    goes_first: bool = False
+    """Whether it goes before what waits at the replica: it has waited at another one, which was lost."""
 
     @property
     def weight(self) -> int:

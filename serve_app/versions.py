@@ -134,7 +134,8 @@ class VersionBarrier:
 
     async def _wait(self) -> None:
         """Until a replica comes, or time has passed in which one may have gone."""
-        try:
-            await asyncio.wait_for(self._changed.wait(), PRESENT_S / 3)
-        except asyncio.TimeoutError:
-            return
+        coming = asyncio.ensure_future(self._changed.wait())
+        try:  # `wait_for` would lose a cancellation that comes together with a replica
+            await asyncio.wait((coming,), timeout=PRESENT_S / 3)
+        finally:
+            coming.cancel()

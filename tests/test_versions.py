@@ -182,6 +182,19 @@ async def test_a_replica_enters_at_once_where_the_other_tier_of_its_version_is_t
     await asyncio.wait_for(barrier.enter(member("model", "same")), 5)
 
 
+async def test_a_replica_that_ends_in_the_moment_in_which_another_comes_has_ended(barrier: VersionBarrier) -> None:
+    """`asyncio.wait_for` loses such a cancellation up to Python 3.11."""
+    for turns in range(6):
+        waits = asyncio.create_task(barrier.probe(f"model {turns}", "new"))
+        await settle()
+        barrier.present(Member("another", "model", "old", f"replica {turns}"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waits.cancel()
+        await asyncio.wait((waits,), timeout=5)
+        assert waits.cancelled(), turns
+
+
 async def test_a_silent_replica_stops_counting(barrier: VersionBarrier, clock: Clock) -> None:
     barrier.present(member("model", "old"))
     clock.now += LOST_AFTER_S - 1

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
@@ -18,9 +18,17 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from serve_app.config import IngressSettings
-from serve_app.errors import OverloadedError, ServeAppError, UnavailableError, VersionGoneError
+from serve_app.errors import OverloadedError, ServeAppError, UnavailableError
 from serve_app.ingress.gate import Gate, GateLimits, Group
-from serve_app.ingress.shared_call import NobodyWaitsError, SharedCall, Waiter
+from serve_app.ingress.shared_call import (
+    Losses,
+    NobodyWaitsError,
+    OneByOne,
+    SharedCall,
+    Waiter,
+    is_lost,
+    lost_again,
+)
 from serve_app.ingress.tier import Tier
 from serve_app.metrics import IngressMetrics
 from serve_app.types import (
@@ -60,11 +68,12 @@ class Work:
 
 @dataclass(eq=False, slots=True)
 class Item(Waiter):
-    """One request on its way; `deadline` on time.monotonic's clock."""
+    """One request on its way; `deadline` on time.monotonic's clock, `losses` those of the request."""
 
     work: Work
     deadline: float
-    group: Group
+    losses: Losses
+    group: Group = field(init=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,7 @@ class Coalescer:
         self._model = model
         self._metrics = metrics
         self._wait_s = wait_s
+        self._again = OneByOne()
         self._gate = Gate(_gate_limits(settings))
         # Decorated here and not on the class, where all models would share one queue. The gate decides which requests
         # go together and how many batches are under way; these bounds are therefore wide and the wait is zero.
@@ -111,29 +121,39 @@ class Coalescer:
     def reconfigure(self, settings: IngressSettings) -> None:
         self._gate.set_limits(_gate_limits(settings))
 
-    async def compute(self, work: Work, timeout_s: float) -> Computed:
-        """One request's features. Raises ServeAppError: this request's own failure, or that its batch was lost.
+    async def compute(self, work: Work, timeout_s: float, losses: Losses | None = None) -> Computed:
+        """One request's features. Raises ServeAppError: this request's own failure, or that its call was lost twice.
 
-        Cancelling it gives its place free at once, and takes its texts out of what is still to be computed.
+        `losses` are those of the request so far. Cancelling it gives its place free at once, and takes its texts out
+        of what is still to be computed.
         """
-        deadline = time.monotonic() + timeout_s
-        item = None
+        item = Item(work, time.monotonic() + timeout_s, set() if losses is None else losses)
         try:
-            async with self._gate.admitted(_characters(work.tokenize)) as group:
-                item = Item(work, deadline, group)
-                outcome = await self._share(item)
+            outcome = await self._answered(item)
         except asyncio.CancelledError:
-            self._abandon(item)
+            self._metrics.abandoned_requests.inc(1, {"model": self._name, "stage": item.stage})
+            item.leave()
             raise
         if isinstance(outcome, ServeAppError):
             raise outcome
-        return outcome  # type: ignore[no-any-return]  # serve.batch is untyped; None is only for those that left
+        assert outcome is not None, "the request has not left"
+        return outcome
 
-    def _abandon(self, item: Item | None) -> None:
-        stage = "waiting" if item is None else item.stage
-        self._metrics.abandoned_requests.inc(1, {"model": self._name, "stage": stage})
-        if item is not None:
-            item.leave()
+    async def _answered(self, item: Item) -> Outcome:
+        """With others in a batch; what a lost replica took goes again, by itself: inference has no side effects.
+
+        What a version took with it that is gone is for the caller, who knows how to begin with another.
+        """
+        if not item.losses:
+            async with self._gate.admitted(_characters(item.work.tokenize)) as item.group:
+                outcome: Outcome = await self._share(item)
+            if not is_lost(outcome):
+                return outcome
+            item.losses.add(0)
+        async with self._again.turn(item.deadline):
+            self._metrics.retries.inc(1, {"model": self._name})
+            (outcome,) = await self._try([item])
+        return lost_again(outcome) if is_lost(outcome) else outcome
 
     async def _run(self, items: list[Item]) -> list[Outcome]:
         """One batch: failures are returned per item, because an error raised here would fail every neighbour."""
@@ -142,7 +162,7 @@ class Coalescer:
         self._metrics.coalesced_requests.observe(len(items), {"model": self._name})
         kinds = sorted({_kind(item) for item in items})
         members = [[item for item in items if _kind(item) == kind] for kind in kinds]
-        answered = await asyncio.gather(*(self._run_alike(group) for group in members))
+        answered = await asyncio.gather(*(self._try(group) for group in members))
         outcome_of = {
             id(item): outcome
             for group, outcomes in zip(members, answered, strict=True)
@@ -150,23 +170,11 @@ class Coalescer:
         }
         return [outcome_of[id(item)] for item in items]
 
-    async def _run_alike(self, items: list[Item]) -> list[Outcome]:
-        """Items of one head and version.
-
-        Once, and once more for what a lost replica took with it: inference has no side effects. What a version took
-        with it that is gone is for the caller, who knows how to begin with another.
-        """
-        outcomes = await self._try(items)
-        lost = [i for i, outcome in enumerate(outcomes) if _is_lost(outcome) and not items[i].left]
-        if lost:
-            logger.warning("%d of %d requests for model %s are sent again", len(lost), len(items), self._name)
-            self._metrics.retries.inc(1, {"model": self._name})
-            for i, outcome in zip(lost, await self._try([items[i] for i in lost]), strict=True):
-                outcomes[i] = outcome
-        return outcomes
-
     async def _try(self, items: list[Item]) -> list[Outcome]:
-        """Errors of the whole batch become each item's; a bug, ours or of a replica's code, is raised."""
+        """Items of one head and version, in one call to each tier.
+
+        Errors of the whole batch become each item's; a bug, ours or of a replica's code, is raised.
+        """
         try:
             return await self._through_the_tiers(items)
         except BackPressureError:
@@ -179,7 +187,7 @@ class Coalescer:
         except ServeAppError as error:
             return [error] * len(items)
         except REPLICA_LOST as error:
-            logger.warning("a replica of model %s was lost: %s", self._name, _in_short(error))
+            logger.warning("a replica of model %s was lost with %d requests: %s", self._name, len(items), _short(error))
             return [UnavailableError("the replica that computed this request was lost", retry_after_s=1.0)] * len(items)
 
     async def _through_the_tiers(self, items: list[Item]) -> list[Outcome]:
@@ -209,10 +217,15 @@ class Coalescer:
             arguments=_arguments(items),
             version=items[0].work.version,
             id=next(self._call_ids),
+            goes_first=bool(items[0].losses),
         )
         tier, forget = self._model, partial(self._forget, call.id)
         shared = SharedCall("model", tier.handle.forward, items, tier, call.id, forget)
         rows: Rows = await shared.answer(call)
+        lost = [i for i, failure in rows.failures.items() if is_lost(failure) and not items[i].left]
+        if lost:
+            logger.warning("a replica of model %s gave %d of %d requests back", self._name, len(lost), len(items))
+            tier.view.distrust_owner_of(call.id)
         return rows
 
     async def _forget(self, call_id: str, requests: tuple[int, ...]) -> bool:
@@ -220,17 +233,13 @@ class Coalescer:
         try:
             return bool(await self._model.handle.forget.remote(Forget(call_id, requests)))
         except REPLICA_LOST as error:
-            logger.debug("a replica of model %s could not be told who left: %s", self._name, _in_short(error))
+            logger.debug("a replica of model %s could not be told who left: %s", self._name, _short(error))
             return False
 
 
 def _kind(item: Item) -> tuple[str, str]:
     """Items of one kind can share a call."""
     return item.work.version, item.work.head
-
-
-def _is_lost(outcome: Outcome) -> bool:
-    return isinstance(outcome, UnavailableError) and not isinstance(outcome, VersionGoneError)
 
 
 def _outcome(index: int, tokens: TokenBatch, rows: Rows) -> Outcome:
@@ -290,5 +299,5 @@ def _gate_limits(settings: IngressSettings) -> GateLimits:
     return GateLimits(settings.max_concurrent_batches, settings.max_batch_requests, settings.max_batch_characters)
 
 
-def _in_short(error: BaseException) -> str:
+def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:200]

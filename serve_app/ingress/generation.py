@@ -20,10 +20,10 @@ from serve_app.errors import (
     OverloadedError,
     ServeAppError,
     UnavailableError,
-    VersionGoneError,
 )
 from serve_app.ingress.coalescer import REPLICA_LOST
-from serve_app.ingress.shared_call import Pulse, Stage
+from serve_app.ingress.deadlines import within
+from serve_app.ingress.shared_call import Losses, OneByOne, Pulse, Stage, is_lost, lost_again
 from serve_app.ingress.tier import Tier
 from serve_app.metrics import IngressMetrics
 from serve_app.options import GenerationOptions
@@ -48,6 +48,9 @@ CALLS_PER_REQUEST = 64
 """Prompts of one request that are with replicas at a time: as many as one replica answers at once by default. Further
 ones wait here, where they hold no stream and none of the places that other requests need."""
 
+TEXTS = -1
+"""Stands for the call to a tokenizer replica, with all prompts of a request, where losses are remembered."""
+
 GRACE_S = 2.0
 """The replica ends a late answer itself; one that has not by then is lost."""
 
@@ -63,6 +66,25 @@ class Prompts:
     @property
     def tokens(self) -> int:
         return sum(map(len, self.input_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """What all calls of one request share; `deadline` on time.monotonic's clock."""
+
+    version: str
+    deadline: float
+    losses: Losses
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+    def lost(self, prompt: int, error: UnavailableError) -> None:
+        """Remember that the call with that prompt was lost. Raises `error` again if it tells something else."""
+        if not is_lost(error):
+            raise error
+        self.losses.add(prompt)
 
 
 @dataclass(slots=True)
@@ -90,6 +112,7 @@ class GenerationPath:
         self._model = model
         self._metrics = metrics
         self._wait_s = wait_s
+        self._again = OneByOne()
         self._call_ids = map(f"{secrets.token_hex(8)}-{{}}".format, itertools.count())
 
     async def answer(
@@ -99,24 +122,25 @@ class GenerationPath:
         version: str,
         timeout_s: float,
         echoes: Sequence[str] | None = None,
+        losses: Losses | None = None,
     ) -> Answer:
         """Every input's whole answer, each after its text in `echoes`, by replicas of the version of that fingerprint.
 
-        Raises ServeAppError; cancelling it cancels what is under way.
+        `losses` are those of the request so far. Raises ServeAppError; cancelling it cancels what is under way.
         """
         started = time.perf_counter()
-        deadline = time.monotonic() + timeout_s
+        sending = Sending(version, time.monotonic() + timeout_s, set() if losses is None else losses)
         with self._under_way() as progress:
-            prompts = await self._prompts(request, card, version, deadline)
+            prompts = await self._prompts(request, card, sending)
             progress.stage, tokenized = "model", time.perf_counter()
             under_way = asyncio.Semaphore(CALLS_PER_REQUEST)
 
-            async def answered(ids: Int32Array) -> Generated:
+            async def answered(prompt: int, ids: Int32Array) -> Generated:
                 async with under_way:
-                    call = self._call(ids, request, card, version, deadline)
-                    return await self._whole(_counted(self._pieces(call, deadline), call, request, card))
+                    call = self._call(ids, request, card, sending)
+                    return await self._whole(_counted(self._pieces(call, sending, prompt), call, request, card))
 
-            tasks = [asyncio.ensure_future(answered(ids)) for ids in prompts.input_ids]
+            tasks = [asyncio.ensure_future(answered(prompt, ids)) for prompt, ids in enumerate(prompts.input_ids)]
             try:
                 generated = await asyncio.gather(*tasks)
             finally:
@@ -128,11 +152,8 @@ class GenerationPath:
         timings = Timings(now - started, prompts.tokenize_s, forward_s=now - tokenized)
         return Answer(tuple(generated), prompts.tokens, timings, prompts.truncated)
 
-    def _call(
-        self, ids: Int32Array, request: Request, card: ModelCard, version: str, deadline: float
-    ) -> GenerationCall:
-        left_s, call_id = max(0.0, deadline - time.monotonic()), next(self._call_ids)
-        return GenerationCall(ids, _options(request, card), left_s, request.priority, version, call_id)
+    def _call(self, ids: Int32Array, request: Request, card: ModelCard, sending: Sending) -> GenerationCall:
+        return GenerationCall(ids, _options(request, card), priority=request.priority, version=sending.version)
 
     async def _whole(self, answer: AsyncGenerator[list[GeneratedPiece], None]) -> Generated:
         pieces: list[GeneratedPiece] = []
@@ -142,27 +163,36 @@ class GenerationPath:
         return collected(pieces)
 
     async def stream(
-        self, request: Request, card: ModelCard, version: str, timeout_s: float, echo: str = ""
+        self,
+        request: Request,
+        card: ModelCard,
+        version: str,
+        timeout_s: float,
+        echo: str = "",
+        losses: Losses | None = None,
     ) -> AsyncGenerator[GeneratedPiece, None]:
-        """The first input's answer, piece by piece, after `echo`. Closing it cancels the work."""
-        deadline = time.monotonic() + timeout_s
+        """The first input's answer, piece by piece, after `echo`. Closing it cancels the work.
+
+        `losses` are those of the request so far.
+        """
+        sending = Sending(version, time.monotonic() + timeout_s, set() if losses is None else losses)
         with self._under_way() as progress:
-            async with aclosing(self._streamed(request, card, version, deadline, echo, progress)) as pieces:
+            async with aclosing(self._streamed(request, card, sending, echo, progress)) as pieces:
                 async for piece in pieces:
                     progress.is_complete = piece.finish_reason is not None
                     yield piece
 
     async def _streamed(
-        self, request: Request, card: ModelCard, version: str, deadline: float, echo: str, progress: Progress
+        self, request: Request, card: ModelCard, sending: Sending, echo: str, progress: Progress
     ) -> AsyncGenerator[GeneratedPiece, None]:
-        prompts = await self._prompts(request, card, version, deadline)
+        prompts = await self._prompts(request, card, sending)
         progress.stage = "model"
         ids, untold = prompts.input_ids[0], bool(prompts.truncated)
         if echo:
             yield GeneratedPiece(echo, prompt_tokens=len(ids), truncated=untold)
             untold = False
-        call = self._call(ids, request, card, version, deadline)
-        async with aclosing(_counted(self._pieces(call, deadline), call, request, card)) as lists:
+        call = self._call(ids, request, card, sending)
+        async with aclosing(_counted(self._pieces(call, sending), call, request, card)) as lists:
             async for some in lists:
                 for piece in some:
                     yield replace(piece, truncated=True) if untold else piece
@@ -181,67 +211,86 @@ class GenerationPath:
 
     async def probe(self, version: str, timeout_s: float) -> None:
         """One token through the whole graph. Raises ServeAppError."""
-        deadline = time.monotonic() + timeout_s
-        (ids,) = (await self._tokenized(probe.TEXT, version, deadline)).input_ids
-        call = GenerationCall(ids, probe.ONE_TOKEN, timeout_s, version=version, id=next(self._call_ids))
-        async with aclosing(self._pieces(call, deadline)) as lists:
+        sending = Sending(version, time.monotonic() + timeout_s, set())
+        (ids,) = (await self._tokenized(probe.TEXT, sending)).input_ids
+        call = GenerationCall(ids, probe.ONE_TOKEN, version=version)
+        async with aclosing(self._pieces(call, sending)) as lists:
             async for _ in lists:
                 pass
 
-    async def _prompts(self, request: Request, card: ModelCard, version: str, deadline: float) -> Prompts:
-        return await self._tokenized(GENERATING[request.task].prepare(request, card), version, deadline)
+    async def _prompts(self, request: Request, card: ModelCard, sending: Sending) -> Prompts:
+        return await self._tokenized(GENERATING[request.task].prepare(request, card), sending)
 
-    async def _tokenized(self, request: TokenizeRequest, version: str, deadline: float) -> Prompts:
-        try:
-            tokens = await self._tokenize(request, version, deadline)
-        except VersionGoneError:
-            raise
-        except UnavailableError:
-            self._again()
-            tokens = await self._tokenize(request, version, deadline)
+    async def _tokenized(self, request: TokenizeRequest, sending: Sending) -> Prompts:
+        tokens = await self._tokens(request, sending)
         if tokens.failures:
             raise tokens.failures[0]
         ids = tuple(tokens.select(i, i + 1).input_ids for i in range(tokens.num_sequences))
         return Prompts(ids, int(tokens.truncated.sum()), tokens.tokenize_s)
 
-    async def _tokenize(self, request: TokenizeRequest, version: str, deadline: float) -> TokenBatch:
-        call = TokenizeCall((request,), version, next(self._call_ids))
+    async def _tokens(self, request: TokenizeRequest, sending: Sending) -> TokenBatch:
+        """Once, and once more, by itself, if the replica was lost."""
+        if TEXTS not in sending.losses:
+            try:
+                return await self._tokenize(request, sending)
+            except UnavailableError as error:
+                sending.lost(TEXTS, error)
+        async with self._again.turn(sending.deadline):
+            self._tell_again()
+            try:
+                return await self._tokenize(request, sending)
+            except UnavailableError as error:
+                raise lost_again(error) from error.__cause__
+
+    async def _tokenize(self, request: TokenizeRequest, sending: Sending) -> TokenBatch:
+        call = TokenizeCall((request,), sending.version, next(self._call_ids))
         response = self._tokenizer.handle.tokenize.remote(call)
         with Pulse(self._tokenizer, call.id, response.cancel) as pulse:
-            batch: TokenBatch = await _in_time(response, deadline, self._wait_s, pulse)
+            batch: TokenBatch = await _in_time(response, sending.deadline, self._wait_s, pulse)
         return batch
 
-    async def _pieces(self, call: GenerationCall, deadline: float) -> AsyncGenerator[list[GeneratedPiece], None]:
-        """Once, and once more if the replica was lost before anything had come."""
-        sent = False
-        try:
-            async with aclosing(self._one_try(call, deadline)) as lists:
-                async for some in lists:
-                    yield some
-                    sent = True
-            return
-        except VersionGoneError:
-            raise
-        except UnavailableError:
-            if sent:
-                raise
-        self._again()
-        again = replace(call, time_left_s=max(0.0, deadline - time.monotonic()), id=next(self._call_ids))
-        async with aclosing(self._one_try(again, deadline)) as lists:
+    async def _pieces(
+        self, call: GenerationCall, sending: Sending, prompt: int = 0
+    ) -> AsyncGenerator[list[GeneratedPiece], None]:
+        """Once, and once more, by itself, if the replica was lost before anything had come."""
+        if prompt not in sending.losses:
+            sent = False
+            try:
+                async with aclosing(self._one_try(call, sending)) as lists:
+                    async for some in lists:
+                        yield some
+                        sent = True
+                return
+            except UnavailableError as error:
+                if sent:
+                    raise
+                sending.lost(prompt, error)
+        async with aclosing(self._one_try(call, sending)) as lists:
+            yield await self._first(lists, sending)
             async for some in lists:
                 yield some
 
-    def _again(self) -> None:
+    async def _first(self, lists: AsyncGenerator[list[GeneratedPiece], None], sending: Sending) -> list[GeneratedPiece]:
+        """The first pieces of a call that is sent again: once they are there, it is not what a replica dies of."""
+        async with self._again.turn(sending.deadline):
+            self._tell_again()
+            try:
+                return await anext(lists)
+            except UnavailableError as error:
+                raise lost_again(error) from error.__cause__
+
+    def _tell_again(self) -> None:
         logger.warning("a request for model %s is sent again", self._name)
         self._metrics.retries.inc(1, {"model": self._name})
 
-    async def _one_try(self, call: GenerationCall, deadline: float) -> AsyncGenerator[list[GeneratedPiece], None]:
+    async def _one_try(self, call: GenerationCall, sending: Sending) -> AsyncGenerator[list[GeneratedPiece], None]:
+        call = replace(call, time_left_s=sending.left_s, id=next(self._call_ids))
         response = self._model.handle.options(stream=True).stream.remote(call)
         ended = False
         with Pulse(self._model, call.id, response.cancel) as pulse:
             try:
                 while not ended:
-                    some: list[GeneratedPiece] = await _in_time(anext(response), deadline, self._wait_s, pulse)
+                    some: list[GeneratedPiece] = await _in_time(anext(response), sending.deadline, self._wait_s, pulse)
                     ended = some[-1].finish_reason is not None
                     yield some
             except StopAsyncIteration as error:
@@ -267,11 +316,11 @@ async def _counted(
 async def _in_time(answer: Any, deadline: float, wait_s: Callable[[], float], pulse: Pulse) -> Any:
     """What a replica answers, with its errors as ours."""
     try:
-        return await asyncio.wait_for(answer, max(0.0, deadline - time.monotonic()) + GRACE_S)
+        return await within(answer, max(0.0, deadline - time.monotonic()) + GRACE_S)
     except asyncio.TimeoutError as error:
         raise DeadlineExceededError("the request's time ran out before its answer was complete") from error
     except asyncio.CancelledError as error:
-        pulse.raise_if_silent(error)
+        pulse.raise_if_lost(error)
         raise
     except RayTaskError as error:
         if isinstance(error.cause, ServeAppError):

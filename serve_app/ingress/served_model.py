@@ -23,9 +23,11 @@ from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppErro
 from serve_app.ingress.answer_size import check_after, check_before, check_generated, check_made
 from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
+from serve_app.ingress.deadlines import within
 from serve_app.ingress.finishing import Finishing, steps_after, steps_before
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.service import ModelInfo, TextToken
+from serve_app.ingress.shared_call import Losses, is_lost
 from serve_app.ingress.single_flight import SingleFlight
 from serve_app.ingress.tier import Tier
 from serve_app.ingress.words import text_tokens, texts_of, whole_texts
@@ -133,18 +135,18 @@ class ServedModel:
     async def answer(self, request: Request) -> Answer:
         """Raises ServeAppError."""
         started = time.perf_counter()
-        deadline = time.monotonic() + self._timeout_s(request)
-        answer = await self._begin(deadline, lambda known: self._answer(request, known, deadline))
+        deadline, losses = time.monotonic() + self._timeout_s(request), set[int]()
+        answer = await self._begin(deadline, lambda known: self._answer(request, known, deadline, losses))
         return replace(answer, timings=replace(answer.timings, total_s=time.perf_counter() - started))
 
     async def stream(self, request: Request) -> AsyncGenerator[GeneratedPiece, None]:
         """The one input's answer in pieces. Iterating raises ServeAppError, before the first piece or later."""
-        deadline = time.monotonic() + self._timeout_s(request)
+        deadline, losses = time.monotonic() + self._timeout_s(request), set[int]()
         for tries_left in reversed(range(VERSION_TRIES)):
             known = self._of(await self._version(deadline))
             sent = False
             try:
-                async with aclosing(self._pieces(request, known, deadline)) as pieces:
+                async with aclosing(self._pieces(request, known, deadline, losses)) as pieces:
                     async for piece in pieces:
                         yield piece if sent else replace(piece, revision=known.version.revision)
                         sent = True
@@ -199,7 +201,7 @@ class ServedModel:
 
     async def _prove(self) -> None:
         try:
-            await asyncio.wait_for(self._probe(), PROBE_TIMEOUT_S)
+            await within(self._probe(), PROBE_TIMEOUT_S)
         except asyncio.TimeoutError as error:
             raise UnavailableError(f"model {self.name} has not answered a probe yet", retry_after_s=1.0) from error
         except ServeAppError as error:
@@ -274,7 +276,7 @@ class ServedModel:
             if left_s <= 0:
                 raise UnavailableError(f"model {self.name} is starting", retry_after_s=1.0)
             try:
-                await asyncio.wait_for(self._changed.wait(), left_s)
+                await within(self._changed.wait(), left_s)
             except asyncio.TimeoutError:
                 continue
 
@@ -307,18 +309,21 @@ class ServedModel:
             known.vocabulary = await asyncio.to_thread(Vocabulary.read, definition)
         return known.vocabulary
 
-    async def _answer(self, request: Request, known: _Known, deadline: float) -> Answer:
+    async def _answer(self, request: Request, known: _Known, deadline: float, losses: Losses) -> Answer:
         card = await self._answering_card(request, known)
-        answer = await (self._generate if request.task in GENERATING else self._encode)(request, card, known, deadline)
+        answering = self._generate if request.task in GENERATING else self._encode
+        answer = await answering(request, card, known, deadline, losses)
         self._answered_at = time.monotonic()
         return replace(answer, version=known.version)
 
-    async def _encode(self, request: Request, card: ModelCard, known: _Known, deadline: float) -> Answer:
+    async def _encode(
+        self, request: Request, card: ModelCard, known: _Known, deadline: float, losses: Losses
+    ) -> Answer:
         task = TASKS[request.task]
         vocabulary = await self._vocabulary(known) if task.needs_vocabulary else None
         work = await self._work(task, request, card, known.version, vocabulary)
         with self._backlog.admitted(tokens_in(work.tokenize, card)), request.usage.computing():
-            computed = await self._coalescer.compute(work, deadline - time.monotonic())
+            computed = await self._coalescer.compute(work, deadline - time.monotonic(), losses)
         request.usage.tokens += computed.tokens
         output = await self._output(task, request, card, computed.features, vocabulary)
         return Answer(output, computed.tokens, computed.timings, computed.truncated, computed.windows)
@@ -343,14 +348,18 @@ class ServedModel:
         check_made(request, output, most)
         return output
 
-    async def _generate(self, request: Request, card: ModelCard, known: _Known, deadline: float) -> Answer:
+    async def _generate(
+        self, request: Request, card: ModelCard, known: _Known, deadline: float, losses: Losses
+    ) -> Answer:
         check_generated(request, card, self._settings.max_answer_bytes)
         echoes = await self._echoes(request, known)
         with self._backlog.admitted(_tokens_to_generate(request, card)), request.usage.computing():
             left_s = deadline - time.monotonic()
-            return await self._generating.answer(request, card, known.version.fingerprint, left_s, echoes)
+            return await self._generating.answer(request, card, known.version.fingerprint, left_s, echoes, losses)
 
-    async def _pieces(self, request: Request, known: _Known, deadline: float) -> AsyncGenerator[GeneratedPiece, None]:
+    async def _pieces(
+        self, request: Request, known: _Known, deadline: float, losses: Losses
+    ) -> AsyncGenerator[GeneratedPiece, None]:
         card = await self._answering_card(request, known)
         if request.task not in GENERATING:
             raise InvalidInputError(f"task {request.task} answers at once; only tasks that generate are streamed")
@@ -358,7 +367,7 @@ class ServedModel:
             raise InvalidInputError(f"inputs: one answer is streamed at a time, and there are {len(request.inputs)}")
         echoes = await self._echoes(request, known)
         left_s, fingerprint = deadline - time.monotonic(), known.version.fingerprint
-        answer = self._generating.stream(request, card, fingerprint, left_s, echoes[0] if echoes else "")
+        answer = self._generating.stream(request, card, fingerprint, left_s, echoes[0] if echoes else "", losses)
         with self._backlog.admitted(_tokens_to_generate(request, card)), request.usage.computing():
             async with aclosing(answer) as pieces:
                 async for piece in pieces:
@@ -388,11 +397,23 @@ class ServedModel:
         await self._begin(time.monotonic() + PROBE_TIMEOUT_S, work)
 
     async def _ask(self, method: Any, call: TokenizeCall | VersionCall) -> Any:
-        """What a replica says. Raises what it raises, and UnavailableError if it does not answer."""
+        """What a replica says, another one if the first is lost. Raises what it raises, and UnavailableError."""
         try:
-            return await asyncio.wait_for(method.remote(call), ASK_TIMEOUT_S)
+            return await within(self._ask_twice(method, call), ASK_TIMEOUT_S)
         except asyncio.TimeoutError as error:
             raise UnavailableError(f"model {self.name} is starting", retry_after_s=1.0) from error
+
+    async def _ask_twice(self, method: Any, call: TokenizeCall | VersionCall) -> Any:
+        try:
+            return await self._ask_once(method, call)
+        except UnavailableError as error:
+            if not is_lost(error):
+                raise
+            return await self._ask_once(method, call)
+
+    async def _ask_once(self, method: Any, call: TokenizeCall | VersionCall) -> Any:
+        try:
+            return await method.remote(call)
         except RayTaskError as error:
             if isinstance(error.cause, ServeAppError):
                 raise error.cause from None

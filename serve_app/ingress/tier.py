@@ -16,6 +16,10 @@ DISTRUSTED_S = 30.0
 """How long a replica that did not answer gets no calls while others take them."""
 
 
+RECENT_CALLS = 1024
+"""Calls that have ended of which the view still knows who had them."""
+
+
 class TierView:
     """What this process knows of one deployment's replicas: their versions, and the work that it has sent them.
 
@@ -26,6 +30,7 @@ class TierView:
         self._versions: dict[ReplicaID, Version] = {}
         self._outstanding: Counter[ReplicaID] = Counter()
         self._replica_of: dict[str, ReplicaID] = {}
+        self._recent: dict[str, ReplicaID] = {}
         self._distrusted: dict[ReplicaID, float] = {}
         self.versions: frozenset[Version] = frozenset()
         """Each version of which a replica runs."""
@@ -41,6 +46,10 @@ class TierView:
         """The replica did not answer: others are taken before it for a while."""
         if replica is not None:
             self._distrusted[replica] = time.monotonic() + DISTRUSTED_S
+
+    def distrust_owner_of(self, call_id: str) -> None:
+        """The replica that has the call, or had it lately, could not answer it."""
+        self.distrust(self._replica_of.get(call_id) or self._recent.get(call_id))
 
     def update(self, versions: dict[ReplicaID, Version]) -> None:
         """These are the replicas now."""
@@ -71,6 +80,9 @@ class TierView:
             del self._outstanding[replica]
         if self._replica_of.get(call_id) == replica:
             del self._replica_of[call_id]
+            self._recent[call_id] = replica
+            if len(self._recent) > RECENT_CALLS:
+                del self._recent[next(iter(self._recent))]
 
 
 _NO_VERSION = Version("", "")
@@ -90,5 +102,9 @@ class Tier:
     view: TierView
 
     async def lives(self, call_id: str) -> object:
-        """Return when the replica that has the call says anything: a message about no request changes nothing there."""
+        """Return when the replica that has the call says that it can compute.
+
+        The message is about no request, so it changes nothing there. Raises what Ray and Serve raise, a RayTaskError
+        with UnavailableError as its cause if the replica can compute no more.
+        """
         return await self.handle.forget.remote(Forget(call_id, ()))

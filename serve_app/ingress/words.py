@@ -21,7 +21,7 @@ MOST_TOKENS = 2**18
 
 def whole_texts(texts: Sequence[str]) -> TokenizeRequest:
     """Asks for every token of every text: what is longer than the model takes comes in windows that share nothing."""
-    return TokenizeRequest(tuple(texts), long_texts="windows", align=True)
+    return TokenizeRequest(tuple(texts), long_texts="windows", align=True, computed=False)
 
 
 def text_tokens(

@@ -101,7 +101,12 @@ class ModelReplica:
         return await self._model.engine.submit(call)
 
     async def forget(self, forget: Forget) -> bool:
-        """Never compute what still waits of these requests of a call; whether that call is under way here."""
+        """Never compute what still waits of these requests of a call; whether that call is under way here.
+
+        With no requests it asks whether this replica can compute: raises UnavailableError if it must be replaced.
+        """
+        if not forget.requests:
+            self._model.check()
         return isinstance(self._model, EncodingModel) and self._model.engine.forget(forget)
 
     async def stream(self, call: GenerationCall) -> AsyncGenerator[list[GeneratedPiece], None]:

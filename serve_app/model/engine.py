@@ -203,6 +203,7 @@ class Engine:
             priority=call.priorities[index] if call.priorities else "interactive",
             deadline=None if left_s is None else time.monotonic() + left_s,
             arguments=call.arguments[index] if call.arguments else None,
+            goes_first=call.goes_first,
         )
         under_way.jobs[index] = job
         self._calls[job] = under_way

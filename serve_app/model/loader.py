@@ -110,6 +110,16 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
     )
 
 
+def known_ids(module: Any) -> int | None:
+    """How many token ids the input embedding of a model has; None where its family looks ids up in another way."""
+    try:
+        reader = module.get_encoder() if module.config.is_encoder_decoder else module
+        table = reader.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return int(table.weight.shape[0]) if isinstance(table, torch.nn.Embedding) else None
+
+
 def _decoder_start(module: Any) -> int | None:
     """What the stock model puts first where it reads a text with its decoder; None without a decoder."""
     if not hasattr(module, "decoder"):

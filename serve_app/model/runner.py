@@ -18,9 +18,9 @@ from serve_app.model.acceptance import accept, random_batch
 from serve_app.model.bucketing import IndexArray
 from serve_app.model.heads import Arguments, Kept, heads_of
 from serve_app.model.host import govern_threads, keep_freed_memory
-from serve_app.model.loader import LoadedModel
+from serve_app.model.loader import LoadedModel, known_ids
 from serve_app.model.rows import SequenceRows
-from serve_app.types import TokenBatch
+from serve_app.types import Int32Array, TokenBatch
 
 
 class Runner:
@@ -28,6 +28,8 @@ class Runner:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
+        self._known_ids = known_ids(loaded.module)
+        self._token_types = _token_types(loaded)
         self._thread: int | None = None
         self._govern_threads()
         accepted = accept(loaded)
@@ -44,8 +46,8 @@ class Runner:
     def run(self, batch: TokenBatch, head: str | None = None, arguments: Arguments = ()) -> SequenceRows:
         """The head's rows for the n sequences of `batch`, in its order; `arguments` are of each, or none at all.
 
-        Raises what torch raises: torch.OutOfMemoryError, torch.AcceleratorError, RuntimeError; and ValueError where
-        the model has no such head.
+        Raises what torch raises: torch.OutOfMemoryError, torch.AcceleratorError, RuntimeError; ValueError where the
+        model has no such head, and IndexError for ids that its tables do not have.
         """
         return self.launch(head or self.heads[0], batch, arguments)()
 
@@ -58,6 +60,7 @@ class Runner:
         """
         if head not in self._heads:
             raise ValueError(f"a model for {self._loaded.task} has no head {head}; it has: {', '.join(self._heads)}")
+        self._check_ids(batch)
         self._govern_threads()
         with self._loaded.precision.computing(self._loaded.device):
             parts = [(part.rows, self._heads[head](part, arguments)) for part in self._forward(batch)]
@@ -65,6 +68,15 @@ class Runner:
             arrived = _to_host(torch.cat([kept.rows for _, kept in parts]).float())
             counted = _counts_to_host([kept for _, kept in parts])
         return lambda: SequenceRows(arrived(), counted()).in_order(order)
+
+    def _check_ids(self, batch: TokenBatch) -> None:
+        """Raises IndexError for ids that a table of the model does not have, which would break a CUDA device for good.
+
+        The tokenizer replica refuses such tokens, as far as the model's files tell what the model knows.
+        """
+        _check_below(self._known_ids, batch.input_ids, "token id")
+        if batch.token_type_ids is not None:
+            _check_below(self._token_types, batch.token_type_ids, "token type")
 
     def run_random(self, lengths: list[int]) -> None:
         """Every head over random sequences of these lengths, to measure what a batch costs at most."""
@@ -109,6 +121,20 @@ class Runner:
         if threading.get_ident() != self._thread:
             govern_threads(self._loaded.num_threads)
             self._thread = threading.get_ident()
+
+
+def _token_types(loaded: LoadedModel) -> int | None:
+    """How many token types the model has a table for; None where it has no such table."""
+    rows = getattr(loaded.module.config, "type_vocab_size", None)
+    return rows if loaded.takes_token_types and isinstance(rows, int) and rows > 0 else None
+
+
+def _check_below(rows: int | None, ids: Int32Array, kind: str) -> None:
+    if rows is None or not ids.size:
+        return
+    for index in (int(ids.max()), int(ids.min())):
+        if not 0 <= index < rows:
+            raise IndexError(f"{kind} {index} is not among the model's own, which are 0 to {rows - 1}")
 
 
 def _to_host(values: Tensor) -> Callable[[], Any]:

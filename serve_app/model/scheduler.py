@@ -47,6 +47,7 @@ class Job:
     priority: Priority = "interactive"
     deadline: float | None = None
     arguments: HeadArguments | None = None
+    goes_first: bool = False
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
     forward_s: float = 0.0
@@ -94,7 +95,10 @@ class Part:
 
 
 class Scheduler:
-    """A first-in-first-out queue of jobs, bounded in tokens. Thread-safe: `submit` and `cancel` from any thread."""
+    """A queue of jobs, bounded in tokens: first in, first out, but for those that go first.
+
+    Thread-safe: `submit` and `cancel` from any thread.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -136,7 +140,8 @@ class Scheduler:
                     f"{self._queued_tokens} tokens are waiting in this replica; try again later",
                     retry_after_s=self._speed.wait_s(self._queued_tokens - self._limits.max_queued_tokens / 2),
                 )
-            self._queues[job.priority].append(job)
+            queue = self._queues[job.priority]
+            queue.appendleft(job) if job.goes_first else queue.append(job)
             self._queued_tokens += job.waiting_tokens
             self._changed.notify()
 

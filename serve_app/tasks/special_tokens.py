@@ -6,12 +6,14 @@ tokenizer, whose names are the well-known ones. The ids are those of the added t
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from serve_app.errors import IncompleteModelError
+from serve_app.tasks.input_embedding import embedding_rows
 
 Json: TypeAlias = Mapping[str, Any]
 
@@ -39,6 +41,7 @@ class SpecialTokens:
         self._names = {**_read(folder / "special_tokens_map.json"), **_read(folder / "tokenizer_config.json")}
         self._ids = dict(_added(folder))
         self._model = _read(folder / "config.json")
+        self._folder = folder
 
     @property
     def cleans_up(self) -> bool:
@@ -67,11 +70,10 @@ class SpecialTokens:
         named = str(self._names.get("tokenizer_class") or self._model.get("model_type") or "").lower()
         return named.removesuffix("fast").removesuffix("tokenizer").replace("-", "").replace("_", "")
 
-    @property
+    @functools.cached_property
     def model_ids(self) -> int | None:
-        """How many ids the model knows; the tokenizer may have more."""
-        size = self._model.get("vocab_size")
-        return size if isinstance(size, int) else None
+        """How many ids the model knows, where its files say; the tokenizer may have more."""
+        return embedding_rows(self._folder)
 
 
 def has_chat_template(folder: Path) -> bool:

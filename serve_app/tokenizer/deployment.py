@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from serve_app.cache.prewarm import Membership, ensure_local, replica_environment, version_here
 from serve_app.config import CacheConfig, ModelConfig
+from serve_app.errors import UnavailableError
 from serve_app.logs import show_log
 from serve_app.metrics import ReplicaMetrics
 from serve_app.tasks import probe
@@ -19,6 +23,9 @@ from serve_app.tokenizer.encoder import Encoder
 from serve_app.tokenizer.loader import slow_tokenizer
 from serve_app.tokenizer.slow import SlowEncoder
 from serve_app.types import Forget, ModelCard, TokenBatch, TokenizeCall, TokenizeRequest, VersionCall
+
+STUCK_AFTER_S = 300.0
+"""Seconds for which a thread may tokenize one call: far more than the largest one takes on a busy machine."""
 
 
 class TokenizerReplica:
@@ -37,6 +44,7 @@ class TokenizerReplica:
         if self._card.can_chat and self._card.task == "text-generation":
             await asyncio.to_thread(self._encoder.load_chat_template)
         self._metrics = ReplicaMetrics()
+        self._begun: dict[int, float] = {}
         self._threads = ThreadPoolExecutor(model.tokenizer_threads, thread_name_prefix="tokenizer")
         self._membership = Membership(cache, model, "tokenizer", self._version)
         await self._membership.enter(await self._prove())
@@ -49,7 +57,22 @@ class TokenizerReplica:
         return batch
 
     async def _encode(self, requests: tuple[TokenizeRequest, ...]) -> TokenBatch:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encoder.encode, requests)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode_here, requests)
+
+    def _encode_here(self, requests: tuple[TokenizeRequest, ...]) -> TokenBatch:
+        """On a thread of the pool, which is known to be busy since when."""
+        thread = threading.get_ident()
+        self._begun[thread] = time.monotonic()
+        try:
+            return self._encoder.encode(requests)
+        finally:
+            del self._begun[thread]
+
+    def _check(self) -> None:
+        """Raises UnavailableError if a thread does not come back from a call: the event loop would never show that."""
+        longest_s = time.monotonic() - min(self._begun.copy().values(), default=math.inf)
+        if longest_s > STUCK_AFTER_S:
+            raise UnavailableError(f"a thread of this replica has tokenized one call for {longest_s:.0f} s")
 
     def record_replica_metadata(self) -> dict[str, str]:
         """What Serve tells every router of this replica."""
@@ -64,7 +87,11 @@ class TokenizerReplica:
         return await self._encode(call.requests)
 
     async def forget(self, forget: Forget) -> bool:
-        """Nothing is forgotten: within one call no text can be skipped. The answer shows that the replica lives."""
+        """Nothing is forgotten: within one call no text can be skipped. The answer shows that the replica lives.
+
+        Raises UnavailableError if it must be replaced.
+        """
+        self._check()
         return False
 
     async def definition(self, call: VersionCall) -> str:
@@ -76,8 +103,9 @@ class TokenizerReplica:
         return self._encoder.definition
 
     async def check_health(self) -> None:
-        """A tokenizer that gets here is healthy: its event loop turns."""
+        """Raises if this replica must be replaced."""
         self._metrics.look()
+        self._check()
 
     async def card(self, call: VersionCall) -> ModelCard:
         """What the model's files say; the ingress asks once."""

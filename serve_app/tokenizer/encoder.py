@@ -17,6 +17,7 @@ from serve_app.tokenizer.bounded import BoundedTokenizer
 from serve_app.tokenizer.chat import ChatTemplate
 from serve_app.tokenizer.encoded import Encoded, Outcome, flatten, own_failure
 from serve_app.tokenizer.framed import FramedTokenizer, check_ids, prompted
+from serve_app.tokenizer.known_ids import KnownIds
 from serve_app.tokenizer.loader import load
 from serve_app.types import LongTexts, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
 
@@ -42,6 +43,7 @@ class Encoder:
         self._drops_token_types = special.names_no_token_types
         self._chat = ChatTemplate(folder)
         self._vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._known = KnownIds(folder, tokenizer.get_vocab(with_added_tokens=True), special.model_ids)
         self._whole = BoundedTokenizer(tokenizer, max_input_tokens, None)
         self._cutting = {
             "left": BoundedTokenizer(tokenizer, max_input_tokens, "left"),
@@ -63,6 +65,7 @@ class Encoder:
         for members in _alike(requests, plain):
             for index, outcome in zip(members, self._encode_alike([requests[i] for i in members]), strict=True):
                 outcomes[index] = outcome
+        outcomes = self._known.checked(requests, outcomes)
         batch = flatten(outcomes, time.perf_counter() - started)
         return replace(batch, token_type_ids=None) if self._drops_token_types else batch
 

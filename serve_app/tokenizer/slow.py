@@ -13,9 +13,11 @@ from typing import Any
 
 from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError
 from serve_app.tasks.card import transformer_folder
+from serve_app.tasks.special_tokens import SpecialTokens
 from serve_app.tokenizer.chat import ChatTemplate
 from serve_app.tokenizer.encoded import Encoded, Outcome, flatten, own_failure
 from serve_app.tokenizer.framed import check_ids
+from serve_app.tokenizer.known_ids import KnownIds
 from serve_app.types import Chat, TextInput, TokenBatch, TokenizeRequest
 
 
@@ -30,7 +32,9 @@ class SlowEncoder:
         self.max_input_tokens = max_input_tokens
         self._tokenizer = tokenizer
         self._turn = threading.Lock()
-        self._chat = ChatTemplate(transformer_folder(path))
+        folder = transformer_folder(path)
+        self._chat = ChatTemplate(folder)
+        self._known = KnownIds(folder, tokenizer.get_vocab(), SpecialTokens(folder).model_ids)
         self._special = int(tokenizer.num_special_tokens_to_add())
         if max_input_tokens <= self._special:
             raise ConfigError(f"max_input_tokens: {max_input_tokens} leaves no room beside special tokens")
@@ -42,7 +46,8 @@ class SlowEncoder:
     def encode(self, requests: Sequence[TokenizeRequest]) -> TokenBatch:
         """One flat batch of all sequences; a request that cannot be encoded fails alone."""
         started = time.perf_counter()
-        return flatten([self._outcome(request) for request in requests], time.perf_counter() - started)
+        outcomes = self._known.checked(requests, [self._outcome(request) for request in requests])
+        return flatten(outcomes, time.perf_counter() - started)
 
     def _outcome(self, request: TokenizeRequest) -> Outcome:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +29,8 @@ from serve_app.ingress.coalescer import Coalescer, Computed, Work
 from serve_app.ingress.router import CallNotUnderWayError
 from serve_app.ingress.statuses import kind_of
 from serve_app.metrics import IngressMetrics
-from serve_app.types import Forget, TokenizeRequest
-from tests.ingress.tiers import Recorder, Tiers, expected_rows, forward
+from serve_app.types import Forget, Rows, TokenizeCall, TokenizeRequest
+from tests.ingress.tiers import Recorder, Tiers, expected_rows, forward, ids
 from tests.inprocess import in_a_replica
 
 
@@ -251,25 +251,146 @@ def names(error: BaseException) -> str:
 
 @pytest.mark.parametrize("tier", ["tokenize", "forward"])
 @pytest.mark.parametrize("lost", LOST, ids=names)
-async def test_a_lost_replica_costs_a_second_try_and_no_request(bench: Bench, tier: str, lost: Exception) -> None:
+async def test_what_a_replica_took_with_it_goes_again_each_by_itself(bench: Bench, tier: str, lost: Exception) -> None:
     getattr(bench.tiers, tier).failures = [lost]
     outcomes = await asyncio.gather(*(bench.compute(f"text {i}") for i in range(5)))
     for i, computed in enumerate(outcomes):
         assert_rows(computed, f"text {i}")
-    assert bench.batches == [5, 5]
-    assert bench.retries == [1]
+    assert bench.batches == [5, 1, 1, 1, 1, 1]
+    assert bench.retries == [1] * 5
 
 
 @pytest.mark.parametrize("tier", ["tokenize", "forward"])
 @pytest.mark.parametrize("lost", LOST, ids=names)
-async def test_replicas_lost_twice_make_every_request_of_the_batch_unavailable(
+async def test_a_request_that_is_lost_twice_is_unavailable_and_not_sent_a_third_time(
     bench: Bench, tier: str, lost: Exception
 ) -> None:
-    getattr(bench.tiers, tier).failures = [lost, lost]
+    getattr(bench.tiers, tier).failures = [lost] * 4
     outcomes = await asyncio.gather(*(bench.compute(f"text {i}") for i in range(3)), return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [UnavailableError] * 3
-    assert bench.batches == [3, 3]
+    for outcome in outcomes:
+        assert isinstance(outcome, UnavailableError)
+        assert kind_of(outcome).status == 503
+        assert "not sent a third time" in outcome.message
+    assert bench.batches == [3, 1, 1, 1]
     assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+class Mortal:
+    """A handle to one replica after the other: each dies, with all calls that it has, when it computes `DEADLY`."""
+
+    DEADLY = "deadly"
+
+    def __init__(self, answer: Callable[[Any], Any]) -> None:
+        self.deaths = 0
+        self._answer = answer
+        self._under_way: set[asyncio.Future[Any]] = set()
+
+    def remote(self, call: Any) -> asyncio.Future[Any]:
+        response = asyncio.get_running_loop().create_future()
+        self._under_way.add(response)
+        task = asyncio.ensure_future(self._compute(call, response))
+        response.add_done_callback(lambda _: task.cancel())
+        return response
+
+    async def _compute(self, call: Any, response: asyncio.Future[Any]) -> None:
+        for _ in range(3):  # in which others come
+            await asyncio.sleep(0)
+        if self._kills(call):
+            self.deaths += 1
+            for each in self._under_way:
+                if not each.done():
+                    each.set_exception(ActorDiedError())
+            self._under_way.clear()
+        else:
+            self._under_way.discard(response)
+            response.set_result(self._answer(call))
+
+    def _kills(self, call: Any) -> bool:
+        if isinstance(call, TokenizeCall):
+            return any(self.DEADLY in request.inputs for request in call.requests)
+        each = (call.tokens.select(i, i + 1).input_ids.tolist() for i in range(call.tokens.num_sequences))
+        return any(sequence == ids(self.DEADLY) for sequence in each)
+
+
+@pytest.mark.parametrize("tier", ["tokenize", "forward"])
+@pytest.mark.parametrize("place", [0, 5, 11])
+@pytest.mark.parametrize("batches", [1, 4])
+async def test_a_request_that_kills_its_replicas_takes_one_more_with_it_and_none_of_its_neighbours(
+    tier: str, place: int, batches: int
+) -> None:
+    bench = Bench(max_concurrent_batches=batches)
+    mortal = Mortal(getattr(bench.tiers, tier)._answer)
+    setattr(bench.tiers, tier, mortal)
+    texts = [f"text {i}" for i in range(12)]
+    texts[place] = Mortal.DEADLY
+    outcomes = await asyncio.gather(*(bench.compute(text) for text in texts), return_exceptions=True)
+    assert mortal.deaths == 2
+    for text, outcome in zip(texts, outcomes, strict=True):
+        if text == Mortal.DEADLY:
+            assert isinstance(outcome, UnavailableError)
+            assert "not sent a third time" in outcome.message
+        else:
+            assert isinstance(outcome, Computed), outcome
+            assert_rows(outcome, text)
+
+
+async def test_a_request_that_was_lost_with_another_version_is_not_put_together_with_others(bench: Bench) -> None:
+    held = await bench.hold_one()
+    work = Work(TokenizeRequest(("suspect",), "truncate"), "pooled", "v1")
+    suspect = asyncio.create_task(bench.coalescer.compute(work, 60.0, {0}))
+    others = [bench.start("one"), bench.start("two")]
+    await settle()
+    bench.release()
+    assert_rows(await suspect, "suspect")
+    await asyncio.gather(held, *others)
+    assert sorted([request.inputs for request in call.requests] for call in bench.tiers.tokenize.calls) == [
+        [("held",)],
+        [("one",), ("two",)],
+        [("suspect",)],
+    ]
+
+
+def dies_and_holds_the_next_call(bench: Bench) -> None:
+    """The model replica dies of the next call, and what comes then waits."""
+
+    def die(call: object) -> Rows:
+        bench.tiers.forward.go.clear()
+        raise ActorDiedError
+
+    bench.tiers.forward.answers = [die]
+
+
+async def test_a_request_whose_turn_does_not_come_in_time_goes_beside_the_others(bench: Bench) -> None:
+    dies_and_holds_the_next_call(bench)
+    waits, hurries = bench.start("waits"), asyncio.create_task(bench.compute("hurries", timeout_s=0.1))
+    await settle()
+    assert asked_of_the_model(bench) == [[5, 7], [5]]
+    while len(bench.tiers.forward.calls) < 3:
+        await asyncio.sleep(0.001)
+    bench.tiers.forward.go.set()
+    assert_rows(await waits, "waits")
+    assert_rows(await hurries, "hurries")
+    bench.tiers.forward.failures = [ActorDiedError()]
+    assert_rows(await bench.compute("afterwards"), "afterwards")
+
+
+async def test_what_goes_again_goes_before_what_waits_at_the_replica(bench: Bench) -> None:
+    bench.tiers.forward.failures = [ActorDiedError()]
+    await asyncio.gather(bench.compute("one"), bench.compute("two"))
+    assert [call.goes_first for call in bench.tiers.forward.calls] == [False, True, True]
+
+
+async def test_a_request_that_leaves_while_it_goes_again_cancels_its_call_and_lets_the_next_go(bench: Bench) -> None:
+    dies_and_holds_the_next_call(bench)
+    leaves, waits, stays = (bench.start(text) for text in ("leaves", "waits", "stays"))
+    await settle()
+    assert asked_of_the_model(bench) == [[6, 5, 5], [6]]
+    await leave(waits, leaves)
+    assert bench.tiers.forward.responses[1].cancelled()
+    bench.tiers.forward.go.set()
+    assert_rows(await stays, "stays")
+    assert bench.abandoned == ["model", "model"]
+    assert asked_of_the_model(bench) == [[6, 5, 5], [6], [5]]
 
 
 async def test_only_what_a_replica_lost_is_sent_again(bench: Bench) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from serve_app.errors import (
     DeadlineExceededError,
@@ -137,6 +138,119 @@ async def test_a_replica_lost_before_anything_came_is_asked_again_once() -> None
         await streamed(path_to(Model([RayActorError()], [RayActorError()], ANSWER)))
 
 
+class Mortal(Model):
+    """One replica after the other: each dies, with all calls that it has, of a prompt that is `DEADLY`."""
+
+    DEADLY = "deadly"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deaths = 0
+        self.together: list[int] = []
+        """How many calls the replica had when each came."""
+        self._replica = asyncio.Event()
+        self._waiting: set[str] = set()
+
+    def remote(self, call: GenerationCall) -> Any:
+        self.calls.append(call)
+        return self._pieces(call)
+
+    def _pieces(self, call: GenerationCall) -> Any:
+        class Pieces:
+            def __init__(self, pieces: Any) -> None:
+                self._pieces = pieces
+
+            async def __anext__(self) -> Any:
+                return await anext(self._pieces)
+
+            def cancel(self) -> None: ...
+
+        return Pieces(self._made(call))
+
+    async def _made(self, call: GenerationCall) -> AsyncIterator[list[GeneratedPiece]]:
+        replica = self._replica
+        self._waiting.add(call.id)
+        self.together.append(len(self._waiting))
+        try:
+            is_deadly = call.input_ids.tolist() == [ord(character) for character in self.DEADLY]
+            for _ in range(10 if is_deadly else 20):  # in which others come
+                await asyncio.sleep(0)
+            if is_deadly and not replica.is_set():
+                self.deaths += 1
+                replica.set()
+                self._replica, self._waiting = asyncio.Event(), set()
+            if replica.is_set():
+                raise RayActorError
+        finally:
+            self._waiting.discard(call.id)
+        for some in ANSWER:
+            yield some
+
+
+@pytest.mark.parametrize("place", [0, 3, 5])
+@pytest.mark.parametrize("streams", [True, False], ids=["streams", "answers"])
+async def test_a_prompt_that_kills_its_replicas_takes_one_more_with_it_and_no_other_request(
+    place: int, streams: bool
+) -> None:
+    model, metrics = Mortal(), Metrics()
+    path = path_to(model, metrics=metrics)
+    texts = [f"text {i}" for i in range(6)]
+    texts[place] = Mortal.DEADLY
+
+    async def ask(text: str) -> str:
+        if not streams:
+            (whole,) = (await path.answer(request(text), CARD, "v1", 60.0)).output
+            return whole.text  # type: ignore[union-attr]
+        async with aclosing(path.stream(request(text), CARD, "v1", 60.0)) as pieces:
+            return "".join([piece.text async for piece in pieces])
+
+    outcomes = await asyncio.gather(*map(ask, texts), return_exceptions=True)
+    failed = outcomes.pop(place)
+    assert isinstance(failed, UnavailableError)
+    assert "not sent a third time" in failed.message
+    assert outcomes == ["abc"] * 5
+    assert model.deaths == 2
+    assert model.together == [1, 2, 3, 4, 5, 6] + [1] * 6, "the second time each by itself"
+    assert metrics.retries.values == [1] * 6
+
+
+async def test_each_prompt_of_a_request_may_be_lost_once() -> None:
+    model = Model(*[[RayActorError()]] * 3, *[ANSWER] * 3)
+    answer = await path_to(model).answer(request("one", "two", "three"), CARD, "v1", 60.0)
+    assert [whole.text for whole in answer.output] == ["abc"] * 3  # type: ignore[union-attr]
+    with pytest.raises(UnavailableError, match="not sent a third time"):
+        await path_to(Model(*[[RayActorError()]] * 6)).answer(request("one", "two", "three"), CARD, "v1", 60.0)
+
+
+@pytest.mark.parametrize("lost_at", ["tokenizer", "model"])
+async def test_what_was_lost_with_another_version_counts(lost_at: str) -> None:
+    tiers, model = Tiers(), Model([RayActorError()], ANSWER)
+    losses: set[int] = set()
+    if lost_at == "tokenizer":
+        model.answers = [ANSWER]
+        tiers.tokenize.failures = [RayActorError(), VersionGoneError("gone"), RayActorError()]
+    else:
+        tiers.tokenize.failures = []
+        model.answers = [[RayActorError()], [VersionGoneError("gone")], [RayActorError()], ANSWER]
+    path = path_to(model, tiers)
+    with pytest.raises(VersionGoneError):
+        await path.answer(request(), CARD, "v1", 60.0, losses=losses)
+    with pytest.raises(UnavailableError, match="not sent a third time"):
+        await path.answer(request(), CARD, "v2", 60.0, losses=losses)
+
+
+async def test_a_request_whose_turn_does_not_come_in_time_goes_beside_the_others() -> None:
+    go = asyncio.Event()
+    model = Model([RayActorError()], [go, *ANSWER], [RayActorError()], ANSWER)
+    path = path_to(model)
+    waits = asyncio.create_task(streamed(path))
+    while len(model.calls) < 2:
+        await asyncio.sleep(0)
+    assert await streamed(path, timeout_s=0.1) == ["a", "b", "c"]
+    go.set()
+    assert await waits == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("end", [RayActorError(), StopAsyncIteration()], ids=["lost", "ended early"])
 async def test_a_replica_lost_midway_is_not_asked_again(end: Exception) -> None:
     model = Model([ANSWER[0], end], ANSWER)
@@ -196,12 +310,80 @@ async def test_a_replica_that_falls_silent_before_anything_came_loses_its_call_w
 
 
 @pytest.mark.usefixtures("_quick")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tasks do not tell that they are cancelled")
+async def test_a_client_that_leaves_in_the_moment_in_which_its_replica_is_given_up_has_left() -> None:
+    class Leaving(Model):
+        def remote(self, call: GenerationCall) -> Response:
+            response = super().remote(call)
+            give_up = response.cancel
+
+            def cancel() -> None:
+                give_up()
+                if not self.cancelled[1:]:
+                    asked.cancel()
+
+            response.cancel = cancel  # type: ignore[method-assign]
+            return response
+
+    model = Leaving(["hang"], ANSWER)
+    model.forget.go.clear()
+    asked = asyncio.create_task(streamed(path_to(model)))
+    await asyncio.wait((asked,), timeout=30)
+    assert asked.cancelled()
+    assert len(model.calls) == 1
+
+
+@pytest.mark.usefixtures("_quick")
 async def test_a_replica_that_falls_silent_midway_ends_the_answer() -> None:
     model = Model([ANSWER[0], "hang"], ANSWER)
     model.forget.go.clear()
     with pytest.raises(UnavailableError, match="fell silent"):
         await asyncio.wait_for(streamed(path_to(model)), 30)
     assert len(model.calls) == 1
+
+
+@pytest.mark.usefixtures("_quick")
+async def test_a_replica_that_says_that_it_cannot_compute_loses_its_call_which_is_sent_again() -> None:
+    model, view = Model(["hang"], ANSWER), TierView()
+    hangs = UnavailableError("the device hangs")
+    model.forget.failures = [RayTaskError("forget", "traceback", hangs).as_instanceof_cause()]
+    asked = asyncio.create_task(streamed(path_to(model, view=view)))
+    while not model.calls:
+        await asyncio.sleep(0)
+    view.sent(replica_id("a"), model.calls[0].id, 1)
+    assert await asyncio.wait_for(asked, 30) == ["a", "b", "c"]
+    assert model.cancelled == ["cancelled"] * 2
+    assert view.rank(replica_id("a"))[0], "it is distrusted"
+
+
+async def test_a_replica_that_gives_a_call_back_gets_none_while_others_take_them() -> None:
+    go, view = asyncio.Event(), TierView()
+    model = Model([go, UnavailableError("the device hangs")], ANSWER)
+    asked = asyncio.create_task(streamed(path_to(model, view=view)))
+    while not model.calls:
+        await asyncio.sleep(0)
+    view.sent(replica_id("a"), model.calls[0].id, 1)
+    view.ended(replica_id("a"), model.calls[0].id, 1)
+    go.set()
+    assert await asked == ["a", "b", "c"]
+    assert view.rank(replica_id("a"))[0]
+
+
+async def test_a_client_that_leaves_in_the_moment_of_an_answer_has_left() -> None:
+    """`asyncio.wait_for` loses such a cancellation up to Python 3.11."""
+    for turns in range(6):
+        go, tiers = asyncio.Event(), Tiers()
+        model = Model([go, ANSWER[0], "hang"])
+        asked = asyncio.create_task(streamed(path_to(model, tiers)))
+        while not model.calls:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        go.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.wait((asked,), timeout=5)
+        assert asked.cancelled(), turns
 
 
 @pytest.mark.usefixtures("_quick")

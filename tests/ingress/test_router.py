@@ -311,6 +311,25 @@ async def test_a_replica_that_fell_silent_is_taken_last_and_only_for_a_while(
     assert (await calls.send(1))[0] == silent, "which has less to do"
 
 
+async def test_a_replica_whose_call_has_failed_is_taken_last(router: LeastOutstandingRouter) -> None:
+    calls = Calls(router)
+    sent = await calls.send(1000, "call")
+    calls.end(sent, length_when_begun=1)
+    router._view.distrust_owner_of("call")
+    (other,) = {"a", "b"} - {sent[0]}
+    assert {(await calls.send(10_000))[0] for _ in range(6)} == {other}, "however little the one that failed has to do"
+
+
+async def test_calls_that_ended_long_ago_are_not_remembered(
+    router: LeastOutstandingRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tier, "RECENT_CALLS", 3)
+    calls = Calls(router)
+    for i in range(10):
+        calls.end(await calls.send(1, f"call {i}"), length_when_begun=1)
+    assert list(router._view._recent) == ["call 7", "call 8", "call 9"]
+
+
 async def test_nobody_is_distrusted_for_a_call_that_has_ended(router: LeastOutstandingRouter) -> None:
     calls = Calls(router)
     calls.end(await calls.send(1, "call"), length_when_begun=1)

@@ -236,6 +236,58 @@ async def test_a_version_that_goes_with_its_lost_replica_is_replaced_too(bench: 
     assert bench.model.asked("forward") == ["a", "b"]
 
 
+@pytest.mark.parametrize("method", ["tokenize", "forward"])
+async def test_a_request_that_kills_the_only_replica_of_version_after_version_kills_two(
+    bench: Bench, method: str
+) -> None:
+    replicas = bench.tokenizer if method == "tokenize" else bench.model
+    bench.run(A)
+    replicas.hold(method)
+    asked = bench.start()
+    for next_version in (B, C):
+        await replicas.called[method].wait()
+        replicas.called[method].clear()
+        held = replicas.go[method]
+        await settle()
+        replicas.failures[method] = [ActorDiedError()]
+        bench.run(next_version)
+        replicas.hold(method)
+        held.set()
+        await settle()
+        if asked.done():
+            break
+    with pytest.raises(UnavailableError, match="not sent a third time"):
+        await asyncio.wait_for(asked, 5)
+    assert "c" not in replicas.asked(method)
+
+
+@pytest.mark.parametrize("lost", [ActorDiedError(), UnavailableError("ending")], ids=["died", "ending"])
+async def test_what_a_lost_replica_was_asked_another_one_tells(bench: Bench, lost: Exception) -> None:
+    bench.run(A)
+    bench.tokenizer.failures["card"] = [lost]
+    assert await bench.served.card() == card_of(A)
+    bench.model.failures["memory_summary"] = [lost]
+    assert await bench.served.memory() == A.revision
+    bench.model.failures["memory_summary"] = [lost, lost]
+    with pytest.raises(UnavailableError):
+        await bench.served.memory()
+
+
+async def test_a_client_that_leaves_in_the_moment_of_an_event_has_left() -> None:
+    """`asyncio.wait_for` loses such a cancellation up to Python 3.11."""
+    for turns in range(6):
+        bench = Bench()
+        bench.tokenizer.hold("card")
+        asked = bench.start()
+        await settle()
+        bench.run(A)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.wait((asked,), timeout=5)
+        assert asked.cancelled(), turns
+
+
 async def test_a_request_begins_with_the_version_whose_replicas_have_the_least_to_do() -> None:
     bench = Bench()
     bench.run(A, B)

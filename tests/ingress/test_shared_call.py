@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from serve_app.errors import UnavailableError
 from serve_app.ingress import shared_call
 from serve_app.ingress.router import CallNotUnderWayError
-from serve_app.types import Forget
+from serve_app.types import Forget, ForwardCall, Rows
 from tests.ingress.test_coalescer import Bench, assert_rows, replica
-from tests.ingress.tiers import replica_id
+from tests.ingress.tiers import forward, replica_id
 
 __all__ = ["replica"]
 
@@ -97,6 +98,65 @@ async def test_a_question_that_reaches_nobody_is_no_silence(bench: Bench, error:
     bench.tiers.forward.go.set()
     assert_rows(await asked, "text")
     assert len(bench.tiers.forward.calls) == 1
+
+
+HANGS = UnavailableError("the device hangs")
+
+
+@pytest.mark.parametrize("tier", ["tokenize", "forward"])
+@pytest.mark.parametrize(
+    "told", [HANGS, RayTaskError("forget", "traceback", HANGS).as_instanceof_cause()], ids=["as it is", "by Ray"]
+)
+async def test_a_replica_that_says_that_it_cannot_compute_loses_its_call_which_is_sent_again(
+    bench: Bench, tier: str, told: Exception
+) -> None:
+    method = getattr(bench.tiers, tier)
+    method.go.clear()
+    bench.tiers.forget.failures = [told]
+    asked = bench.start("text")
+    await method.called.wait()
+    bench.tiers.tier.view.sent(REPLICA, method.calls[0].id, 1)
+    await until(lambda: bool(method.responses) and method.responses[0].cancelled())
+    method.go.set()
+    assert_rows(await asked, "text")
+    assert len(method.calls) == 2
+    assert bench.retries == [1]
+    assert is_distrusted(bench)
+
+
+@pytest.mark.parametrize("is_ended", [False, True], ids=["counted", "counted as ended"])
+@pytest.mark.parametrize("told", ["raised", "of the request"])
+async def test_a_replica_that_gives_a_call_back_gets_none_while_others_take_them(
+    bench: Bench, told: str, is_ended: bool
+) -> None:
+    """Its queue is empty then, for which it would be chosen first."""
+
+    def give_back(call: ForwardCall) -> Rows:
+        bench.tiers.tier.view.sent(REPLICA, call.id, 1)
+        if is_ended:
+            bench.tiers.tier.view.ended(REPLICA, call.id, 1)
+        if told == "raised":
+            raise UnavailableError("the device hangs")
+        return replace(forward(call), failures={0: UnavailableError("the device hangs")})
+
+    bench.tiers.forward.answers = [give_back]
+    assert_rows(await bench.compute("text"), "text")
+    assert len(bench.tiers.forward.calls) == 2
+    assert is_distrusted(bench)
+
+
+async def test_a_replica_is_not_distrusted_for_what_it_forgot_as_it_was_told(bench: Bench) -> None:
+    bench.tiers.forward.go.clear()
+    stays, leaves = bench.start("stays"), bench.start("leaves")
+    await bench.tiers.forward.called.wait()
+    [call] = bench.tiers.forward.calls
+    bench.tiers.tier.view.sent(REPLICA, call.id, 1)
+    leaves.cancel()
+    nobody_waits = UnavailableError("nobody waits for this request any more")
+    bench.tiers.forward.answers = [lambda call: replace(forward(call), failures={1: nobody_waits})]
+    bench.tiers.forward.go.set()
+    assert_rows(await stays, "stays")
+    assert not is_distrusted(bench)
 
 
 async def test_a_replica_that_falls_silent_after_it_had_answered_loses_its_call(bench: Bench) -> None:

@@ -11,6 +11,7 @@ from unittest import mock
 import httpx
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from serve_app.config import CacheConfig, ModelConfig, ModelSettings
 from serve_app.errors import ConfigError, InvalidInputError, ModelFailureError, UnavailableError, VersionGoneError
@@ -22,7 +23,7 @@ from tests.batches import NO_TOKENS
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import local_hub
 from tests.inprocess import served
-from tests.model.generation.models import prompts, reference, tiny
+from tests.model.generation.models import VOCABULARY, prompts, reference, tiny
 from tests.model.generation.test_loader import saved
 from tests.model.tiny import batch_of
 
@@ -65,6 +66,29 @@ def test_a_model_of_the_hub_is_served_for_what_its_files_say(tmp_path: Path, mon
     assert np.shape(vector.json()) == (1, 32)
     tasks = {model["served_model_name"]: model["task"] for model in told["models"]}
     assert tasks == {"gpt2": "text-generation", "bert": "embedding"}
+
+
+def test_a_token_that_only_the_tokenizer_has_is_a_422_for_its_request_alone(tmp_path: Path) -> None:
+    """As where `resize_token_embeddings` was forgotten: every conversation has such tokens, and no plain text."""
+    folder = saved("gpt2", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    known = [f"<known {i}>" for i in range(VOCABULARY - len(tokenizer))]
+    tokenizer.add_tokens([*known, "<|im_start|>"], special_tokens=True)
+    tokenizer.chat_template = "{% for message in messages %}<|im_start|>{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    config = ModelConfig(name="tiny", source=str(folder), max_input_tokens=32)
+    talk = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+    with served([config], tmp_path / "cache") as base, httpx.Client(base_url=base, timeout=60) as client:
+        refused = client.post("/v1/chat/completions", json=talk)
+        streamed = client.post("/v1/chat/completions", json={**talk, "stream": True})
+        text = client.post("/models/tiny", json={"inputs": "hello", "parameters": {"max_new_tokens": 3}})
+        shown = client.post("/models/tiny/tokenize", json={"inputs": "a <|im_start|> b"})
+    for answer in (refused, streamed):
+        assert answer.status_code == 422
+        assert "<|im_start|>" in answer.text
+        assert "resize_token_embeddings" in answer.text
+    assert text.status_code == shown.status_code == 200
+    assert len(tokenizer) - 1 in [token["id"] for token in shown.json()[0]]
 
 
 async def test_a_model_that_generates_takes_settings_and_streams(tmp_path: Path) -> None:
@@ -144,6 +168,21 @@ async def test_settings_reach_the_watchdog_of_either_kind_of_model(tmp_path: Pat
 
 def generation_call(version: str) -> GenerationCall:
     return GenerationCall(np.array([1], np.int32), GenerationOptions(), version=version)
+
+
+@pytest.mark.parametrize("kind", ["generates", "answers at once"])
+async def test_a_replica_that_cannot_compute_says_so_when_it_is_asked_whether_it_lives(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    serving = await replica(saved("gpt2", folder) if kind == "generates" else write_tiny_bert(folder), tmp_path)
+    try:
+        assert not await serving.forget(Forget("call", ()))
+        monkeypatch.setattr(serving._model, "check", mock.Mock(side_effect=UnavailableError("the device hangs")))
+        with pytest.raises(UnavailableError, match="the device hangs"):
+            await serving.forget(Forget("call", ()))
+    finally:
+        serving.__del__()
 
 
 async def test_a_replica_answers_no_call_that_is_meant_for_another_version(tmp_path: Path) -> None:

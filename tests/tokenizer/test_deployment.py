@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from serve_app.errors import VersionGoneError
+from serve_app.errors import UnavailableError, VersionGoneError
+from serve_app.tokenizer import deployment
 from serve_app.tokenizer.deployment import TokenizerReplica
 from serve_app.types import Forget, TokenizeCall, TokenizeRequest, Version, VersionCall
 
@@ -28,7 +29,7 @@ async def test_a_call_that_is_cancelled_before_its_turn_is_not_tokenized() -> No
     replica = TokenizerReplica.__new__(TokenizerReplica)
     with ThreadPoolExecutor(1) as threads:
         replica._encoder, replica._threads = SimpleNamespace(encode=encode), threads  # type: ignore[assignment]
-        replica._version = VERSION
+        replica._version, replica._begun = VERSION, {}
         calls = [
             asyncio.ensure_future(replica.tokenize(TokenizeCall((TokenizeRequest((text,), "truncate"),), "v1")))
             for text in ("runs", "is cancelled", "waits")
@@ -45,10 +46,35 @@ async def test_a_call_that_is_cancelled_before_its_turn_is_not_tokenized() -> No
 @pytest.mark.parametrize("version", ["v2", ""])
 async def test_a_replica_answers_no_call_that_is_meant_for_another_version(version: str) -> None:
     replica = TokenizerReplica.__new__(TokenizerReplica)
-    replica._version = VERSION
+    replica._version, replica._begun = VERSION, {}
     with pytest.raises(VersionGoneError):
         await replica.tokenize(TokenizeCall((), version))
     for method in (replica.card, replica.definition):
         with pytest.raises(VersionGoneError):
             await method(VersionCall(version))
     assert not await replica.forget(Forget("call", ())), "which is asked of whoever lives"
+
+
+async def test_a_replica_with_a_thread_that_does_not_come_back_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, begun = threading.Event(), threading.Event()
+
+    def encode(requests: tuple[TokenizeRequest, ...]) -> str:
+        begun.set()
+        assert go.wait(30)
+        return "batch"
+
+    replica = TokenizerReplica.__new__(TokenizerReplica)
+    with ThreadPoolExecutor(2) as threads:
+        replica._encoder, replica._threads = SimpleNamespace(encode=encode), threads  # type: ignore[assignment]
+        replica._version, replica._begun = VERSION, {}
+        replica._metrics = SimpleNamespace(look=lambda: None)  # type: ignore[assignment]
+        call = asyncio.ensure_future(replica.tokenize(TokenizeCall((), "v1")))
+        await asyncio.to_thread(begun.wait, 10)
+        await replica.check_health()
+        monkeypatch.setattr(deployment, "STUCK_AFTER_S", 0.0)
+        for asked in (replica.check_health(), replica.forget(Forget("call", ()))):
+            with pytest.raises(UnavailableError, match="has tokenized one call for"):
+                await asked
+        go.set()
+        assert await call == "batch"
+        await replica.check_health()

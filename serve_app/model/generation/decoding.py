@@ -14,7 +14,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from serve_app.errors import InvalidInputError
 from serve_app.model.generation.rectangle import KeysAndValues, Rectangle
+from serve_app.model.loader import known_ids
 
 
 @dataclass(eq=False, slots=True)
@@ -44,9 +46,11 @@ class Decoding:
     def __post_init__(self) -> None:
         self._arguments = inspect.signature(self.model.forward).parameters
         self._positions = RowPositions(self.model) if self.encodes else None
+        self._known_ids = known_ids(self.model)
 
     _arguments: Any = field(init=False)
     _positions: RowPositions | None = field(init=False)
+    _known_ids: int | None = field(init=False)
 
     @property
     def encodes(self) -> bool:
@@ -55,6 +59,17 @@ class Decoding:
     @property
     def rows(self) -> int:
         return len(self.lengths)
+
+    def check_ids(self, input_ids: Sequence[int]) -> None:
+        """Raises InvalidInputError for a token that the model has no embedding for, which would break a CUDA device.
+
+        The tokenizer replica refuses such tokens, as far as the model's files tell what the model knows.
+        """
+        known = self._known_ids
+        if known is not None and (min(input_ids) < 0 or max(input_ids) >= known):
+            raise InvalidInputError(
+                f"inputs: the model knows the tokens 0 to {known - 1}, and the prompt has others; send one without them"
+            )
 
     def start_token(self, config: Any) -> Tensor:
         """What an encoder-decoder's answer starts from, () int64; `config` is a prepared generation config."""

@@ -208,6 +208,7 @@ class StepEngine:
                 f"{self.limits.max_kv_tokens} tokens this replica has; shorten the prompt or lower max_new_tokens"
             )
         ids = in_language(job.input_ids, job.options, self._decoder, self._special, _plain(config))
+        self._decoding.check_ids(ids)
         set_target(config, job.options, self._decoder)
         return Answering(job, ids, config, size, self._post if self._can_step(config) else self._post_now)
 

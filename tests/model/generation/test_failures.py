@@ -179,3 +179,27 @@ async def test_options_that_leave_no_numbers_are_the_requests_own_fault(caplog: 
             await answer(engine, healthy_prompts()[0], options)
         assert len(tokens_of(await answer(engine, healthy_prompts()[0], GenerationOptions(4)))) == 4
     assert not caplog.records
+
+
+@pytest.mark.parametrize("num_beams", [1, 2], ids=["by steps", "whole"])
+@pytest.mark.parametrize("model_type", ["gpt2", "bloom", "t5", "bart"])
+async def test_a_token_that_the_model_does_not_have_is_refused_and_reaches_no_table(
+    model_type: str, num_beams: int
+) -> None:
+    """On a GPU such an id breaks the device, and with it every answer under way."""
+    model, options = tiny(model_type), GenerationOptions(max_new_tokens=6, num_beams=num_beams)
+    reads = model.get_encoder() if model.config.is_encoder_decoder else model
+    table, seen = reads.get_input_embeddings(), list[int]()
+    good = prompts([5, 9, 7])
+    bad = [(*good[0][:2], table.num_embeddings), (-1, 7)]
+    wanted = [reference(model, prompt, options) for prompt in good]
+    hook = table.register_forward_pre_hook(lambda module, args: seen.append(int(args[0].max())))
+    try:
+        async with running(model) as engine:
+            asked = [good[0], bad[0], good[1], bad[1], good[2]]
+            found = await asyncio.gather(*(answer(engine, ids, options) for ids in asked), return_exceptions=True)
+    finally:
+        hook.remove()
+    assert [type(found[i]) for i in (1, 3)] == [InvalidInputError] * 2
+    assert [tokens_of(pieces) for pieces in found if isinstance(pieces, list)] == wanted
+    assert max(seen) < table.num_embeddings

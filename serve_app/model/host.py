@@ -6,6 +6,7 @@ import ctypes
 import os
 from pathlib import Path
 
+import psutil
 import torch
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -17,6 +18,11 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process may still take without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def fast_bfloat16() -> bool:

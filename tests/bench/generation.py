@@ -6,8 +6,9 @@
 The model has random weights and no end token, so that lengths are those asked for; tokens are compared as well. Times
 are of one run each, taken in turn, after a warm-up.
 
-With `--against`, the same engine of another checkout is compared with this one's: eight clients, each of which asks for
-one answer after the other, with each number of `--beams`. The two take turns, each run in a process of its own:
+With `--against`, the engine of another checkout is compared with this one's: eight clients, each of which asks for
+one answer after the other, with each number of `--beams`. The two take turns, each run in a process of its own. Where a
+machine does other things too, compare answers per second of CPU time:
 
     OMP_NUM_THREADS=2 python -m tests.bench.generation --family marian --against ../old --beams 1 4 --rounds 5
 """
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTModel
+from transformers.utils import logging as transformers_logging
 
 from serve_app.model.generation.decoding import Decoding
 from serve_app.model.generation.engine import GenerationLimits, StepEngine
@@ -138,7 +140,7 @@ def engine_of(args: argparse.Namespace, model: Any) -> StepEngine:
 
 
 async def clients(args: argparse.Namespace) -> None:
-    """One run of the clients for each number of beams; prints answers per second."""
+    """One run of the clients for each number of beams; prints answers per second, and per second of CPU time."""
     govern_threads(args.threads)
     model = model_of(args.family, args.layers, args.hidden).to(args.device, getattr(torch, args.dtype))
     asked = list(zip(prompts(), (new for _, new in LENGTHS), strict=True))
@@ -154,9 +156,10 @@ async def clients(args: argparse.Namespace) -> None:
                     pass
 
         await client([asked[1]])
-        left, started = asked * args.repeat, time.perf_counter()
+        left, started, computed = asked * args.repeat, time.perf_counter(), time.process_time()
         await asyncio.gather(*(client(left) for _ in range(CLIENTS)))
-        print(len(asked) * args.repeat / (time.perf_counter() - started))
+        answers = len(asked) * args.repeat
+        print(answers / (time.perf_counter() - started), answers / (time.process_time() - computed))
     engine.close()
 
 
@@ -171,10 +174,13 @@ def compare(args: argparse.Namespace) -> None:
             made = subprocess.run(command, cwd=place, env=environment, check=True, stdout=subprocess.PIPE, text=True)
             rates[name].append([float(line) for line in made.stdout.split()])
     print(f"{args.family}, {args.layers} x {args.hidden}, {args.dtype}, {args.threads} threads, {CLIENTS} clients")
-    for column, beams in enumerate(args.beams):
+    columns = [
+        f"{beams} beams, answers per {unit}" for beams in args.beams for unit in ("second", "second of CPU time")
+    ]
+    for column, what in enumerate(columns):
         other, this = ([run[column] for run in rates[name]] for name in places)
         ratios = [mine / theirs for mine, theirs in zip(this, other, strict=True)]
-        print(f"{beams} beams: other {_spread(other)}, this {_spread(this)} answers/s, ratio {_spread(ratios)}")
+        print(f"{what}: other {_spread(other)}, this {_spread(this)}, ratio {_spread(ratios)}")
 
 
 def _spread(values: list[float]) -> str:
@@ -209,6 +215,7 @@ async def measure(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    transformers_logging.set_verbosity_error()  # it warns of flags at every request
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=512)

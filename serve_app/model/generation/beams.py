@@ -1,7 +1,7 @@
 """Beam search of one sequence, a step at a time, with the beams that `model.generate` would find were it alone.
 
-Scores are kept, and beams are ended, by transformers' own functions, in the order of `_beam_search`
-(generation/utils.py); what that loop does with the cache is left to the rows of the batch.
+The rules are those of transformers' `_beam_search` (generation/utils.py) for a batch of one. Beyond the choice of the
+likeliest continuations all is done with the few numbers of the beams, on the CPU, in float32 as there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from serve_app.model.generation.sampling import Rules
 
 NEVER = -1.0e9
-"""The score of what is no beam yet."""
+"""The score of what is no beam; added to a score, it makes one of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,111 +27,115 @@ class Advance:
     tokens: list[int]
 
 
-class BeamSearch:
-    """Belongs to one sequence and to the device thread. b beams, of which k ≥ 2 b continuations are looked at."""
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """The likeliest ones of all beams, best first, or those that were drawn: k ≥ 2 b of them."""
 
-    def __init__(self, model: Any, config: Any, rules: Rules, prompt: Tensor) -> None:
-        """`prompt` (1, p) is what the decoder starts from; `config` has gone through `rules_of`."""
-        self._model, self._config, self._rules = model, config, rules
+    scores: Tensor
+    """(k,) float32, on the CPU."""
+    parents: list[int]
+    tokens: list[int]
+    ends: Tensor
+    """(k,) bool, on the CPU: whether it ends there."""
+
+
+class BeamSearch:
+    """Belongs to one sequence and to the device thread. It has b beams that run, and the b best that have ended."""
+
+    def __init__(self, config: Any, rules: Rules, prompt: Tensor) -> None:
+        """`prompt` (1, p) is what the decoder starts from; `config` comes from `generation_config`."""
         self.beams = beams = int(config.num_beams)
-        device = prompt.device
-        ends = 0 if rules.ends is None else len(rules.ends)
-        self._prompt = self._length = int(prompt.shape[1])
-        self._kept = max(2, 1 + ends) * beams
-        self._likeliest = torch.arange(self._kept, device=device) < beams
-        self._running = prompt.new_zeros((1, beams, self._prompt + rules.limit))
-        self._running[:, :, : self._prompt] = prompt
-        self._running_scores = torch.full((1, beams), NEVER, device=device)
-        self._running_scores[:, 0] = 0.0  # all beams are equal at first, and only one of them may go on
-        self._ended = self._running.clone()
-        self._ended_scores = torch.full((1, beams), NEVER, device=device)
-        self._ended_lengths = torch.zeros((1, beams), dtype=torch.long, device=device)
-        self._has_ended = torch.zeros((1, beams), dtype=torch.bool, device=device)
-        self._may_improve = torch.ones((1, 1), dtype=torch.bool, device=device)
+        self._rules, self._length_penalty, self._early = rules, float(config.length_penalty), config.early_stopping
+        self.ends = frozenset([] if rules.ends is None else rules.ends.tolist())
+        self._kept = max(2, 1 + (0 if rules.ends is None else len(rules.ends))) * beams
+        self._likeliest = torch.arange(self._kept) < beams
+        self._prompt = int(prompt.shape[1])
+        self._ids = prompt.new_empty((beams, self._prompt + rules.limit)) if rules.processors else None
+        """What processors read."""
+        if self._ids is not None:
+            self._ids[:, : self._prompt] = prompt
+        self._running: list[list[int]] = [[]] * beams
+        """New tokens."""
+        self._scores = torch.full((beams,), NEVER)
+        self._scores[0] = 0.0  # all beams are equal at first, and only one of them may go on
+        self._ended: list[list[int]] = [[]] * beams
+        self._ended_scores = torch.full((beams,), NEVER)
+        self._has_ended = torch.zeros(beams, dtype=torch.bool)
+        self._may_improve = True
 
     def advance(self, logits: Tensor) -> Advance | None:
         """One token more for each beam, from the model's `logits` (b, v); None when the search has ended.
 
         Raises as `Rules.raise_if_no_numbers` does.
         """
-        scores, running, parents = self._continuations(logits)
-        has_room = self._length + 1 < self._running.shape[2]
-        ends = self._ends(running[:, :, self._length], has_room)
-        self._end_beams(scores, running, ends)
-        self._running, self._running_scores, parents = self._model._get_running_beams_for_next_iteration(
-            scores, running, parents, ends, self.beams
-        )
-        self._length += 1
-        if not self._goes_on(ends):
+        found = self._continuations(logits)
+        self._end_beams(found)
+        open_scores = found.scores + found.ends * NEVER
+        chosen = open_scores.topk(self.beams)[1]
+        self._scores = open_scores[chosen]
+        places = chosen.tolist()
+        ahead = Advance([found.parents[i] for i in places], [found.tokens[i] for i in places])
+        self._running = [[*self._running[p], t] for p, t in zip(ahead.parents, ahead.tokens, strict=True)]
+        if not self._goes_on(found.ends):
             return None
-        newest = self._running[:, :, self._length - 1]
-        chosen, tokens = torch.cat((parents, newest)).tolist()
-        return Advance(chosen, tokens)
+        if self._ids is not None:
+            self._ids = self._ids[ahead.parents]
+            at = self._prompt + len(self._running[0]) - 1
+            self._ids[:, at] = torch.tensor(ahead.tokens, device=self._ids.device)
+        return ahead
 
     def best(self) -> list[int]:
         """The new tokens of the best beam that has ended; none where none has."""
-        tokens: list[int] = self._ended[0, 0, self._prompt : self._prompt + int(self._ended_lengths[0, 0])].tolist()
-        return tokens
+        return self._ended[0]
 
-    def _continuations(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The k likeliest continuations, or k drawn ones: their scores (1, k), tokens (1, k, length), beams (1, k)."""
-        rules, length = self._rules, self._length
-        chances = rules.processors(self._running[0, :, :length], logits.to(torch.float32).log_softmax(-1))
-        summed = (chances + self._running_scores[0, :, None]).view(1, -1)
+    def _continuations(self, logits: Tensor) -> Continuations:
+        rules, generated = self._rules, len(self._running[0])
+        chances = logits.to(torch.float32).log_softmax(-1)
+        if self._ids is not None:
+            chances = rules.processors(self._ids[:, : self._prompt + generated], chances)
+        summed = (chances + self._scores.to(logits.device)[:, None]).view(-1)
         if rules.sample:
             weights = summed.softmax(-1)
             rules.raise_if_no_numbers(weights, logits)
             places = torch.multinomial(weights, self._kept, generator=rules.random)
-            scores = summed.gather(1, places)
+            scores = summed[places]
         else:
             scores, places = summed.topk(self._kept)
             rules.raise_if_no_numbers(scores, logits)  # what is no number counts as the largest
-        parents = places // logits.shape[-1]
-        running = self._model._gather_beams(self._running, parents)
-        running[:, :, length] = places % logits.shape[-1]
-        return scores, running, parents
+        vocabulary = logits.shape[-1]
+        parents, tokens = zip(*(divmod(place, vocabulary) for place in places.tolist()), strict=True)
+        is_full = generated + 1 == rules.limit
+        ends = torch.tensor([is_full or token in self.ends for token in tokens])
+        return Continuations(scores.cpu(), list(parents), list(tokens), ends)
 
-    def _ends(self, tokens: Tensor, has_room: bool) -> Tensor:
-        """Which of the continuations, (1, k), end there."""
-        if not has_room:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        if self._rules.ends is None:
-            return torch.zeros_like(tokens, dtype=torch.bool)
-        return torch.isin(tokens, self._rules.ends)
-
-    def _end_beams(self, scores: Tensor, running: Tensor, ends: Tensor) -> None:
-        self._ended, self._ended_scores, self._ended_lengths, self._has_ended = self._model._update_finished_beams(
-            sequences=self._ended,
-            topk_running_sequences=running,
-            beam_scores=self._ended_scores,
-            topk_log_probs=scores,
-            beam_indices=self._ended_lengths,  # transformers keeps each token's beam here, to count the tokens
-            topk_running_beam_indices=self._ended_lengths.new_full((1, self._kept), self._length + 1 - self._prompt),
-            is_early_stop_heuristic_unsatisfied=self._may_improve,
-            is_sent_finished=self._has_ended,
-            next_token_hits_stopping_criteria=ends,
-            top_num_beam_mask=self._likeliest,
-            num_beams=self.beams,
-            cur_len=self._length,
-            decoder_prompt_len=self._prompt,
-            length_penalty=self._config.length_penalty,
-            early_stopping=self._config.early_stopping,
-        )
+    def _end_beams(self, found: Continuations) -> None:
+        """Keep the best of those that have ended; of the continuations only the b likeliest may be among them."""
+        generated = len(self._running[0]) + 1
+        ending = found.ends & self._likeliest
+        scores = found.scores / generated**self._length_penalty
+        if not self._may_improve or (self._early is True and bool(self._has_ended.all())):
+            scores += NEVER
+        merged = torch.cat((self._ended_scores, scores + ~ending * NEVER))
+        best = merged.topk(self.beams)[1]
+        self._ended_scores = merged[best]
+        self._has_ended = torch.cat((self._has_ended, ending))[best]
+        ended = [*self._ended]
+        self._ended = [
+            ended[i]
+            if i < self.beams
+            else [*self._running[found.parents[i - self.beams]], found.tokens[i - self.beams]]
+            for i in best.tolist()
+        ]
 
     def _goes_on(self, ends: Tensor) -> bool:
-        early = self._config.early_stopping
-        self._may_improve = self._model._check_early_stop_heuristic(
-            is_early_stop_heuristic_unsatisfied=self._may_improve,
-            running_beam_scores=self._running_scores,
-            beam_scores=self._ended_scores,
-            is_sent_finished=self._has_ended,
-            cur_len=self._length,
-            max_length=self._running.shape[2],
-            decoder_prompt_len=self._prompt,
-            early_stopping=early,
-            length_penalty=self._config.length_penalty,
-        )
-        return bool(self._model._beam_search_has_unfinished_sequences(self._may_improve, self._has_ended, ends, early))
+        """Whether a running beam may yet be better than those that have ended, by transformers' estimate."""
+        longest = self._early == "never" and self._length_penalty > 0.0
+        length = self._rules.limit if longest else len(self._running[0])
+        possible = self._scores[:1] / length**self._length_penalty
+        to_beat = torch.where(self._has_ended, self._ended_scores.min(), NEVER)
+        self._may_improve = self._may_improve and bool((possible > to_beat).any())
+        is_full = self._early is True and bool(self._has_ended.all())
+        return self._may_improve and not is_full and not bool(ends.all())
 
 
 def reordered(rows: Sequence[int], parents: Sequence[int]) -> tuple[list[int], list[int], list[int]]:

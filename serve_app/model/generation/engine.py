@@ -381,7 +381,7 @@ class StepEngine:
         chooser = (
             Sampler(rules, answering.job.options, prefill.prompt)
             if answering.beams == 1
-            else BeamSearch(decoding.model, config, rules, prefill.prompt)
+            else BeamSearch(config, rules, prefill.prompt)
         )
         return Sequence(answering, rules, chooser, prefill)
 
@@ -449,7 +449,7 @@ class StepEngine:
         """`logits` (n, v) are of all rows."""
         try:
             rows = sequence.rows
-            self._choose(sequence, logits[rows] if len(rows) > 1 else logits[rows[0] : rows[0] + 1])
+            self._choose(sequence, _rows(logits, rows))
         except Exception as error:
             _end_with(sequence.answering, error)
 
@@ -472,8 +472,7 @@ class StepEngine:
         if ahead is not None:
             sequence.parents, sequence.newest = ahead.parents, ahead.tokens
             return
-        ends = [] if sequence.rules.ends is None else sequence.rules.ends.tolist()
-        sequence.answering.take_all(search.best(), self._decoder, self._special, ends)
+        sequence.answering.take_all(search.best(), self._decoder, self._special, search.ends)
 
     def _copy_beams(self) -> None:
         """Give each beam the keys and values of the one that it goes on from."""
@@ -552,6 +551,12 @@ def _taken(first: Item, pieces: asyncio.Queue[Item]) -> tuple[list[GeneratedPiec
             return taken, None
         item = pieces.get_nowait()
     return taken, item
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    if len(rows) == 1:
+        return logits[rows[0] : rows[0] + 1]
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))
 
 
 def _plain(config: Any) -> frozenset[int]:

@@ -30,7 +30,7 @@ class GeneratingModel:
         # torch and transformers take seconds to import.
         from serve_app.model.generation.decoding import Decoding
         from serve_app.model.generation.engine import StepEngine
-        from serve_app.model.generation.loader import load
+        from serve_app.model.generation.loader import affordable_kv_tokens, load
         from serve_app.model.host import govern_threads, keep_freed_memory
 
         self._config, self._metrics = config, metrics
@@ -39,6 +39,7 @@ class GeneratingModel:
         self._loaded = loaded = load(path, config)
         keep_freed_memory()
         self._watchdog = Watchdog(ModelSettings().max_forward_s)
+        self._affordable_kv_tokens = affordable_kv_tokens(loaded, config.memory_reserve)
         self._engine = StepEngine(
             Decoding(loaded.model, loaded.device),
             loaded.decoder,
@@ -67,12 +68,12 @@ class GeneratingModel:
 
     def _limits(self, settings: ModelSettings) -> Any:
         from serve_app.model.generation.engine import GenerationLimits
-        from serve_app.model.generation.loader import affordable_kv_tokens
+        from serve_app.model.generation.loader import most_kv_tokens
 
         sequences = settings.max_generated_sequences
-        affordable = affordable_kv_tokens(self._loaded, sequences, self._config.memory_reserve)
+        default = min(self._affordable_kv_tokens, most_kv_tokens(self._loaded, sequences))
         return GenerationLimits(
-            max_kv_tokens=settings.max_kv_tokens or affordable,
+            max_kv_tokens=settings.max_kv_tokens or default,
             max_sequences=sequences,
             max_queued_tokens=settings.max_queued_tokens,
             prefill_tokens=settings.prefill_tokens,
@@ -109,7 +110,7 @@ class GeneratingModel:
     def _observe(self, report: Any) -> None:
         tags = {"model": self._config.name}
         self._metrics.batch_sequences.observe(report.sequences, tags)
-        tokens = report.sequences + report.prefilled_tokens
+        tokens = report.rows + report.prefilled_tokens
         self._metrics.batch_tokens.observe(tokens, tags)
         self._metrics.computed_tokens.inc(tokens, tags)
         self._metrics.forward_seconds.observe(report.step_s, tags)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -49,16 +49,34 @@ class Answering:
         input_ids: tuple[int, ...],
         config: Any,
         size: Size,
+        by_steps: bool,
         emit: Callable[[Answering, Item], Any],
     ) -> None:
-        """`config` is this job's own generation config, whose `max_new_tokens` the window bounds."""
-        self.job, self.input_ids, self.config, self.size = job, input_ids, config, size
+        """`config` is this job's own generation config, whose `max_new_tokens` the window bounds.
+
+        `by_steps` is whether our own steps make it, or `generate`.
+        """
+        self.job, self.input_ids, self.config, self.size, self.by_steps = job, input_ids, config, size, by_steps
         self.abandoned = False
         self.finished = False
         self._emit = emit
         self._stops = StopTexts(job.options.stop)
         self._detokenizer: Detokenizer | None = None
         self._count = 0
+
+    @property
+    def beams(self) -> int:
+        return int(self.config.num_beams or 1)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values it may come to hold, in all its beams."""
+        return self.beams * self.size.total
+
+    @property
+    def prompt_kv_tokens(self) -> int:
+        """Those of one row before the first step."""
+        return self.size.total - int(self.config.max_new_tokens)
 
     @property
     def late(self) -> bool:
@@ -95,10 +113,17 @@ class Answering:
             ),
         )
 
-    def end_empty(self) -> None:
-        """The answer has no token at all, which beams can come to."""
-        self.finished = True
-        self._emit(self, GeneratedPiece("", finish_reason="stop", prompt_tokens=len(self.job.input_ids)))
+    def take_all(self, tokens: Sequence[int], decoder: Decoder, special: frozenset[int], ends: Collection[int]) -> None:
+        """The answer's tokens, up to a stop text; `ends` are those that end an answer. Beams can come to none."""
+        if not tokens:
+            self.finished = True
+            self._emit(self, GeneratedPiece("", finish_reason="stop", prompt_tokens=len(self.job.input_ids)))
+        for place, token in enumerate(tokens):
+            last = place == len(tokens) - 1
+            reason: FinishReason | None = None if not last else "stop" if token in ends else "length"
+            self.take(Choice(token), decoder, special, reason)
+            if self.finished:
+                return
 
 
 def gone(answering: Answering) -> bool:

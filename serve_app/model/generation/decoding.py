@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from serve_app.errors import InvalidInputError
-from serve_app.model.generation.rectangle import KeysAndValues, Rectangle
+from serve_app.model.generation.rectangle import KeysAndValues, Rectangle, Room
 from serve_app.model.loader import known_ids
 
 
@@ -27,9 +27,14 @@ class Prefill:
     encoder_ids: Tensor | None
     cache: Any
     done_tokens: int = 0
-    encoded: Any = None
+    encoded_tokens: int = 0
     logits: Tensor | None = None
     """(v,) of the token after the prompt, once all of it went through."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose keys and values `cache` holds."""
+        return self.done_tokens + self.encoded_tokens
 
 
 @dataclass(slots=True)
@@ -39,7 +44,7 @@ class Decoding:
     model: Any
     device: torch.device
     own: Rectangle = field(default_factory=Rectangle)
-    cross: Rectangle = field(default_factory=Rectangle)
+    cross: Rectangle = field(default_factory=lambda: Rectangle(slack=0))
     lengths: list[int] = field(default_factory=list)
     """Tokens of each row in the decoder."""
 
@@ -70,6 +75,21 @@ class Decoding:
             raise InvalidInputError(
                 f"inputs: the model knows the tokens 0 to {known - 1}, and the prompt has others; send one without them"
             )
+
+    @property
+    def tokens(self) -> int:
+        """Rows times columns whose keys and values memory is held for."""
+        return self.own.tokens + self.cross.tokens
+
+    def limit(self, room: Room) -> None:
+        """From now on, hold no more than that beyond what is needed; its columns are the decoder's."""
+        self.own.room = room
+        self.cross.room = Room(room.spare_rows)
+
+    def compact(self) -> None:
+        """Give back what is held beyond the limit. If it raises, no row has changed."""
+        self.own.compact()
+        self.cross.compact()
 
     def start_token(self, config: Any) -> Tensor:
         """What an encoder-decoder's answer starts from, () int64; `config` is a prepared generation config."""
@@ -106,21 +126,33 @@ class Decoding:
         output = self.model(
             encoder_outputs=encoded, decoder_input_ids=state.prompt, past_key_values=state.cache, use_cache=True
         )
+        state.done_tokens, state.encoded_tokens = state.prompt.shape[1], state.encoder_ids.shape[1]
         state.logits = output.logits[0, -1]
-        return int(state.encoder_ids.shape[1])
+        return state.encoded_tokens
 
-    def join(self, state: Prefill) -> None:
-        """The sequence takes part in the next step, as the last row. If it raises, nothing has changed."""
+    def join(self, state: Prefill, rows: int = 1) -> None:
+        """The sequence takes part in the next step, as so many last rows, which are equal until then.
+
+        What `state` holds is freed on the way. If it raises, the rows are those that were there.
+        """
+        own = state.cache.self_attention_cache if self.encodes else state.cache
+        length = int(state.prompt.shape[1])
+        self.own.join(_taken(own), length, rows)
         if self.encodes:
-            self.own.join(_states(state.cache.self_attention_cache))
             try:
-                self.cross.join(_states(state.cache.cross_attention_cache))
+                self.cross.join(_taken(state.cache.cross_attention_cache), state.encoded_tokens, rows)
             except BaseException:
-                self.own.leave(self.own.rows - 1)
+                for _ in range(rows):
+                    self.own.leave(self.own.rows - 1)
                 raise
-        else:
-            self.own.join(_states(state.cache))
-        self.lengths.append(int(state.prompt.shape[1]))
+        self.lengths += [length] * rows
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Each target row becomes a copy of its source, a row of the same sequence. If it raises, nothing has changed.
+
+        What was encoded is the same for all rows of a sequence.
+        """
+        self.own.copy(sources, targets)
 
     def leave(self, row: int) -> None:
         """Free a row; the last one takes its place."""
@@ -186,7 +218,7 @@ class Decoding:
         state = self.begin([0], start)
         self.prefill(state, 1)
         cache = state.cache.self_attention_cache if self.encodes else state.cache
-        return sum(t.element_size() * t.shape[1] * t.shape[3] for pair in _states(cache) for t in pair)
+        return sum(t.element_size() * t.shape[1] * t.shape[3] for pair in _taken(cache) for t in pair)
 
 
 class RowPositions:
@@ -222,8 +254,12 @@ class RowPositions:
         return None if positions is None else output.reshape(len(positions), 1, -1)
 
 
-def _states(cache: Any) -> list[KeysAndValues]:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+def _taken(cache: Any) -> Iterator[KeysAndValues]:
+    """Each layer's keys and values, which the cache holds no more."""
+    for layer in cache.layers:
+        states = layer.keys, layer.values
+        layer.keys = layer.values = None
+        yield states
 
 
 def differs_in_a_batch(model: Any, device: torch.device, tolerance: float) -> str | None:

@@ -16,10 +16,12 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.generation import GenerationMode
 
 from serve_app.errors import (
     InputTooLongError,
@@ -30,12 +32,14 @@ from serve_app.errors import (
     UnavailableError,
 )
 from serve_app.model.generation.answering import Answering, Item, Size, failure, gone
+from serve_app.model.generation.beams import BeamSearch, reordered
+from serve_app.model.generation.budget import Extent
 from serve_app.model.generation.decoding import Decoding, Prefill
 from serve_app.model.generation.job import GenerationJob
 from serve_app.model.generation.languages import in_language, set_target
-from serve_app.model.generation.sampling import Sampler, generation_config
+from serve_app.model.generation.sampling import Rules, Sampler, generation_config, rules_of
 from serve_app.model.generation.text import Decoder
-from serve_app.model.generation.whole import WholeAnswers
+from serve_app.model.generation.whole import MOST_AT_ONCE, WholeAnswers
 from serve_app.model.recovery import is_device_broken
 from serve_app.model.speed import Speed
 from serve_app.model.watchdog import Watchdog
@@ -44,14 +48,22 @@ from serve_app.outputs import FinishReason, GeneratedPiece
 logger = logging.getLogger(__name__)
 
 IDLE_AFTER_S = 1.0
+"""So often those that wait are looked through for answers that are late, where nothing else happens."""
 
 GIVE_UP_AFTER = 3
 """Steps that failed one after the other, after which the replica must be replaced."""
 
 
+BEAMS_BY_STEPS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationLimits:
-    """`max_kv_tokens` counts rows times the longest row, of the decoder and of what was encoded together."""
+    """`max_kv_tokens` counts the tokens for whose keys and values memory is held: rows times columns of the tensors.
+
+    Those of prompts on their way, and what answers by `generate` may come to, are counted with them. `max_sequences`
+    are answers, each with all its beams.
+    """
 
     max_kv_tokens: int
     max_sequences: int = 64
@@ -65,6 +77,8 @@ class StepReport:
     """One turn, for metrics."""
 
     sequences: int
+    rows: int
+    """Sequences times their beams."""
     prefilled_tokens: int
     step_s: float
     queued_tokens: int
@@ -72,12 +86,18 @@ class StepReport:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One admitted answer. `newest` is the token that the next step puts in."""
+    """One admitted answer. Of its beams, or of the one row that it has without: where they are, and what comes next."""
 
     answering: Answering
-    sampler: Sampler
-    prefill: Prefill
-    newest: int = 0
+    rules: Rules
+    chooser: Sampler | BeamSearch
+    prefill: Prefill | None
+    """Until it has joined."""
+    rows: list[int] = field(default_factory=list)
+    newest: list[int] = field(default_factory=list)
+    """The tokens that the next step puts in."""
+    parents: list[int] | None = None
+    """The beams that those go on from, where rows have yet to be copied."""
     count: int = 0
 
 
@@ -113,7 +133,9 @@ class StepEngine:
         self.limits = limits
         self._waiting: dict[str, deque[Answering]] = {"interactive": deque(), "bulk": deque()}
         self._filling: deque[Sequence] = deque()
-        self._rows: list[Sequence] = []
+        self._sequences: list[Sequence] = []
+        self._owners: list[Sequence] = []
+        """Of each row."""
         self._failed_steps = 0
         self._changed = threading.Condition()
         self._speed = Speed()
@@ -124,7 +146,7 @@ class StepEngine:
         self._outbox: list[tuple[Answering, Item]] = []
         self._thread = threading.Thread(target=self._serve, name="device", daemon=True)
         self._whole = WholeAnswers(
-            decoding, decoder, special, computing, prepare_thread, lambda: self.limits, self._break
+            decoding, decoder, special, computing, prepare_thread, self._whole_ended, self._break
         )
 
     # --- the event loop's side
@@ -158,7 +180,13 @@ class StepEngine:
     @property
     def active(self) -> int:
         """Sequences that are made by steps and hold memory for keys and values, or are about to."""
-        return len(self._rows) + len(self._filling)
+        return len(self._sequences) + len(self._filling)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens for whose keys and values memory is held, or promised to `generate`."""
+        filling = sum(s.prefill.tokens for s in self._filling if s.prefill is not None)
+        return self._decoding.tokens + filling + self._whole.tokens
 
     @property
     def queued_tokens(self) -> int:
@@ -177,8 +205,7 @@ class StepEngine:
         pieces: asyncio.Queue[Item] = asyncio.Queue()  # bounded by the answer's own limit of tokens
         self._pieces[answering] = pieces
         try:
-            submit = self._submit if self._can_step(answering.config) else self._whole.submit
-            submit(answering)
+            self._submit(answering)
             last = False
             while not last:
                 taken, error = _taken(await pieces.get(), pieces)
@@ -190,6 +217,8 @@ class StepEngine:
         finally:
             answering.abandoned = True
             del self._pieces[answering]
+            with self._changed:
+                self._changed.notify()  # a place in the queue may be free
 
     def _checked(self, job: GenerationJob) -> Answering:
         """Raises RequestError for what can never be answered."""
@@ -199,22 +228,29 @@ class StepEngine:
         size = Size(1, prompt) if self._decoding.encodes else Size(prompt, 0)
         config = generation_config(self._decoding.model, job.options, size.own)
         config.max_new_tokens = self._bounded(prompt, int(config.max_new_tokens))
-        if _beams(config) > 1 and job.options.logprobs is not None:
+        beams = int(config.num_beams or 1)
+        if beams > 1 and job.options.logprobs is not None:
             raise InvalidInputError("logprobs, details of tokens: are not given with beams; set num_beams to 1")
         size = replace(size, own=size.own + config.max_new_tokens)
-        if _beams(config) * size.total > self.limits.max_kv_tokens:
+        if beams * size.total > self.limits.max_kv_tokens:
+            times = f", {beams} times for its beams," if beams > 1 else ""
             raise InputTooLongError(
-                f"the prompt's {prompt} tokens and {config.max_new_tokens} new ones need more memory than the "
+                f"the prompt's {prompt} tokens and {config.max_new_tokens} new ones{times} need more memory than the "
                 f"{self.limits.max_kv_tokens} tokens this replica has; shorten the prompt or lower max_new_tokens"
             )
         ids = in_language(job.input_ids, job.options, self._decoder, self._special, _plain(config))
         self._decoding.check_ids(ids)
         set_target(config, job.options, self._decoder)
-        return Answering(job, ids, config, size, self._post if self._can_step(config) else self._post_now)
+        by_steps = self._can_step(config)
+        return Answering(job, ids, config, size, by_steps, self._post if by_steps else self._post_now)
 
     def _can_step(self, config: Any) -> bool:
         """Whether our own steps can make this answer; otherwise `generate` does, alone."""
-        return self._by_steps and _beams(config) == 1
+        if not self._by_steps or config.max_time is not None:
+            return False
+        if int(config.num_beams or 1) == 1:
+            return True
+        return config.get_generation_mode() in BEAMS_BY_STEPS and not hasattr(self._decoding.model, "_reorder_cache")
 
     def _bounded(self, prompt: int, new: int) -> int:
         """New tokens for which the window has positions. Raises InputTooLongError if it has none."""
@@ -227,7 +263,8 @@ class StepEngine:
 
     def _submit(self, answering: Answering) -> None:
         with self._changed:
-            if self.queued_tokens + len(answering.job.input_ids) > self.limits.max_queued_tokens:
+            queued = self.queued_tokens  # an empty queue takes whatever a replica can answer
+            if queued and queued + len(answering.job.input_ids) > self.limits.max_queued_tokens:
                 raise OverloadedError("this replica's queue is full; try again later", retry_after_s=self._wait_s())
             self._waiting[answering.job.priority].append(answering)
             self._changed.notify()
@@ -235,7 +272,7 @@ class StepEngine:
     def _wait_s(self) -> float:
         """Seconds until half of those that wait are answered."""
         waiting = [answering for queue in self._waiting.values() for answering in queue]
-        return self._speed.wait_s(sum(answering.size.total for answering in waiting) / 2)
+        return self._speed.wait_s(sum(answering.kv_tokens for answering in waiting) / 2)
 
     # --- the device thread's side
 
@@ -258,9 +295,9 @@ class StepEngine:
         self._on_broken()
 
     def _wait(self) -> bool:
-        """Until there is work, or there was none for a second; False when closed."""
+        """Until something can be done, or there was nothing for a second; False when closed."""
         with self._changed:
-            wanted = self._closed or self.active or any(self._waiting.values())
+            wanted = self._closed or self.active or self._next() is not None
             idle = not wanted and not self._changed.wait(IDLE_AFTER_S)
         if idle and not self._whole.active:
             self._on_idle()
@@ -271,14 +308,18 @@ class StepEngine:
         self._drop()
         self._admit()
         prefilled = self._prefill()
-        stepped = len(self._rows)
-        if stepped:
+        sequences, rows = len(self._sequences), len(self._owners)
+        if rows:
             self._step()
         self._deliver()
-        if stepped or prefilled:
+        if rows or prefilled:
             took_s = time.monotonic() - started
-            self._speed.add(stepped + prefilled, took_s)
-            self._observe(StepReport(stepped, prefilled, took_s, self.queued_tokens))
+            self._count(rows + prefilled, took_s)
+            self._observe(StepReport(sequences, rows, prefilled, took_s, self.queued_tokens))
+
+    def _count(self, tokens: int, took_s: float) -> None:
+        with self._changed:
+            self._speed.add(tokens, took_s)
 
     def _drop(self) -> None:
         """Take out what was given up or is late: waiting, filling or decoding."""
@@ -286,58 +327,96 @@ class StepEngine:
             for name, queue in self._waiting.items():
                 self._waiting[name] = deque(a for a in queue if not gone(a))
         self._filling = deque(s for s in self._filling if not gone(s.answering))
-        for row in reversed(range(len(self._rows))):
-            if gone(self._rows[row].answering):
-                self._leave(row)
+        for sequence in [s for s in self._sequences if gone(s.answering)]:
+            self._leave(sequence)
 
-    def _leave(self, row: int) -> None:
-        self._decoding.leave(row)
-        last = self._rows.pop()
-        if row < len(self._rows):
-            self._rows[row] = last
+    def _leave(self, sequence: Sequence) -> None:
+        self._sequences.remove(sequence)
+        for row in sorted(sequence.rows, reverse=True):
+            self._decoding.leave(row)
+            last, owner = len(self._owners) - 1, self._owners.pop()
+            if row != last:
+                self._owners[row] = owner
+                owner.rows[owner.rows.index(last)] = row
 
     def _admit(self) -> None:
-        while (answering := self._first_waiting()) is not None and self._fits(answering.size):
+        while (answering := self._next()) is not None:
             with self._changed:
                 self._waiting[answering.job.priority].popleft()
             try:
-                self._filling.append(self._begin(answering))
+                self._make_way(answering)
+                if answering.by_steps:
+                    self._filling.append(self._begin(answering))
+                else:
+                    self._whole.begin(answering)
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.warning("an answer could not be begun", exc_info=True)
                 _end_with(answering, error)
 
-    def _first_waiting(self) -> Answering | None:
-        if self.active >= self.limits.max_sequences:
-            return None
+    def _next(self) -> Answering | None:
+        """The oldest that waits, if there is room for it."""
         with self._changed:
-            return next((queue[0] for queue in self._waiting.values() if queue), None)
+            first = next((queue[0] for queue in self._waiting.values() if queue), None)
+        if first is None or self.active + self._whole.active >= self.limits.max_sequences:
+            return None
+        if not first.by_steps and self._whole.active >= MOST_AT_ONCE:
+            return None
+        return first if self._fits(first) else None
 
-    def _fits(self, size: Size) -> bool:
-        sizes = [*(s.answering.size for s in (*self._rows, *self._filling)), size]
-        longest = max(s.own for s in sizes) + max(s.encoded for s in sizes)
-        return len(sizes) == 1 or len(sizes) * longest <= self.limits.max_kv_tokens
+    def _fits(self, answering: Answering) -> bool:
+        """Whether it and all that are under way have room until their ends. One alone was checked when it came."""
+        if not self.active and not self._whole.active:
+            return True
+        stepped, promised = self._with(answering)
+        return Extent.of(stepped).tokens + promised <= self.limits.max_kv_tokens
+
+    def _with(self, answering: Answering) -> tuple[list[Answering], int]:
+        """What is made by steps, and the tokens that answers by `generate` may come to, this one among them."""
+        stepped = [s.answering for s in (*self._sequences, *self._filling)]
+        if answering.by_steps:
+            return [*stepped, answering], self._whole.tokens
+        return stepped, self._whole.tokens + answering.kv_tokens
+
+    def _make_way(self, answering: Answering) -> None:
+        """See that tensors hold no more than leaves room for this answer, now and when they are made anew."""
+        stepped, promised = self._with(answering)
+        if not stepped:
+            return
+        tokens = self.limits.max_kv_tokens - promised
+        self._decoding.limit(Extent.of(stepped).room(tokens))
+        joined = {sequence.answering for sequence in self._sequences}
+        prompts = sum(a.prompt_kv_tokens for a in stepped if a not in joined)
+        if self._decoding.tokens + prompts > tokens:
+            self._decoding.compact()
 
     def _begin(self, answering: Answering) -> Sequence:
         config, decoding = answering.config, self._decoding
         start = decoding.start_token(config) if decoding.encodes else None
         prefill = decoding.begin(answering.input_ids, start)
-        sampler = Sampler(decoding.model, config, answering.job.options, prefill.prompt, prefill.encoder_ids)
-        return Sequence(answering, sampler, prefill)
+        rules = rules_of(decoding.model, config, answering.job.options, prefill.prompt, prefill.encoder_ids)
+        chooser = (
+            Sampler(rules, answering.job.options, prefill.prompt)
+            if answering.beams == 1
+            else BeamSearch(config, rules, prefill.prompt)
+        )
+        return Sequence(answering, rules, chooser, prefill)
 
     def _prefill(self) -> int:
         """Prompts, oldest first, until the budget of tokens is used; a prompt that fails fails alone."""
         used = 0
         while self._filling and used < self.limits.prefill_tokens:
             sequence = self._filling[0]
+            prefill = sequence.prefill
+            assert prefill is not None
             try:
-                used += self._decoding.prefill(sequence.prefill, self.limits.prefill_tokens - used)
-                if sequence.prefill.logits is None:
+                used += self._decoding.prefill(prefill, self.limits.prefill_tokens - used)
+                if prefill.logits is None:
                     continue
                 self._filling.popleft()
-                self._choose(sequence, sequence.prefill.logits)
+                self._choose(sequence, prefill.logits.expand(sequence.answering.beams, -1))
                 if not sequence.answering.finished:
-                    self._join(sequence)
+                    self._join(sequence, prefill)
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.warning("a prompt of %d tokens failed", len(sequence.answering.job.input_ids), exc_info=True)
@@ -346,49 +425,94 @@ class StepEngine:
                 _end_with(sequence.answering, error)
         return used
 
-    def _join(self, sequence: Sequence) -> None:
-        self._decoding.join(sequence.prefill)
-        self._rows.append(sequence)
+    def _join(self, sequence: Sequence, prefill: Prefill) -> None:
+        beams = sequence.answering.beams
+        self._decoding.join(prefill, beams)
+        sequence.prefill = sequence.parents = None  # beams are equal so far
+        sequence.rows = [*range(len(self._owners), len(self._owners) + beams)]
+        self._owners += [sequence] * beams
+        self._sequences.append(sequence)
 
     def _step(self) -> None:
+        tokens = [0] * len(self._owners)
+        for sequence in self._sequences:
+            for row, token in zip(sequence.rows, sequence.newest, strict=True):
+                tokens[row] = token
         try:
-            logits = self._decoding.step([sequence.newest for sequence in self._rows])
+            logits = self._decoding.step(tokens)
         except Exception as error:
             self._fail_step(error)
             return
         self._failed_steps = 0
-        for sequence, mine in zip(self._rows, logits, strict=True):
-            self._try_choosing(sequence, mine)
-        for row in reversed(range(len(self._rows))):
-            if self._rows[row].answering.finished:
-                self._leave(row)
+        for sequence in self._sequences:
+            self._try_choosing(sequence, logits)
+        self._copy_beams()
+        for sequence in [s for s in self._sequences if s.answering.finished]:
+            self._leave(sequence)
 
     def _fail_step(self, error: Exception) -> None:
         """Nobody's keys and values can be trusted after a step that failed half-way: all who took part fail."""
-        logger.error("a step of %d sequences failed", len(self._rows), exc_info=error)
-        for sequence in self._rows:
+        logger.error("a step of %d sequences failed", len(self._sequences), exc_info=error)
+        for sequence in self._sequences:
             sequence.answering.fail(failure(error))
-        self._rows.clear()
+        self._sequences.clear()
+        self._owners.clear()
         self._decoding.clear()
         self._failed_steps += 1
         if self._failed_steps >= GIVE_UP_AFTER or is_device_broken(error):
             raise error
 
-    def _try_choosing(self, sequence: Sequence, logits: Any) -> None:
+    def _try_choosing(self, sequence: Sequence, logits: Tensor) -> None:
+        """`logits` (n, v) are of all rows."""
         try:
-            self._choose(sequence, logits)
+            rows = sequence.rows
+            self._choose(sequence, _rows(logits, rows))
         except Exception as error:
             _end_with(sequence.answering, error)
 
-    def _choose(self, sequence: Sequence, logits: Any) -> None:
-        choice = sequence.sampler.choose(logits, self._decoder)
-        sequence.newest, sequence.count = choice.token, sequence.count + 1
+    def _choose(self, sequence: Sequence, logits: Tensor) -> None:
+        """`logits` (b, v) are of the sequence's beams."""
+        if isinstance(sequence.chooser, BeamSearch):
+            self._advance(sequence, sequence.chooser, logits)
+            return
+        choice = sequence.chooser.choose(logits[0], self._decoder)
+        sequence.newest, sequence.count = [choice.token], sequence.count + 1
         end: FinishReason | None = None
-        if choice.token in sequence.sampler.ends:
+        if choice.token in sequence.chooser.ends:
             end = "stop"
-        elif sequence.count >= sequence.sampler.limit:
+        elif sequence.count >= sequence.rules.limit:
             end = "length"
         sequence.answering.take(choice, self._decoder, self._special, end)
+
+    def _advance(self, sequence: Sequence, search: BeamSearch, logits: Tensor) -> None:
+        ahead = search.advance(logits)
+        if ahead is not None:
+            sequence.parents, sequence.newest = ahead.parents, ahead.tokens
+            return
+        sequence.answering.take_all(search.best(), self._decoder, self._special, search.ends)
+
+    def _copy_beams(self) -> None:
+        """Give each beam the keys and values of the one that it goes on from."""
+        moving: list[Sequence] = []
+        sources: list[int] = []
+        targets: list[int] = []
+        for sequence in self._sequences:
+            if sequence.parents is None or sequence.answering.finished:
+                continue
+            sequence.rows, copied, overwritten = reordered(sequence.rows, sequence.parents)
+            sequence.parents = None
+            if copied:
+                moving.append(sequence)
+                sources += copied
+                targets += overwritten
+        if not moving:
+            return
+        try:
+            self._decoding.copy(sources, targets)
+        except Exception as error:
+            logger.warning("the beams of %d answers could not be copied", len(moving), exc_info=True)
+            for sequence in moving:
+                _end_with(sequence.answering, error)
 
     def _end_all(self, error: ServeAppError) -> None:
         with self._changed:
@@ -396,13 +520,21 @@ class StepEngine:
             waiting = [a for queue in self._waiting.values() for a in queue]
             for queue in self._waiting.values():
                 queue.clear()
-        for answering in [*waiting, *(s.answering for s in (*self._rows, *self._filling))]:
+        for answering in [*waiting, *(s.answering for s in (*self._sequences, *self._filling))]:
             answering.fail(error)
-        self._rows.clear()
+        self._sequences.clear()
+        self._owners.clear()
         self._filling.clear()
+        self._decoding.clear()
         self._deliver()
 
     # --- between the two
+
+    def _whole_ended(self, answering: Answering, took_s: float) -> None:
+        """On the thread of an answer by `generate`, which others took turns with."""
+        with self._changed:
+            self._speed.add(answering.kv_tokens, took_s / (self._whole.active + 1))
+            self._changed.notify()
 
     def _post(self, answering: Answering, item: Item) -> None:
         self._outbox.append((answering, item))
@@ -438,8 +570,10 @@ def _taken(first: Item, pieces: asyncio.Queue[Item]) -> tuple[list[GeneratedPiec
     return taken, item
 
 
-def _beams(config: Any) -> int:
-    return int(config.num_beams or 1)
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    if len(rows) == 1:
+        return logits[rows[0] : rows[0] + 1]
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))
 
 
 def _plain(config: Any) -> frozenset[int]:

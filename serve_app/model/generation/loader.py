@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.model.generation.decoding import Decoding, differs_in_a_batch
+from serve_app.model.host import available_memory_bytes
 from serve_app.model.loader import pick_device, put_on
 from serve_app.model.memory import read_cuda
 from serve_app.model.precision import Precision, pick_precision
@@ -96,7 +96,7 @@ def load(path: Path, config: ModelConfig) -> LoadedGenerator:
     put_on(device, model, config)
     with precision.computing(device):
         mode = _mode(model, device, precision)
-        bytes_per_token = Decoding(model, device).bytes_per_token() if mode == "by steps" else 1
+        bytes_per_token = Decoding(model, device).bytes_per_token() if mode == "by steps" else _most_bytes(model)
     if mode != "by steps":
         logger.warning("models.%s: answers are generated each by itself, not in a batch: %s", config.name, mode)
     decoder = load_decoder(folder)
@@ -149,6 +149,13 @@ def _mode(model: Any, device: torch.device, precision: Precision) -> str:
     return "by steps" if why is None else why
 
 
+def _most_bytes(model: Any) -> int:
+    """Of the keys and values of one token, were no two heads to share theirs."""
+    config = model.config.get_text_config(decoder=True)
+    layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", 1)
+    return int(2 * layers * width * model.dtype.itemsize)
+
+
 def _window(model: Any, max_input_tokens: int) -> int | None:
     if not model.config.is_encoder_decoder:
         return max_input_tokens
@@ -176,11 +183,16 @@ def special_tokens(decoder: Tokenizer | SlowDecoder) -> frozenset[int]:
     return frozenset(i for i, token in decoder.get_added_tokens_decoder().items() if token.special)
 
 
-def affordable_kv_tokens(loaded: LoadedGenerator, max_sequences: int, memory_reserve: float) -> int:
-    """Tokens whose keys and values fit into this device's free memory, but no more than could ever be used."""
-    longest = 2 * (loaded.window or loaded.max_input_tokens)
+def affordable_kv_tokens(loaded: LoadedGenerator, memory_reserve: float) -> int:
+    """Tokens whose keys and values fit into the memory that is free now: ask once, before anything is generated."""
     if loaded.device.type == "cuda":
         budget = read_cuda(loaded.device).available_bytes * (1 - memory_reserve) * CUDA_SHARE
     else:
-        budget = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE
-    return max(1, min(max_sequences * longest, int(budget / loaded.bytes_per_token)))
+        budget = available_memory_bytes() * CPU_SHARE
+    return max(1, int(budget / loaded.bytes_per_token))
+
+
+def most_kv_tokens(loaded: LoadedGenerator, max_sequences: int) -> int:
+    """Tokens that so many answers could ever use, with the beams that the model has by default."""
+    beams = int(loaded.model.generation_config.num_beams or 1)
+    return 2 * (loaded.window or loaded.max_input_tokens) * beams * max_sequences

@@ -1,23 +1,26 @@
-"""Keys and values of all sequences under way, in one tensor a layer: rows join and leave while the others go on.
+"""Keys and values of all rows under way, aligned on the right: two tensors a layer, one column a step.
 
-Rows are aligned on the right: every row's last token stands in the same column, as in a batch with padding on the left,
-which is the form in which the stock models decode batches. A step therefore writes one column, attention reads a view,
-and relative distances (T5's bias, sliding windows) are those of the row alone. Row i of a batch of n is row i here.
+Every row ends at column `end` - 1, so that all write their next token into the same column; what is left of a row's
+start is masked. Steps neither allocate nor move anything until a layer's columns run out; then the layer gets new
+tensors, one layer at a time. A sequence with beams has a row for each.
 
-A change happens in full or not at all: every tensor that it needs is allocated before anything is changed, so that a
-row that finds no memory leaves the others as they are.
+A row joins in full or not at all. Rows are counted when all layers have made room for them, and each layer knows which
+columns it holds, so that a row that finds no memory half-way leaves the others as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 SLACK = 64
-"""Columns that are free after the tensors were made anew; so many steps pass until they are again."""
+"""Columns that are free after tensors were made anew; so many steps pass until they are again."""
 
 SPARE_ROWS = 3
 """Rows that may join until the tensors are made anew."""
@@ -26,17 +29,33 @@ KeysAndValues = tuple[Tensor, Tensor]
 """One sequence's (1, heads, length, head_dim) each, of one layer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Limits of new tensors: rows beyond those in use, and columns, unless more are in use."""
+
+    spare_rows: int = SPARE_ROWS
+    most_columns: int = sys.maxsize
+
+
 class RectangleLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
     """One layer's part; `keys` and `values` are views of what attention may see."""
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, rectangle: Rectangle, store: list[Tensor]) -> None:
+    def __init__(self, rectangle: Rectangle, like: KeysAndValues) -> None:
         super().__init__()
         self._rectangle = rectangle
-        self.store = store
+        self.store = [states.new_zeros(0, states.shape[1], 0, states.shape[3]) for states in like]
+        self._shift = 0
+        """The rectangle's column that is the first of `store`."""
         self.is_initialized = True
+
+    @property
+    def cells(self) -> int:
+        """Rows times columns for which memory is held."""
+        rows, _, columns, _ = self.store[0].shape
+        return int(rows * columns)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first row to join made the tensors."""
@@ -44,8 +63,9 @@ class RectangleLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeysAndValues:
         """Write every row's next column, (n, heads, 1, head_dim); what is returned ends with it."""
         box = self._rectangle
+        at = box.end - self._shift
         for tensor, states in zip(self.store, (key_states, value_states), strict=True):
-            tensor[: box.rows, :, box.end : box.end + 1] = states
+            tensor[: box.rows, :, at : at + 1] = states
         return self._view(box.end + 1)
 
     def show(self) -> None:
@@ -53,8 +73,8 @@ class RectangleLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
         self.keys, self.values = self._view(self._rectangle.end)
 
     def _view(self, end: int) -> KeysAndValues:
-        rows, first = self._rectangle.rows, self._rectangle.first
-        keys, values = (tensor[:rows, :, first:end] for tensor in self.store)
+        box = self._rectangle
+        keys, values = (t[: box.rows, :, box.first - self._shift : end - self._shift] for t in self.store)
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -66,12 +86,52 @@ class RectangleLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
     def get_max_length(self) -> int:
         return -1
 
+    def make_room(self, rows: int, first: int, end: int) -> None:
+        """See that columns `first` to `end` - 1 of `rows` rows can be written. If it raises, nothing has changed."""
+        held_rows, _, columns, _ = self.store[0].shape
+        if rows > held_rows or first < self._shift or end > self._shift + columns:
+            self.make_anew(rows, first, end)
+
+    def make_anew(self, rows: int, first: int, end: int) -> None:
+        """New tensors for those rows and columns, with what is stored. If it raises, nothing has changed."""
+        store = [self._anew(old, rows, first, end) for old in self.store]
+        self.keys = self.values = None  # views, which would keep the old tensors
+        self.store, self._shift = store, first
+
+    def _anew(self, old: Tensor, rows: int, first: int, end: int) -> Tensor:
+        box = self._rectangle
+        needed = end - first
+        columns = max(needed, min(needed + box.slack, box.room.most_columns))
+        # Zeros, because attention multiplies what stands in masked columns by 0, and 0 times NaN is NaN.
+        new = old.new_zeros(rows + box.room.spare_rows, old.shape[1], columns, old.shape[3])
+        if box.rows:
+            held = old[: box.rows, :, box.first - self._shift : box.end - self._shift]
+            new[: box.rows, :, box.first - first : box.end - first] = held
+        return new
+
+    def fill(self, rows: slice, start: int, states: KeysAndValues) -> None:
+        """Write one sequence's states into each of the rows, from column `start` to the end."""
+        at, end = start - self._shift, self._rectangle.end - self._shift
+        for tensor, mine in zip(self.store, states, strict=True):
+            tensor[rows, :, :at] = 0  # see `_anew`: the row before may have left what is no number
+            tensor[rows, :, at:end] = mine
+
+    def move(self, last: int, row: int) -> None:
+        end = self._rectangle.end - self._shift
+        for tensor in self.store:
+            tensor[row, :, :end] = tensor[last, :, :end]
+
 
 class Rectangle:
-    """`rows` sequences whose columns are `starts[i]` to `end` - 1."""
+    """`rows` rows whose columns are `starts[i]` to `end` - 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, slack: int = SLACK) -> None:
+        """`slack` is 0 where no step ever writes."""
+        self.slack = slack
+        self.room = Room()
         self.starts: list[int] = []
+        self.first = 0
+        """The first column that any row uses."""
         self.end = 0
         self.layers: list[RectangleLayer] = []
         self.cache = Cache(layers=self.layers)
@@ -81,60 +141,75 @@ class Rectangle:
         return len(self.starts)
 
     @property
-    def first(self) -> int:
-        """The first column that any row uses."""
-        return min(self.starts, default=self.end)
-
-    @property
     def tokens(self) -> int:
-        """Columns times rows for which memory is held."""
-        if not self.layers:
-            return 0
-        rows, _, columns, _ = self.layers[0].store[0].shape
-        return int(rows * columns)
+        """Rows times columns for which memory is held, on average where layers differ, as after a failed join."""
+        return math.ceil(sum(layer.cells for layer in self.layers) / len(self.layers)) if self.layers else 0
 
-    def join(self, layers: Sequence[KeysAndValues]) -> None:
-        """A new last row, with what one sequence's prefill left in each layer. If it raises, nothing has changed."""
-        length = layers[0][0].shape[2]
+    def join(self, layers: Iterable[KeysAndValues], length: int, rows: int = 1) -> None:
+        """New last rows, each with the `length` columns that one sequence's prefill left in each layer.
+
+        If it raises, the rows are those that were there. `layers` is read one by one, so that it may free what was
+        read.
+        """
         if not self.starts:
             self.clear()  # the tensors of rows that left may have room, but not at these columns
-            self._create(layers)
-            self.end = length
+            self.end = self.first = length
+        start = self.end - length
+        first, total = min(self.first, start), self.rows + rows
         try:
-            self._make_room(self.rows + 1, max(self.end - self.first, length))
+            for index, states in enumerate(layers):
+                if index == len(self.layers):
+                    self.layers.append(RectangleLayer(self, states))
+                self.layers[index].make_room(total, first, self.end)
+                self.layers[index].fill(slice(self.rows, total), start, states)
         except BaseException:
             if not self.starts:
                 self.clear()
             raise
-        row, start = self.rows, self.end - length
-        for mine, theirs in zip(self.layers, layers, strict=True):
-            for tensor, states in zip(mine.store, theirs, strict=True):
-                tensor[row, :, :start] = 0  # see `_make_room`: the row before may have left what is no number
-                tensor[row, :, start : self.end] = states[0]
-        self.starts.append(start)
+        self.starts += [start] * rows
+        self.first = first
 
     def leave(self, row: int) -> None:
         """Row `row` goes, and the last row takes its place."""
         last = self.rows - 1
         if row != last:
             for layer in self.layers:
-                for tensor in layer.store:
-                    tensor[row, :, : self.end] = tensor[last, :, : self.end]
+                layer.move(last, row)
             self.starts[row] = self.starts[last]
         self.starts.pop()
+        self.first = min(self.starts, default=self.end)
         if not self.starts:
             self.clear()
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Each target row becomes a copy of its source, which starts at the same column and is no target itself.
+
+        If it raises, nothing has changed.
+        """
+        views = [view for layer in self.layers for view in layer._view(self.end)]
+        shapes = {view.shape[1:]: view for view in views}
+        moved = {shape: view.new_empty(len(sources), *shape) for shape, view in shapes.items()}
+        source, target = (torch.tensor(rows, device=views[0].device) for rows in (sources, targets))
+        for view in views:
+            copies = moved[view.shape[1:]]
+            torch.index_select(view, 0, source, out=copies)
+            view.index_copy_(0, target, copies)
 
     def clear(self) -> None:
         """Forget every row and give the memory back."""
         self.starts.clear()
         self.layers.clear()
-        self.end = 0
+        self.first = self.end = 0
+
+    def compact(self) -> None:
+        """Give back what is held beyond `room`. If it raises, no row has changed."""
+        for layer in self.layers:
+            layer.make_anew(self.rows, self.first, self.end)
 
     def make_room_for_step(self) -> None:
-        """So that `end` is a column that can be written."""
-        if self.end >= self.layers[0].store[0].shape[2]:
-            self._make_room(self.rows, self.end - self.first)
+        """So that `end` is a column that can be written. If it raises, no row has changed."""
+        for layer in self.layers:
+            layer.make_room(self.rows, self.first, self.end + 1)
 
     def advance(self) -> None:
         """The step has written its column in every layer."""
@@ -142,34 +217,7 @@ class Rectangle:
 
     def mask(self, columns: int, device: torch.device) -> Tensor | None:
         """(n, `columns`) int64, 1 where a row has a token, of the columns from `first` on; None where all have."""
-        first = self.first
-        if all(start == first for start in self.starts):
+        if all(start == self.first for start in self.starts):
             return None
-        starts = torch.tensor(self.starts, device=device)[:, None] - first
+        starts = torch.tensor(self.starts, device=device)[:, None] - self.first
         return (torch.arange(columns, device=device)[None] >= starts).long()
-
-    def _create(self, layers: Sequence[KeysAndValues]) -> None:
-        self.layers.extend(
-            RectangleLayer(self, [states.new_zeros(0, states.shape[1], 0, states.shape[3]) for states in pair])
-            for pair in layers
-        )
-
-    def _make_room(self, rows: int, span: int) -> None:
-        """Room for `rows` rows of `span` columns that end at `end`; tensors are made anew where that takes more."""
-        held_rows, _, held_columns, _ = self.layers[0].store[0].shape
-        if rows <= held_rows and span <= self.end < held_columns:
-            return
-        stores = [[self._anew(old, rows, span) for old in layer.store] for layer in self.layers]
-        for layer, store in zip(self.layers, stores, strict=True):
-            layer.store = store
-        self.starts[:] = [start + span - self.end for start in self.starts]
-        self.end = span
-
-    def _anew(self, old: Tensor, rows: int, span: int) -> Tensor:
-        """A larger tensor with the rows of `old`, which end at column `span`."""
-        # Zeros, because attention multiplies what stands in masked columns by 0, and 0 times NaN is NaN.
-        new = old.new_zeros(rows + SPARE_ROWS, old.shape[1], span + SLACK, old.shape[3])
-        if self.rows:
-            first = self.first
-            new[: self.rows, :, span - (self.end - first) : span] = old[: self.rows, :, first : self.end]
-        return new

@@ -1,4 +1,4 @@
-"""The next token of one sequence, as `model.generate` would choose it were the sequence alone.
+"""The next token of one sequence, as `model.generate` would choose it were the sequence alone (beams: `beams`).
 
 Processors and warpers are transformers' own, built by the model's own method from the generation config; random numbers
 come from a generator of the sequence's own, so that a seed gives the tokens that `torch.manual_seed(seed)` followed by
@@ -65,7 +65,7 @@ def generation_config(model: Any, options: GenerationOptions, decoder_tokens: in
     if penalty is not None and not PENALTIES[0] <= penalty <= PENALTIES[1]:
         raise InvalidInputError(f"repetition_penalty: must be {PENALTIES[0]:g} to {PENALTIES[1]:g}")
     try:
-        config.update(**chosen)
+        config.update(**chosen, num_return_sequences=1)
         prepared, _ = model._prepare_generation_config(config)
     except ValueError as error:
         raise InvalidInputError(f"options: {error}") from error
@@ -105,51 +105,70 @@ class Choice:
     logprob: TokenLogprob | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What one sequence's tokens are chosen by, and where it ends."""
+
+    processors: Any
+    """transformers' LogitsProcessorList."""
+    ends: Tensor | None
+    """(k,) tokens that end it."""
+    limit: int
+    """The most new tokens."""
+    sample: bool
+    random: torch.Generator
+
+    def raise_if_no_numbers(self, chances: Tensor, logits: Tensor) -> None:
+        """Raises ModelFailureError where the model's `logits` are no numbers, InvalidInputError where the request's
+        options make `chances` of numbers that are none.
+        """
+        if bool(torch.isnan(chances).any()):
+            raise _no_numbers(logits)
+
+
+def rules_of(model: Any, config: Any, options: GenerationOptions, prompt: Tensor, encoder_ids: Tensor | None) -> Rules:
+    """`prompt` (1, p) is what the decoder starts from, `encoder_ids` (1, e) what the encoder read.
+
+    `config` comes from `generation_config`. Raises InvalidInputError for values that transformers refuses.
+    """
+    device = prompt.device
+    config.max_length = prompt.shape[1] + config.max_new_tokens
+    if config.min_new_tokens is not None:
+        config.min_length = prompt.shape[1] + config.min_new_tokens
+    model._prepare_special_tokens(config, True, device=device)
+    try:
+        processors = model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=prompt.shape[1],
+            encoder_input_ids=prompt if encoder_ids is None else encoder_ids,  # as `generate` has it
+            device=device,
+            model_kwargs={},
+        )
+    except ValueError as error:
+        raise InvalidInputError(f"options: {error}") from error
+    random = torch.Generator(device)
+    random.manual_seed(options.seed) if options.seed is not None else random.seed()
+    return Rules(processors, config._eos_token_tensor, int(config.max_new_tokens), bool(config.do_sample), random)
+
+
 class Sampler:
     """Belongs to one sequence and to the device thread."""
 
-    def __init__(
-        self, model: Any, config: Any, options: GenerationOptions, prompt: Tensor, encoder_ids: Tensor | None
-    ) -> None:
-        """`prompt` (1, p) is what the decoder starts from, `encoder_ids` (1, e) what the encoder read.
-
-        `config` comes from `generation_config`. Raises InvalidInputError for values that transformers refuses.
-        """
-        device = prompt.device
-        config.max_length = prompt.shape[1] + config.max_new_tokens
-        if config.min_new_tokens is not None:
-            config.min_length = prompt.shape[1] + config.min_new_tokens
-        model._prepare_special_tokens(config, True, device=device)
-        try:
-            self._processors = model._get_logits_processor(
-                generation_config=config,
-                input_ids_seq_length=prompt.shape[1],
-                encoder_input_ids=encoder_ids,
-                device=device,
-                model_kwargs={},
-            )
-        except ValueError as error:
-            raise InvalidInputError(f"options: {error}") from error
-        self.ends = frozenset([] if config._eos_token_tensor is None else config._eos_token_tensor.tolist())
-        self.limit = int(config.max_new_tokens)
-        self._ids = torch.empty((1, prompt.shape[1] + self.limit), dtype=torch.long, device=device)
+    def __init__(self, rules: Rules, options: GenerationOptions, prompt: Tensor) -> None:
+        """`prompt` (1, p) is what the decoder starts from."""
+        self._rules = rules
+        self.ends = frozenset([] if rules.ends is None else rules.ends.tolist())
+        self._ids = prompt.new_empty((1, prompt.shape[1] + rules.limit))
         self._ids[:, : prompt.shape[1]] = prompt
         self._length = prompt.shape[1]
-        self._sample = bool(config.do_sample)
         self._logprobs = options.logprobs
-        self._random = torch.Generator(device)
-        self._random.manual_seed(options.seed) if options.seed is not None else self._random.seed()
 
     def choose(self, logits: Tensor, decoder: Decoder) -> Choice:
-        """The next token from the model's `logits` (v,).
-
-        Raises ModelFailureError where they are no numbers, InvalidInputError where the request's options make them so.
-        """
-        raw = logits.to(torch.float32)[None]
-        scores = self._processors(self._ids[:, : self._length], raw.clone()) if self._processors else raw
-        chances = scores.softmax(-1) if self._sample else scores
-        if bool(torch.isnan(chances).any()):
-            raise _no_numbers(raw)
+        """The next token from the model's `logits` (v,). Raises as `Rules.raise_if_no_numbers` does."""
+        rules, raw = self._rules, logits.to(torch.float32)[None]
+        scores = rules.processors(self._ids[:, : self._length], raw.clone()) if rules.processors else raw
+        chances = scores.softmax(-1) if rules.sample else scores
+        rules.raise_if_no_numbers(chances, raw)
         token = int(self._draw(chances))
         self._ids[0, self._length] = token
         self._length += 1
@@ -158,9 +177,9 @@ class Sampler:
         return Choice(token, logprob_of(raw[0], token, self._logprobs, decoder))
 
     def _draw(self, chances: Tensor) -> Tensor:
-        if not self._sample:
+        if not self._rules.sample:
             return chances.argmax(-1)
-        return torch.multinomial(chances, 1, generator=self._random)
+        return torch.multinomial(chances, 1, generator=self._rules.random)
 
 
 def _no_numbers(logits: Tensor) -> ServeAppError:

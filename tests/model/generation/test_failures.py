@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from serve_app.errors import InvalidInputError, ModelFailureError, OverloadedError, ServeAppError, UnavailableError
+from serve_app.model.generation.beams import BeamSearch
 from serve_app.model.generation.decoding import Decoding
 from serve_app.model.generation.engine import GIVE_UP_AFTER
 from serve_app.model.generation.sampling import Sampler
@@ -104,14 +105,17 @@ def lose_device(*_: Any, **__: Any) -> Any:
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
-@pytest.mark.parametrize("place", ["begin", "prefill", "choose", "join", "step", "whole answer"])
+@pytest.mark.parametrize("place", ["begin", "prefill", "choose", "join", "step", "advance", "copy", "whole answer"])
 async def test_a_lost_device_ends_the_replica_wherever_it_shows(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answers can be asked of another replica; errors of the device come out where its results are looked at."""
     told: list[str] = []
-    options = GenerationOptions(12, num_beams=2) if place == "whole answer" else OPTIONS
-    async with running(tiny("llama"), on_broken=lambda: told.append("broken")) as engine:
+    options = GenerationOptions(12, num_beams=4) if place in ("advance", "copy") else OPTIONS
+    by_steps = place != "whole answer"
+    async with running(tiny("llama"), on_broken=lambda: told.append("broken"), by_steps=by_steps) as engine:
         if place == "choose":
             monkeypatch.setattr(Sampler, "choose", lose_device)
+        elif place == "advance":
+            monkeypatch.setattr(BeamSearch, "advance", lose_device)
         elif place == "whole answer":
             monkeypatch.setattr(engine._whole, "_generate", lose_device)
         else:

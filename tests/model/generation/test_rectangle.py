@@ -78,7 +78,7 @@ def test_a_row_that_finds_no_memory_changes_nothing(kind: str, present: int) -> 
                     break
             assert decoding.rows == decoding.own.rows == present
             got = steps(decoding) if present else []
-            decoding.join(third)
+            decoding.join(filled(decoding, prompts(lengths)[2]))
             later = steps(decoding)
         for mine, right in zip([*got, *later], [*wanted, *wanted_later], strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
@@ -93,7 +93,7 @@ async def test_answers_under_way_are_right_whichever_allocation_of_a_joining_pro
     for number in (1, 3, 6):
         async with running(model) as engine:
             under_way = [asyncio.create_task(answer(engine, prompt, options)) for prompt in early]
-            while engine.active < len(early) or len(engine._rows) < len(early):
+            while len(engine._sequences) < len(early):
                 await asyncio.sleep(0.001)
             with no_memory_at(number) as count:
                 with pytest.raises(OverloadedError):
@@ -111,11 +111,11 @@ def states(length: int, value: float) -> list[tuple[torch.Tensor, torch.Tensor]]
 def test_what_is_no_number_does_not_outlive_its_row(left: int) -> None:
     """Attention multiplies masked columns by 0, and 0 times NaN is NaN."""
     rectangle = Rectangle()
-    rectangle.join(states(6, float("nan") if left == 0 else 1.0))
-    rectangle.join(states(6, float("nan") if left == 1 else 1.0))
-    rectangle.join(states(2, 1.0))
+    rectangle.join(states(6, float("nan") if left == 0 else 1.0), 6)
+    rectangle.join(states(6, float("nan") if left == 1 else 1.0), 6)
+    rectangle.join(states(2, 1.0), 2)
     rectangle.leave(left)
-    rectangle.join(states(3, 2.0))
+    rectangle.join(states(3, 2.0), 3)
     for layer in rectangle.layers:
         layer.show()
         assert torch.isfinite(layer.keys).all()

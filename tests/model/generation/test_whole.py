@@ -1,4 +1,4 @@
-"""Beams, and models that cannot be batched by steps, are `generate`'s own answers."""
+"""Models that cannot be batched by steps give `generate`'s own answers, with beams and without."""
 
 from __future__ import annotations
 
@@ -13,39 +13,12 @@ from serve_app.model.generation.job import GenerationJob
 from serve_app.options import GenerationOptions
 from tests.model.generation.models import (
     answer,
-    configured,
     prompts,
     reference,
     running,
-    text_of,
     tiny,
-    tokenizer,
     tokens_of,
 )
-
-
-@pytest.mark.parametrize("model_type", ["gpt2", "t5", "bart", "marian"])
-async def test_beams_are_those_of_generate_beside_answers_by_steps(model_type: str) -> None:
-    model, asked = tiny(model_type), prompts([7, 12, 5])
-    options = [
-        GenerationOptions(max_new_tokens=15, num_beams=4),
-        GenerationOptions(max_new_tokens=20),
-        GenerationOptions(max_new_tokens=10, num_beams=2),
-    ]
-    expected = [reference(model, prompt, own) for prompt, own in zip(asked, options, strict=True)]
-    async with running(model) as engine:
-        got = await asyncio.gather(*(answer(engine, p, own) for p, own in zip(asked, options, strict=True)))
-    assert [tokens_of(pieces) for pieces in got] == expected
-    assert [text_of(pieces) for pieces in got] == [tokenizer().decode(tokens) for tokens in expected]
-
-
-async def test_the_number_of_beams_is_by_default_the_models_own() -> None:
-    model, [prompt] = tiny("t5"), prompts([9])
-    options = GenerationOptions(max_new_tokens=12)
-    with configured(model, num_beams=3):
-        expected = reference(model, prompt, options)
-        async with running(model) as engine:
-            assert tokens_of(await answer(engine, prompt, options)) == expected
 
 
 async def test_a_model_without_steps_samples_as_generate_does() -> None:
@@ -56,7 +29,7 @@ async def test_a_model_without_steps_samples_as_generate_does() -> None:
         assert tokens_of(await answer(engine, prompt, options)) == expected
 
 
-async def test_a_short_answer_of_beams_need_not_wait_for_long_ones() -> None:
+async def test_a_short_answer_need_not_wait_for_long_ones() -> None:
     """Each the same as alone, those with random numbers too."""
     model, asked = tiny("gpt2"), prompts([5, 7, 9, 4, 6])
     options = [GenerationOptions(max_new_tokens=50, num_beams=3, do_sample=n % 2 == 0, seed=n) for n in range(4)]
@@ -69,7 +42,7 @@ async def test_a_short_answer_of_beams_need_not_wait_for_long_ones() -> None:
         done.append(index)
         return tokens_of(pieces)
 
-    async with running(model) as engine:
+    async with running(model, by_steps=False) as engine:
         long = [asyncio.ensure_future(one(engine, index)) for index in range(4)]
         while engine._whole.active < 4:
             await asyncio.sleep(0)
@@ -81,12 +54,12 @@ async def test_a_short_answer_of_beams_need_not_wait_for_long_ones() -> None:
 async def test_random_numbers_of_others_are_left_as_they_were() -> None:
     model, [prompt] = tiny("gpt2"), prompts([5])
     before = torch.get_rng_state()
-    async with running(model) as engine:
+    async with running(model, by_steps=False) as engine:
         await answer(engine, prompt, GenerationOptions(max_new_tokens=5, num_beams=2, do_sample=True, seed=1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-async def test_answers_of_beams_wait_for_room_in_memory_in_their_order() -> None:
+async def test_answers_wait_for_room_in_memory_in_their_order() -> None:
     model, asked = tiny("gpt2"), prompts([10] * 5)
     options = GenerationOptions(max_new_tokens=40, num_beams=2)
     most, ended = 0, []
@@ -96,7 +69,7 @@ async def test_answers_of_beams_wait_for_room_in_memory_in_their_order() -> None
         ended.append(index)
         return tokens
 
-    async with running(model, GenerationLimits(max_kv_tokens=2 * 2 * 50)) as engine:
+    async with running(model, GenerationLimits(max_kv_tokens=2 * 2 * 50), by_steps=False) as engine:
         under_way = asyncio.gather(*(one(engine, index) for index in range(5)))
         while not under_way.done():
             most = max(most, engine._whole.active)
@@ -106,10 +79,10 @@ async def test_answers_of_beams_wait_for_room_in_memory_in_their_order() -> None
     assert all(abs(place - index) <= 1 for place, index in enumerate(ended))
 
 
-async def test_answers_of_beams_that_are_given_up_make_way_at_once() -> None:
+async def test_answers_that_are_given_up_make_way_at_once() -> None:
     model, asked = tiny("gpt2"), prompts([5] * 5)
     long, short = (GenerationOptions(max_new_tokens=n, num_beams=2) for n in (59, 3))
-    async with running(model, GenerationLimits(max_kv_tokens=2 * 2 * 64)) as engine:
+    async with running(model, GenerationLimits(max_kv_tokens=2 * 2 * 64), by_steps=False) as engine:
         given_up = [asyncio.ensure_future(answer(engine, prompt, long)) for prompt in asked[:4]]
         while engine._whole.active < 2:
             await asyncio.sleep(0)
@@ -122,7 +95,7 @@ async def test_answers_of_beams_that_are_given_up_make_way_at_once() -> None:
 async def test_a_late_answer_and_one_that_was_given_up_make_way() -> None:
     model, asked = tiny("gpt2"), prompts([5, 5, 5])
     beams = GenerationOptions(max_new_tokens=55, num_beams=2)
-    async with running(model) as engine:
+    async with running(model, by_steps=False) as engine:
         given_up = asyncio.ensure_future(answer(engine, asked[0], beams))
         await asyncio.sleep(0)
         given_up.cancel()
@@ -133,10 +106,10 @@ async def test_a_late_answer_and_one_that_was_given_up_make_way() -> None:
         assert tokens_of(await answer(engine, asked[2], options)) == reference(model, asked[2], options)
 
 
-async def test_an_answer_of_beams_that_has_no_token_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_has_no_token_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A heavy penalty on length and a narrow choice of tokens can leave nothing but the prompt."""
     model, [prompt] = tiny("gpt2"), prompts([5])
     monkeypatch.setattr(model, "generate", lambda ids, **_: ids)
-    async with running(model) as engine:
+    async with running(model, by_steps=False) as engine:
         [piece] = await asyncio.wait_for(answer(engine, prompt, GenerationOptions(max_new_tokens=5, num_beams=2)), 30)
     assert (piece.text, piece.token, piece.finish_reason, piece.prompt_tokens) == ("", None, "stop", 5)

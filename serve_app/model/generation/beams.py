@@ -1,0 +1,155 @@
+"""Beam search of one sequence, a step at a time, with the beams that `model.generate` would find were it alone.
+
+The rules are those of transformers' `_beam_search` (generation/utils.py) for a batch of one. Beyond the choice of the
+likeliest continuations all is done with the few numbers of the beams, on the CPU, in float32 as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from serve_app.model.generation.sampling import Rules
+
+NEVER = -1.0e9
+"""The score of what is no beam; added to a score, it makes one of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """Beam i goes on from what was beam `parents[i]`, with `tokens[i]`."""
+
+    parents: list[int]
+    tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Continuations:
+    """The likeliest ones of all beams, best first, or those that were drawn: k ≥ 2 b of them."""
+
+    scores: Tensor
+    """(k,) float32, on the CPU."""
+    parents: list[int]
+    tokens: list[int]
+    ends: Tensor
+    """(k,) bool, on the CPU: whether it ends there."""
+
+
+class BeamSearch:
+    """Belongs to one sequence and to the device thread. It has b beams that run, and the b best that have ended."""
+
+    def __init__(self, config: Any, rules: Rules, prompt: Tensor) -> None:
+        """`prompt` (1, p) is what the decoder starts from; `config` comes from `generation_config`."""
+        self.beams = beams = int(config.num_beams)
+        self._rules, self._length_penalty, self._early = rules, float(config.length_penalty), config.early_stopping
+        self.ends = frozenset([] if rules.ends is None else rules.ends.tolist())
+        self._kept = max(2, 1 + (0 if rules.ends is None else len(rules.ends))) * beams
+        self._likeliest = torch.arange(self._kept) < beams
+        self._prompt = int(prompt.shape[1])
+        self._ids = prompt.new_empty((beams, self._prompt + rules.limit)) if rules.processors else None
+        """What processors read."""
+        if self._ids is not None:
+            self._ids[:, : self._prompt] = prompt
+        self._running: list[list[int]] = [[]] * beams
+        """New tokens."""
+        self._scores = torch.full((beams,), NEVER)
+        self._scores[0] = 0.0  # all beams are equal at first, and only one of them may go on
+        self._ended: list[list[int]] = [[]] * beams
+        self._ended_scores = torch.full((beams,), NEVER)
+        self._has_ended = torch.zeros(beams, dtype=torch.bool)
+        self._may_improve = True
+
+    def advance(self, logits: Tensor) -> Advance | None:
+        """One token more for each beam, from the model's `logits` (b, v); None when the search has ended.
+
+        Raises as `Rules.raise_if_no_numbers` does.
+        """
+        found = self._continuations(logits)
+        self._end_beams(found)
+        open_scores = found.scores + found.ends * NEVER
+        chosen = open_scores.topk(self.beams)[1]
+        self._scores = open_scores[chosen]
+        places = chosen.tolist()
+        ahead = Advance([found.parents[i] for i in places], [found.tokens[i] for i in places])
+        self._running = [[*self._running[p], t] for p, t in zip(ahead.parents, ahead.tokens, strict=True)]
+        if not self._goes_on(found.ends):
+            return None
+        if self._ids is not None:
+            self._ids = self._ids[ahead.parents]
+            at = self._prompt + len(self._running[0]) - 1
+            self._ids[:, at] = torch.tensor(ahead.tokens, device=self._ids.device)
+        return ahead
+
+    def best(self) -> list[int]:
+        """The new tokens of the best beam that has ended; none where none has."""
+        return self._ended[0]
+
+    def _continuations(self, logits: Tensor) -> Continuations:
+        rules, generated = self._rules, len(self._running[0])
+        chances = logits.to(torch.float32).log_softmax(-1)
+        if self._ids is not None:
+            chances = rules.processors(self._ids[:, : self._prompt + generated], chances)
+        summed = (chances + self._scores.to(logits.device)[:, None]).view(-1)
+        if rules.sample:
+            weights = summed.softmax(-1)
+            rules.raise_if_no_numbers(weights, logits)
+            places = torch.multinomial(weights, self._kept, generator=rules.random)
+            scores = summed[places]
+        else:
+            scores, places = summed.topk(self._kept)
+            rules.raise_if_no_numbers(scores, logits)  # what is no number counts as the largest
+        vocabulary = logits.shape[-1]
+        parents, tokens = zip(*(divmod(place, vocabulary) for place in places.tolist()), strict=True)
+        is_full = generated + 1 == rules.limit
+        ends = torch.tensor([is_full or token in self.ends for token in tokens])
+        return Continuations(scores.cpu(), list(parents), list(tokens), ends)
+
+    def _end_beams(self, found: Continuations) -> None:
+        """Keep the best of those that have ended; of the continuations only the b likeliest may be among them."""
+        generated = len(self._running[0]) + 1
+        ending = found.ends & self._likeliest
+        scores = found.scores / generated**self._length_penalty
+        if not self._may_improve or (self._early is True and bool(self._has_ended.all())):
+            scores += NEVER
+        merged = torch.cat((self._ended_scores, scores + ~ending * NEVER))
+        best = merged.topk(self.beams)[1]
+        self._ended_scores = merged[best]
+        self._has_ended = torch.cat((self._has_ended, ending))[best]
+        ended = [*self._ended]
+        self._ended = [
+            ended[i]
+            if i < self.beams
+            else [*self._running[found.parents[i - self.beams]], found.tokens[i - self.beams]]
+            for i in best.tolist()
+        ]
+
+    def _goes_on(self, ends: Tensor) -> bool:
+        """Whether a running beam may yet be better than those that have ended, by transformers' estimate."""
+        longest = self._early == "never" and self._length_penalty > 0.0
+        length = self._rules.limit if longest else len(self._running[0])
+        possible = self._scores[:1] / length**self._length_penalty
+        to_beat = torch.where(self._has_ended, self._ended_scores.min(), NEVER)
+        self._may_improve = self._may_improve and bool((possible > to_beat).any())
+        is_full = self._early is True and bool(self._has_ended.all())
+        return self._may_improve and not is_full and not bool(ends.all())
+
+
+def reordered(rows: Sequence[int], parents: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """The beams' new rows, and which rows are to be copied to which, where beam i was at `rows[i]`.
+
+    A beam that goes on keeps its row for one of those that come of it; the others get rows of beams that do not go on.
+    """
+    found: list[int | None] = []
+    kept: set[int] = set()
+    for parent in parents:
+        found.append(None if parent in kept else rows[parent])
+        kept.add(parent)
+    free = [row for beam, row in enumerate(rows) if beam not in kept]
+    moves = [(rows[parent], free.pop()) for row, parent in zip(found, parents, strict=True) if row is None]
+    targets = iter([target for _, target in moves])
+    new = [next(targets) if row is None else row for row in found]
+    return new, [source for source, _ in moves], [target for _, target in moves]

@@ -177,7 +177,7 @@ def random_batch(loaded: LoadedModel, lengths: list[int], seed: int = 0) -> Toke
     if loaded.task == "fill-mask" and loaded.mask_token_id is not None:
         input_ids[::_MASKED_EVERY] = loaded.mask_token_id
     end = getattr(loaded.module.config, "eos_token_id", None)
-    if isinstance(end, int) and end != loaded.pad_token_id:
+    if isinstance(end, int) and end != loaded.pad_token_id and end < loaded.vocab_size:
         input_ids[cu_seqlens[1:] - 1] = end
     return TokenBatch(
         input_ids=input_ids,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -89,8 +89,8 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
     model = _read_weights(transformer_folder(path), config, card.task, precision.weights)
     put_on(device, model, config)
     module = model if card.task == "embedding" else model.base_model
-    if card.task == "fill-mask" and card.mask_token_id is None:
-        raise ConfigError(f"models.{config.name}.task: fill-mask needs a tokenizer with a mask token")
+    if card.task == "fill-mask" and not _is_known(card.mask_token_id, module):
+        raise ConfigError(f"models.{config.name}.task: fill-mask needs a mask token that tokenizer and model both have")
     return LoadedModel(
         module=module,
         device=device,
@@ -99,7 +99,7 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
         hidden_size=card.hidden_size,
         max_input_tokens=max_input_tokens,
         pooling=card.pooling,
-        pad_token_id=max(0, getattr(module.config, "pad_token_id", None) or 0),
+        pad_token_id=_padding(module),
         takes_token_types="token_type_ids" in inspect.signature(module.forward).parameters,
         vocab_size=int(module.config.vocab_size),
         num_threads=config.num_threads,
@@ -118,6 +118,20 @@ def known_ids(module: Any) -> int | None:
     except (AttributeError, NotImplementedError):
         return None
     return int(table.weight.shape[0]) if isinstance(table, torch.nn.Embedding) else None
+
+
+def _padding(module: Any) -> int:
+    """What fills the places of no text: the padding token, or 0 where it is none of the model's own.
+
+    One that was added to the tokenizer alone has no row in the model's table. Attention leaves these places out.
+    """
+    token = getattr(module.config, "pad_token_id", None)
+    return token if _is_known(token, module) else 0
+
+
+def _is_known(token: int | None, module: Any) -> TypeGuard[int]:
+    known = known_ids(module)
+    return token is not None and token >= 0 and (known is None or token < known)
 
 
 def _decoder_start(module: Any) -> int | None:

@@ -236,16 +236,24 @@ async def test_a_version_that_goes_with_its_lost_replica_is_replaced_too(bench: 
     assert bench.model.asked("forward") == ["a", "b"]
 
 
-@pytest.mark.parametrize("method", ["tokenize", "forward"])
+@pytest.mark.parametrize("asks", ["embedding", "answer", "stream"])
+@pytest.mark.parametrize("tier", ["tokenizer", "model"])
 async def test_a_request_that_kills_the_only_replica_of_version_after_version_kills_two(
-    bench: Bench, method: str
+    bench: Bench, tier: str, asks: str, request: pytest.FixtureRequest
 ) -> None:
-    replicas = bench.tokenizer if method == "tokenize" else bench.model
+    if asks != "embedding":
+        request.getfixturevalue("_generates")
+    replicas = getattr(bench, tier)
+    method = "tokenize" if tier == "tokenizer" else "forward" if asks == "embedding" else "stream"
     bench.run(A)
     replicas.hold(method)
-    asked = bench.start()
+    asked = {
+        "embedding": bench.start,
+        "answer": lambda: asyncio.create_task(bench.served.answer(streaming())),
+        "stream": lambda: asyncio.create_task(streamed(bench, streaming())),
+    }[asks]()
     for next_version in (B, C):
-        await replicas.called[method].wait()
+        await asyncio.wait_for(replicas.called[method].wait(), 5)
         replicas.called[method].clear()
         held = replicas.go[method]
         await settle()
@@ -254,8 +262,6 @@ async def test_a_request_that_kills_the_only_replica_of_version_after_version_ki
         replicas.hold(method)
         held.set()
         await settle()
-        if asked.done():
-            break
     with pytest.raises(UnavailableError, match="not sent a third time"):
         await asyncio.wait_for(asked, 5)
     assert "c" not in replicas.asked(method)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from serve_app.config import ModelConfig
-from serve_app.errors import ModelFailureError
+from serve_app.errors import ConfigError, ModelFailureError
 from serve_app.model.acceptance import random_batch
 from serve_app.model.loader import load
 from serve_app.model.memory import calibrate
@@ -219,3 +219,28 @@ def test_a_model_without_a_table_of_token_types_ignores_them(tmp_path: Path) -> 
     sequences = random_sequences([5, 4], seed=0)
     rows = runner.run(batch_of(sequences, [[0] * 5, [0, 0, 1, 1]])).values
     np.testing.assert_allclose(rows, runner.run(batch_of(sequences)).values, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo"], ids=["packed", "padded"])
+def test_a_padding_token_that_the_model_does_not_have_reaches_no_table(model_type: str, tmp_path: Path) -> None:
+    """As where it was added to the tokenizer, named in the config, and the embedding was not resized."""
+    model = tiny_model(model_type, pad_token_id=97)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, ModelConfig(name="tiny", source="./tiny", device="cpu", pooling="mean"), 60)
+    assert 0 <= loaded.pad_token_id < model.get_input_embeddings().num_embeddings == 97
+    sequences = random_sequences([20, 3, 9], seed=0)
+    rows = Runner(loaded).run(batch_of(sequences)).values
+    with torch.inference_mode():
+        alone = [model(torch.tensor([ids])).last_hidden_state[0].mean(0).numpy() for ids in sequences]
+    np.testing.assert_allclose(rows, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_an_end_token_that_the_model_does_not_have_is_not_tried(tmp_path: Path) -> None:
+    tiny_model("llama", eos_token_id=97).save_pretrained(tmp_path)
+    runner = Runner(load(tmp_path, ModelConfig(name="tiny", source="./tiny", device="cpu"), 60))
+    assert runner.mode == "packed"
+
+
+def test_a_mask_token_that_the_model_does_not_have_is_told_at_load(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mask token that tokenizer and model both have"):
+        load_tiny_for("fill-mask", "bert", tmp_path, vocab_size=5)

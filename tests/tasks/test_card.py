@@ -234,3 +234,13 @@ def test_a_begin_token_is_a_cls_token_only_where_the_tokenizers_class_says_so(
         "tokenizer_config.json": {"model_max_length": 64, **tokenizer},
     }
     assert read_card(write(tmp_path, files), config(), "").cls_token_id == expected
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "C:/x", "..\\x", "a\0b"])
+def test_a_module_outside_of_the_models_folder_is_refused(tmp_path: Path, path: str) -> None:
+    for kind in ("Transformer", "Pooling", "SpladePooling"):
+        named = modules((f"sentence_transformers.models.{kind}", path))
+        for read in (lambda: read_card(tmp_path, config(), ""), lambda: transformer_folder(tmp_path)):
+            write(tmp_path, {"modules.json": named})
+            with pytest.raises(IncompleteModelError, match="is no path of a file below a model's folder"):
+                read()

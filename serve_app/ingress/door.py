@@ -13,6 +13,7 @@ from serve_app.ingress.access import Guard
 from serve_app.ingress.access_log import log_request
 from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
 from serve_app.ingress.keys import Role
+from serve_app.ingress.reach import check_host
 from serve_app.ingress.visit import Visit
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -48,6 +49,8 @@ class Door:
 
     def __init__(self, guard: Guard | None = None) -> None:
         self.guard = guard
+        self.local_only = False
+        """Whether HTTP is for this machine alone. Without keys, requests must then name it in `Host`."""
         self._under_way = 0
         self._pace = Pace()
 
@@ -72,10 +75,14 @@ class Door:
     def admit(self, visit: Visit, role: Role | None, counts: bool) -> None:
         """Let it in: with a key for `role` where there are keys; counted, and with its own deadline, if it `counts`.
 
+        What asks for no key (a `role` of None) is open to every `Host` too.
+
         Raises UnauthorizedError, ForbiddenError, QuotaExceededError, MalformedRequestError or OverloadedError.
         """
         if self.guard is not None and role is not None:
             visit.account = self.guard.admit(visit.headers, role)
+        elif self.local_only and role is not None:
+            check_host(visit.headers.get(b"host", b""), visit.settings.allowed_hosts)
         if not counts:
             return
         if TIMEOUT in visit.headers:

@@ -57,6 +57,7 @@ MOST_INPUTS = 100_000
 """Of one request: each is an object here and costs time before it is looked at, however small it is."""
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -411,6 +412,12 @@ class IngressSettings(_Frozen):
         description="While one model is served: it answers a request whose body names a model that is not known here, "
         "as Text Embeddings Inference and Text Generation Inference do. `false`: 404. Names in paths must always be "
         "right, and with several models those in bodies too.",
+    )
+    allowed_hosts: tuple[HostName, ...] = Field(
+        (),
+        description="Names, without a port, that the header `host` may have beside localhost and loopback addresses, "
+        "where `http_options.host` is a loopback address and no API keys are asked; other names get 403. Needed where "
+        "a proxy on the same machine passes on the name that its clients asked for.",
     )
     log_requests: bool = Field(
         False,

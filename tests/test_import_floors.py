@@ -17,7 +17,7 @@ PACKAGE = Path(serve_app.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"errors", "logs"},
-    {"options", "outputs"},
+    {"options", "outputs", "paths"},
     {"types", "config", "metrics"},
     {"versions"},
     {"tasks", "cache"},
@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
 ]
 """From the ground up; `errors` is below the rest of the ground floor, which raises them."""
 
-RAY_FREE = {"errors", "logs", "options", "outputs", "types", "config", "versions", "tasks", "model"}
+RAY_FREE = {"errors", "logs", "options", "outputs", "paths", "types", "config", "versions", "tasks", "model"}
 
 
 class Import(NamedTuple):

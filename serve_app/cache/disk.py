@@ -91,31 +91,44 @@ def boot_id() -> str:
         return ""
 
 
+def process_space() -> str:
+    """Where a process number means the same process as here: the boot of this machine, and the PID namespace in it.
+
+    Containers have namespaces of their own, often on one machine and even with one host name.
+    """
+    try:
+        namespace = str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        namespace = socket.gethostname()
+    return f"{boot_id() or socket.gethostname()}.{namespace}"
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessMark:
-    """One process on one machine: tells a process from a later one with the same number."""
+    """One process: tells it from others with its number, in other containers and at other times."""
 
-    host: str
+    space: str
+    """As `process_space` tells it there."""
     pid: int
     started: float
     """Seconds since the epoch."""
 
     @classmethod
     def mine(cls) -> ProcessMark:
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        return cls(process_space(), os.getpid(), psutil.Process().create_time())
 
     def __str__(self) -> str:
-        return f"{self.host}@{self.pid}@{self.started:.0f}"
+        return f"{self.space}@{self.pid}@{self.started:.0f}"
 
     @classmethod
     def parse(cls, text: str) -> ProcessMark:
         """Raises ValueError if `text` is not one."""
-        host, pid, started = text.split("@")
-        return cls(host, int(pid), float(started))
+        space, pid, started = text.split("@")
+        return cls(space, int(pid), float(started))
 
     def is_alive(self) -> bool | None:
-        """None if it is a process of another host (or container), of which this one knows nothing."""
-        if self.host != socket.gethostname():
+        """None if it is a process of another machine, boot or container, of which this one knows nothing."""
+        if self.space != process_space():
             return None
         try:
             return abs(psutil.Process(self.pid).create_time() - self.started) < _CLOCK_SLACK_S

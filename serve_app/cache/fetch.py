@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,9 +29,11 @@ def fetch(manifest: Manifest, files: Sequence[ModelFile], into: Path, hub: Hub) 
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.copying")
+    partial = target.with_name(f".{uuid.uuid4().hex}.copying")
     try:
         shutil.copyfile(source, partial)
+        partial.rename(target)
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"{source} is no longer there") from error
-    partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from serve_app.errors import IncompleteModelError
+from serve_app.paths import below, check_relative
 
 _FORMAT = 1
 _CHUNK_BYTES = 4 << 20
@@ -25,6 +26,10 @@ class ModelFile:
     git_blob: str | None = None
     """SHA-1 of the file as a git blob: what the Hub knows of files that are not in LFS."""
 
+    def __post_init__(self) -> None:
+        """Raises IncompleteModelError if `path` leads anywhere but to a file below a folder."""
+        check_relative(self.path)
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -35,6 +40,13 @@ class Manifest:
     revision: str
     selection: str
     files: tuple[ModelFile, ...]
+
+    def __post_init__(self) -> None:
+        """Raises IncompleteModelError if `name` or `revision` cannot be a folder's name."""
+        for folder in (self.name, self.revision):
+            check_relative(folder)
+            if "/" in folder or folder.startswith("."):
+                raise IncompleteModelError(f"{folder[:300]!r} is no name of a folder in the cache")
 
     @property
     def total_bytes(self) -> int:
@@ -62,14 +74,22 @@ class Marker:
             manifest = raw.pop("manifest")
             files = tuple(ModelFile(**file) for file in manifest.pop("files"))
             return cls(manifest=Manifest(files=files, **manifest), **raw)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, IncompleteModelError) as error:
             raise ValueError(f"not a marker: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file that was read and is right, as long as it still has its modification time."""
+
+    file: ModelFile
+    modified_ns: int
+
+
 def check_size(folder: Path, file: ModelFile) -> None:
-    """Raises IncompleteModelError if the file is missing or has another size."""
+    """Raises IncompleteModelError if the file is missing, has another size, or lies elsewhere and is only linked to."""
     try:
-        size = (folder / file.path).stat().st_size
+        size = below(folder, file.path).stat().st_size
     except FileNotFoundError:
         raise IncompleteModelError(f"{folder}: {file.path} is missing") from None
     if size != file.size:
@@ -94,6 +114,22 @@ def check_content(folder: Path, file: ModelFile) -> ModelFile:
     return replace(file, sha256=sha256)
 
 
+def found_again(folder: Path, file: ModelFile, known: Found | None) -> ModelFile:
+    """As `check_content`, but a file that is still as it is `known` is not read."""
+    if known is not None and _is_same(file, known.file):
+        check_size(folder, file)
+        if (folder / file.path).stat().st_mtime_ns == known.modified_ns:
+            return replace(file, sha256=known.file.sha256)
+    return check_content(folder, file)
+
+
+def _is_same(file: ModelFile, known: ModelFile) -> bool:
+    """Whether `known`, whose `sha256` is known, has the content that `file` is pinned to."""
+    if file.sha256 is not None:
+        return file.sha256 == known.sha256
+    return file.git_blob is not None and file.git_blob == known.git_blob
+
+
 def hash_file(path: Path, *, with_git: bool = False) -> tuple[str, str | None]:
     """(sha256, git blob hash or None), both hexadecimal."""
     sha256 = hashlib.sha256()
@@ -112,13 +148,29 @@ def content_hash(files: Sequence[ModelFile]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
-def check_shards(folder: Path, files: Sequence[ModelFile]) -> None:
-    """Raises IncompleteModelError if an index of the weights names a shard that is not among `files`."""
-    present = {file.path for file in files}
-    for file in files:
-        if file.path.endswith(".index.json"):
-            parent = file.path.rpartition("/")[0]
-            index = json.loads((folder / file.path).read_text("utf-8"))
-            for shard in sorted(set(index.get("weight_map", {}).values())):
-                if (f"{parent}/{shard}" if parent else shard) not in present:
-                    raise IncompleteModelError(f"{folder}: {file.path} names {shard}, which is missing")
+def check_shards(folder: Path, paths: Collection[str]) -> None:
+    """Raises IncompleteModelError if an index of the weights names a shard that is not among `paths`.
+
+    So none is outside of the folder either, wherever the index leads.
+    """
+    for path in paths:
+        if path.endswith(".index.json"):
+            parent = path.rpartition("/")[0]
+            for shard in _shards(folder / path):
+                if (f"{parent}/{shard}" if parent else shard) not in paths:
+                    raise IncompleteModelError(f"{folder}: {path} names {shard[:300]}, which is missing")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights names. Raises IncompleteModelError if it is none."""
+    try:
+        shards = set(json.loads(index.read_text("utf-8")).get("weight_map", {}).values())
+        return sorted(map(_text, shards))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise IncompleteModelError(f"{index}: this is no index of weights: {error}") from error
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no file name")
+    return value

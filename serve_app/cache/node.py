@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -19,15 +19,16 @@ from serve_app.cache.disk import ProcessMark, disk_errors, ran_full, refuse_netw
 from serve_app.cache.environment import warn_of_dead_settings
 from serve_app.cache.fetch import fetch
 from serve_app.cache.hub import Hub
-from serve_app.cache.leases import Leases
-from serve_app.cache.manifest import Manifest, ModelFile, check_content, check_shards, has_size
+from serve_app.cache.leases import Leases, leases_below
+from serve_app.cache.manifest import Found, Manifest, ModelFile, check_content, check_shards
 from serve_app.cache.resolve import files_in, resolve, selection_of, source_folder
 from serve_app.cache.space import make_room
 from serve_app.cache.staging import Staging
 from serve_app.cache.status import Phase, Progress
-from serve_app.cache.store import Store, expand
+from serve_app.cache.store import Store, expand, modification_times
 from serve_app.config import CacheConfig, ModelConfig, source_kind
 from serve_app.errors import CacheError, DiskFullError, IncompleteModelError, SourceNotFoundError
+from serve_app.paths import below
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,11 @@ class NodeCache:
         self._store = Store(root)
         with disk_errors("the cache", root):
             self._store.sweep()
-        self._leases = Leases(root / ".leases")
+        self._leases = Leases(leases_below(root))
         self._wanted: set[tuple[str, str]] = set()
         self._arrivals: dict[tuple[str, str], Arrival] = {}
+        self._known: dict[Key, Mapping[str, Found]] = {}
+        """What this process has read of files that are not in a complete copy, and that `begin` need not read again."""
         self._space = threading.Lock()
 
     def find(self, model: ModelConfig) -> Manifest | None:
@@ -118,24 +121,32 @@ class NodeCache:
         Raises SourceNotFoundError or IncompleteModelError.
         """
         folder = source_folder(model.source)
-        files_in(folder, model)
+        check_shards(folder, files_in(folder, model))
         return folder
 
     def open(self, manifest: Manifest, in_full: bool = False) -> Path | None:
         """The folder of a complete copy, or None if there is none (or a broken one, which is said in the log)."""
-        name, revision = manifest.name, manifest.revision
-        self._wanted.add((name, revision))
+        key = name, revision = manifest.name, manifest.revision
+        self._wanted.add(key)
         try:
-            found = self._store.check(name, revision, in_full=in_full)
+            found = self._store.inspect(name, revision, in_full=in_full)
         except IncompleteModelError as error:
-            if self._store.path(name, revision).exists():
-                logger.warning("%s; fetching what is wrong again", error)
-                self._store.condemn(name, revision)
+            self._condemn(key, error.message)
             return None
-        if not {file.path for file in manifest.files} <= {file.path for file in found.files}:
+        self._known[key] = found.right
+        if found.fault is not None:
+            self._condemn(key, found.fault)
             return None
+        if not {file.path for file in manifest.files} <= {file.path for file in found.manifest.files}:
+            return None
+        del self._known[key]
         self._store.touch(name, revision)
         return self._store.path(name, revision)
+
+    def _condemn(self, key: Key, fault: str) -> None:
+        if self._store.path(*key).exists():
+            logger.warning("%s; fetching what is wrong again", fault)
+            self._store.condemn(*key)
 
     def lease(self, name: str, revision: str, process: ProcessMark) -> None:
         """Keep that revision from being removed as long as `process` lives."""
@@ -149,16 +160,23 @@ class NodeCache:
         """
         key = (manifest.name, manifest.revision)
         self.abandon(key)
-        with self._space, self._disk_errors(manifest):
+        with self._disk_errors(manifest):
             self._store.root.mkdir(parents=True, exist_ok=True)
             staging = self._store.stage(manifest)
-            arrival = Arrival(manifest, staging, staging.held(manifest.files), self._hub())
             try:
-                self._make_room(arrival)
-            except CacheError:
+                # Reading what is here takes minutes for a large model, in which others may begin too.
+                held = staging.held(manifest.files, self._known.pop(key, {}))
+            except BaseException:
                 staging.leave()
                 raise
-            self._arrivals[key] = arrival
+            arrival = Arrival(manifest, staging, held, self._hub())
+            try:
+                with self._space:
+                    self._make_room(arrival)
+                    self._arrivals[key] = arrival
+            except CacheError:
+                self._leave(key, arrival)
+                raise
         if source_kind(manifest.source) == "package":
             try:
                 self._copy_own(arrival)
@@ -180,7 +198,8 @@ class NodeCache:
         with suppress(SourceNotFoundError), self._disk_errors(arrival.manifest):
             folder = source_folder(arrival.manifest.source)
             for index, file in enumerate(arrival.manifest.files):
-                if index not in arrival.checked and has_size(folder, file):
+                source = folder / file.path
+                if index not in arrival.checked and source.is_file() and source.stat().st_size == file.size:
                     fetch(arrival.manifest, [file], arrival.folder, arrival.hub)
                     self._check(arrival, index)
 
@@ -261,7 +280,7 @@ class NodeCache:
         """A piece of a file of a complete copy, or of one that is arriving. Raises IncompleteModelError."""
         for folder in self._places(key):
             try:
-                data = np.fromfile(folder / path, np.uint8, count=length, offset=offset)
+                data = np.fromfile(below(folder, path), np.uint8, count=length, offset=offset)
             except FileNotFoundError:
                 continue
             if len(data) == length:
@@ -281,7 +300,7 @@ class NodeCache:
         if missing:
             raise IncompleteModelError(f"{key[0]}: {', '.join(missing)} did not arrive")
         complete = replace(arrival.manifest, files=tuple(arrival.checked[i] for i in range(len(files))))
-        check_shards(arrival.folder, complete.files)
+        check_shards(arrival.folder, {file.path for file in complete.files})
         with self._disk_errors(complete):
             path = self._store.publish(arrival.staging, complete)
         del self._arrivals[key]
@@ -292,7 +311,15 @@ class NodeCache:
         arrival = self._arrivals.pop(key, None)
         if arrival is not None:
             arrival.hub.cancel()
-            arrival.staging.leave()
+            self._leave(key, arrival)
+
+    def _leave(self, key: Key, arrival: Arrival) -> None:
+        """Leave what is here to the next try, and keep in mind what of it is right."""
+        with suppress(OSError):
+            right = list(arrival.checked.values())
+            times = modification_times(arrival.folder, right)
+            self._known[key] = {file.path: Found(file, times[file.path]) for file in right}
+        arrival.staging.leave()
 
     def progress(self, key: Key) -> Progress | None:
         """How far a model is that is arriving; None if none of that name and revision is."""

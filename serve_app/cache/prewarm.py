@@ -23,6 +23,7 @@ from ray.serve.exceptions import RayServeException
 from serve_app.cache.disk import ProcessMark
 from serve_app.cache.environment import replica_environment, warn_of_dead_settings
 from serve_app.cache.gate import WarmGate
+from serve_app.cache.leases import keep_renewing, leases_beside
 from serve_app.cache.node import is_direct, warm_this_node
 from serve_app.cache.status import ModelOnNode
 from serve_app.cache.warmer import APPLICATIONS, ON_HEAD, ask_warmer, restart_warmer
@@ -46,7 +47,10 @@ async def ensure_local(model: ModelConfig, cache: CacheConfig) -> Path:
     if _replica_id() is None:
         return await asyncio.to_thread(warm_this_node, model, cache)
     node_id = ray.get_runtime_context().get_node_id()
-    path = Path(await ask_warmer(APPLICATIONS, cache, "ensure", model, node_id, ProcessMark.mine()))
+    mine = ProcessMark.mine()
+    path = Path(await ask_warmer(APPLICATIONS, cache, "ensure", model, node_id, mine))
+    if not is_direct(model, cache):
+        keep_renewing(leases_beside(path), mine)
     if not await asyncio.to_thread(path.is_dir):
         raise IncompleteModelError(f"{path} is not visible to this replica: mount cache.root at the same place in both")
     return path

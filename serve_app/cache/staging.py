@@ -8,12 +8,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from serve_app.cache.disk import ProcessMark
-from serve_app.cache.manifest import ModelFile, check_content, has_size
+from serve_app.cache.manifest import Found, ModelFile, found_again, has_size
 from serve_app.errors import IncompleteModelError
 
 STAGED = ".*.partial"
@@ -48,6 +48,9 @@ class Staging:
                 with suppress(OSError):  # another writer has just taken it
                     os.rename(left, folder)
                     break
+        for path in folder.rglob("*"):
+            if path.is_symlink():  # no writer makes one, and it could lead out of the folder
+                path.unlink()
         return cls(folder)
 
     def salvage(self, broken: Path, files: Sequence[ModelFile]) -> None:
@@ -59,14 +62,17 @@ class Staging:
                 with suppress(OSError):
                     os.link(old, new)
 
-    def held(self, files: Sequence[ModelFile]) -> dict[int, ModelFile]:
-        """Index → file with its hash, of those that are here and right; those that are here and wrong are removed."""
+    def held(self, files: Sequence[ModelFile], known: Mapping[str, Found]) -> dict[int, ModelFile]:
+        """Index → file with its hash, of those that are here and right; those that are here and wrong are removed.
+
+        What is `known` of files is that they were read and right, so they are not read again.
+        """
         found = {}
         for index, file in enumerate(files):
             path = self.folder / file.path
             if path.exists():
                 try:
-                    found[index] = check_content(self.folder, file)
+                    found[index] = found_again(self.folder, file, known.get(file.path))
                 except IncompleteModelError:
                     path.unlink()
         return found
@@ -121,12 +127,14 @@ def is_abandoned(folder: Path) -> bool:
     """Whether the writer of that folder has gone."""
     try:
         mark = (folder / _WRITER).read_text("ascii")
-        if mark == _NOBODY:
-            return True
-        alive = ProcessMark.parse(mark).is_alive()
-        return _is_silent(folder / _WRITER, _SILENCE_S) if alive is None else not alive
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return _is_silent(folder, _FIRST_BEAT_S)
+    if mark == _NOBODY:
+        return True
+    alive = None
+    with suppress(ValueError):  # written by another release, or not yet written to its end
+        alive = ProcessMark.parse(mark).is_alive()
+    return _is_silent(folder / _WRITER, _SILENCE_S) if alive is None else not alive
 
 
 def _is_silent(path: Path, seconds: float) -> bool:

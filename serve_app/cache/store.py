@@ -7,13 +7,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from serve_app.cache.disk import boot_id
-from serve_app.cache.manifest import Manifest, Marker, ModelFile, check_content, check_size
+from serve_app.cache.manifest import Found, Manifest, Marker, ModelFile, check_content, check_size
 from serve_app.cache.staging import STAGED, Staging, is_abandoned
 from serve_app.errors import IncompleteModelError
 
@@ -48,6 +49,17 @@ class Copy:
     used_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """A copy that was looked at."""
+
+    manifest: Manifest
+    right: Mapping[str, Found]
+    """Files by path that were read and are right, or have not been touched since they were."""
+    fault: str | None
+    """The first thing that is wrong; None if the copy is complete."""
+
+
 class Store:
     """Reads and publishes models below one root. Any number of processes may use one root at the same time.
 
@@ -73,26 +85,46 @@ class Store:
             raise IncompleteModelError(f"{folder}: the {READY} marker cannot be read: {error}") from error
 
     def check(self, name: str, revision: str, *, in_full: bool = False) -> Manifest:
-        """The manifest of a copy that is complete.
+        """The manifest of a copy that is complete. Raises IncompleteModelError, saying what is wrong."""
+        inspected = self.inspect(name, revision, in_full=in_full)
+        if inspected.fault is not None:
+            raise IncompleteModelError(inspected.fault)
+        return inspected.manifest
+
+    def inspect(self, name: str, revision: str, *, in_full: bool = False) -> Inspected:
+        """What is right and what is wrong with a copy.
 
         Marker and sizes are looked at always; a file is read if its modification time has moved, all are if `in_full`
-        or after a reboot, which may have come before everything was on the disk.
-        Raises IncompleteModelError, saying what is wrong.
+        or after a reboot, which may have come before everything was on the disk. Where a file is missing or cut, and
+        the copy is broken anyway, nothing is read that need not be.
+        Raises IncompleteModelError if there is no marker that can be read.
         """
         folder = self.path(name, revision)
         marker = self.marker(name, revision)
-        files = marker.manifest.files
-        for file in files:
-            check_size(folder, file)
-        times = modification_times(folder, files)
-        rebooted = marker.boot_id != boot_id()
-        doubtful = [file for file in files if in_full or rebooted or times[file.path] != marker.modified_ns[file.path]]
-        for file in doubtful:
-            check_content(folder, file)
-        if doubtful:
+        fault, present = None, []
+        for file in marker.manifest.files:
+            try:
+                check_size(folder, file)
+                present.append(file)
+            except IncompleteModelError as error:  # noqa: PERF203
+                fault = fault or error.message
+        times = modification_times(folder, present)
+        known = {} if in_full or marker.boot_id != boot_id() else marker.modified_ns
+        doubtful = {path for path, time_ns in times.items() if time_ns != known.get(path)}
+        right = {}
+        for file in present:
+            try:
+                if file.path in doubtful:
+                    if fault is not None:
+                        continue  # whoever repairs the copy reads it then
+                    check_content(folder, file)
+                right[file.path] = Found(file, times[file.path])
+            except IncompleteModelError as error:
+                fault = error.message
+        if doubtful and fault is None:
             with suppress(OSError):  # a cache that is mounted read-only is checked again next time
                 write_marker(folder, replace(marker, boot_id=boot_id(), modified_ns=times))
-        return marker.manifest
+        return Inspected(marker.manifest, right, fault)
 
     def is_ready(self, name: str, revision: str) -> bool:
         try:
@@ -148,6 +180,10 @@ class Store:
             with suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > _KEPT_S and (left.suffix == ".trash" or is_abandoned(left)):
                     _set_aside(left)
+        for marker in self.root.glob(f"*/*/{READY}.*.new"):
+            with suppress(OSError):
+                if time.time() - marker.stat().st_mtime > _KEPT_S:
+                    marker.unlink()
 
     def copies(self) -> list[Copy]:
         """All ready copies below the root, the one used longest ago first."""
@@ -172,7 +208,7 @@ class Store:
             (self.root / name).rmdir()
 
 
-def modification_times(folder: Path, files: tuple[ModelFile, ...]) -> dict[str, int]:
+def modification_times(folder: Path, files: Sequence[ModelFile]) -> dict[str, int]:
     return {file.path: (folder / file.path).stat().st_mtime_ns for file in files}
 
 
@@ -196,10 +232,15 @@ def _set_aside(target: Path) -> None:
 
 
 def write_marker(folder: Path, marker: Marker) -> None:
-    temporary = folder / f"{READY}.new"
-    temporary.write_text(marker.to_json(), "utf-8")
-    _flush_file(temporary)
-    os.replace(temporary, folder / READY)
+    """Every call writes a file of its own first: processes that check a copy at the same time all write its marker."""
+    temporary = folder / f"{READY}.{uuid.uuid4().hex}.new"
+    try:
+        temporary.write_text(marker.to_json(), "utf-8")
+        _flush_file(temporary)
+        os.replace(temporary, folder / READY)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _flush_folder(folder)
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from serve_app.cli.exposure import exposure_findings
+from serve_app.cli.exposure import exposure_findings, still_open
 from serve_app.cli.serve_file import Application, Finding, ServeFile, parse_file
 from serve_app.cli.tuning import Deployed, ModelEntry, timing_findings, tuning_findings
 from serve_app.config import (
@@ -43,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.config}: {errors} error{'s' if errors > 1 else ''}", file=sys.stderr)
         return 1
     print(f"{args.config}: no errors")
+    file, _ = parse_file(args.config)
+    open_all_the_same = None if file is None else still_open(file)
+    if open_all_the_same is not None:
+        print(f"{args.config}: {open_all_the_same}")
     return 0
 
 

@@ -17,6 +17,7 @@ from serve_app.cli import haproxy
 from serve_app.cli.home import check_token_can_be_kept
 from serve_app.cli.ports import CONTROLLER, Place, joins_a_cluster, port_findings
 from serve_app.cli.serve_file import Finding, ServeFile
+from serve_app.ingress.reach import is_loopback
 
 _MAXCONN = "RAY_SERVE_HAPROXY_MAXCONN"
 _MAXCONN_KEY = f"{CONTROLLER}.{_MAXCONN}"
@@ -29,6 +30,10 @@ _SPARE_DESCRIPTORS = 256
 
 _NEVER_PROXIED = ("localhost", "127.0.0.1", "::1", "169.254.169.254", "metadata.google.internal")
 """This machine, and where a cloud tells of it, for which Ray's dashboard asks once."""
+
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Where this is 0, Ray takes 127.0.0.1 for the address of a node that it starts, and its processes listen nowhere else.
+That is Ray's default on the systems of the name, and works on Linux too."""
 
 _USUAL_FOLDER, _FOLDER = "/tmp", "sa-"
 _LONGEST_FOLDER = 97 - len(f"/{_FOLDER}12345678/{'n' * 56}/metrics.sock")
@@ -59,6 +64,8 @@ def server_environment(file: ServeFile) -> Iterator[tuple[dict[str, str], list[F
     place, folder = Place(), tempfile.mkdtemp(prefix=_FOLDER, dir=_folder_for_sockets())
     try:
         environment |= _unless_set(haproxy_files(Path(folder)), file)
+        if is_loopback(file.host):
+            environment.setdefault(_CLUSTERS, "0")
         environment |= place.ports(_settings(environment, file))
         findings = _descriptors(environment, file)
         yield environment, [*findings, *port_findings(file, _settings(environment, file))]

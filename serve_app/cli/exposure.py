@@ -18,6 +18,21 @@ OPEN = (
 )
 
 
+STILL_OPEN = (
+    "listens on every address all the same, because Ray Serve has no setting for it: {grpc}the port of each replica "
+    "for the other tiers, which asks for Ray's token. serve-app serve keeps everything else on this machine; see "
+    "docs/edge.md for other ways to start Ray"
+)
+GRPC_OPEN = "gRPC of the ingress replicas and of Serve's fallback proxy, which refuses other machines; "
+
+
+def still_open(file: ServeFile) -> str | None:
+    """What other machines reach of a server whose HTTP is for this machine alone, and what guards it."""
+    if not is_loopback(file.host):
+        return None
+    return STILL_OPEN.format(grpc="" if file.grpc_port is None else GRPC_OPEN)
+
+
 def exposure_findings(config: IngressConfig, file: ServeFile, where: str) -> Iterator[Finding]:
     """`where` is the key of the application's args."""
     if config.api_keys is None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from serve_app.cli.serve_file import Finding, ServeFile
 from serve_app.errors import ConfigError
+from serve_app.ingress.reach import is_loopback
 
 _EVERYWHERE = "0.0.0.0"
 CONTROLLER = "controller_options.runtime_env.env_vars"
@@ -105,11 +106,11 @@ def listeners(file: ServeFile, settings: Mapping[str, str]) -> Iterator[Listener
         yield Listener("grpc_options.port", _EVERYWHERE, file.grpc_port)
     if settings.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         return
-    hosts = {_FALLBACK_HTTP: file.host}
+    beside = file.host if is_loopback(file.host) else _EVERYWHERE
+    hosts = {_FALLBACK_HTTP: file.host, _METRICS: beside, _STATS: beside, _FALLBACK_GRPC: _EVERYWHERE}
     for name, default in _DEFAULTS.items():
         if name != _FALLBACK_GRPC or file.grpc_port is not None:
-            key = f"{CONTROLLER}.{name}"
-            yield Listener(key, hosts.get(name, _EVERYWHERE), int(settings.get(name, default)))
+            yield Listener(f"{CONTROLLER}.{name}", hosts[name], int(settings.get(name, default)))
 
 
 def _obstacle(listener: Listener) -> str | None:

@@ -68,7 +68,7 @@ class Ingress(OpenInferenceMethods):
 
     def __serve_build_asgi_app__(self) -> Any:
         self._put_error_page()
-        self.open_inference.local_only = serves_this_machine_alone()
+        self.open_inference.local_only = self._door.local_only = serves_this_machine_alone()
         return create_app(self, self._settings, writes_request_id=False, door=self._door)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:

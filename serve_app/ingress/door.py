@@ -17,6 +17,7 @@ from serve_app.ingress.counting import count
 from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
 from serve_app.ingress.keys import Role
 from serve_app.ingress.places import Places
+from serve_app.ingress.reach import check_host
 from serve_app.ingress.routes import Kind
 from serve_app.ingress.visit import Visit
 from serve_app.metrics import IngressMetrics
@@ -37,6 +38,8 @@ class Door:
     def __init__(self, guard: Guard | None = None, metrics: IngressMetrics | None = None) -> None:
         """Without `metrics` nothing is counted."""
         self.guard = guard
+        self.local_only = False
+        """Whether HTTP is for this machine alone. Without keys, requests must then name it in `Host`."""
         self._metrics = metrics
         self._requests, self._questions = Places(), Places()
 
@@ -66,9 +69,13 @@ class Door:
     def admit(self, visit: Visit, role: Role | None, kind: Kind) -> None:
         """Let it in: with a key for `role` where there are keys, and with a place where it may take long.
 
+        What asks for no key (a `role` of None) is open to every `Host` too.
+
         Raises UnauthorizedError, ForbiddenError, QuotaExceededError, MalformedRequestError or OverloadedError.
         """
         visit.account = self.account(visit.headers, role)
+        if self.guard is None and self.local_only and role is not None:
+            check_host(visit.headers.get(b"host", b""), visit.settings.allowed_hosts)
         if kind == "question":
             self._place(visit, self._questions, MOST_QUESTIONS, "questions about the server are open")
         elif kind == "inference":

@@ -39,9 +39,15 @@ def page_of(node_id: str) -> Path:
 
 
 def put_error_page(page: Path) -> None:
-    """In the place of Serve's; if there is none, because no HAProxy runs on this node, nothing happens."""
+    """In the place of Serve's; if there is none, because no HAProxy runs on this node, nothing happens.
+
+    Its folder, where by Ray's default HAProxy's admin socket lies too, is closed to other users of the machine.
+    `serve-app-haproxy` does that before HAProxy starts; any other HAProxy is open to them until this is called.
+    """
     ours = error_page()
     try:
+        if page.parent.stat().st_mode & 0o077:
+            page.parent.chmod(0o700)
         if page.read_bytes() != ours:
             new = page.with_suffix(f".{os.getpid()}")
             new.write_bytes(ours)

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from serve_app.config import GENERATING_TASKS, ModelConfig, TaskName
 from serve_app.errors import ConfigError, IncompleteModelError
+from serve_app.paths import check_relative
 from serve_app.tasks.architectures import architectures_of, check_task, labels_of, task_of
 from serve_app.tasks.special_tokens import SpecialTokens, has_chat_template
 from serve_app.types import GenerationDefaults, ModelCard, Side
@@ -170,6 +171,8 @@ def _modules(path: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     modules = {str(entry["type"]).rsplit(".", 1)[-1]: str(entry["path"]) for entry in _parse(file, list)}
+    for folder in filter(None, modules.values()):  # empty: the model's own
+        check_relative(folder)
     unknown = sorted(set(modules) - _MODULES)
     if unknown:
         raise ConfigError(

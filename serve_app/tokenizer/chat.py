@@ -26,7 +26,9 @@ class ChatTemplate:
             if self._tokenizer is None and self._exists:
                 from transformers import AutoTokenizer
 
-                self._tokenizer = AutoTokenizer.from_pretrained(str(self._folder), local_files_only=True)
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    str(self._folder), local_files_only=True, trust_remote_code=False
+                )
 
     def render(self, chat: Chat) -> str:
         """The conversation up to where the model's answer begins.

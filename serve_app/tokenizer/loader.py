@@ -94,7 +94,7 @@ def _from_files(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, use_fast=True)
     except Exception as error:  # transformers reads files of many kinds, and raises what their readers raise
         raise _impossible(folder, f"{type(error).__name__}: {error}") from error
 

@@ -74,12 +74,12 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
 def test_a_process_is_told_from_a_later_one_with_its_number() -> None:
     mine = ProcessMark.mine()
     assert ProcessMark.parse(str(mine)).is_alive() is True
-    assert ProcessMark(mine.host, mine.pid, mine.started - 1000).is_alive() is False
+    assert ProcessMark(mine.space, mine.pid, mine.started - 1000).is_alive() is False
 
 
-def test_a_dead_process_is_dead_and_a_foreign_one_unknown() -> None:
+def test_a_dead_process_is_dead_and_one_of_another_container_unknown() -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     mine = ProcessMark.mine()
-    assert ProcessMark(mine.host, child.pid, mine.started).is_alive() is False
-    assert ProcessMark("another-host", mine.pid, mine.started).is_alive() is None
+    assert ProcessMark(mine.space, child.pid, mine.started).is_alive() is False
+    assert ProcessMark("another-space", mine.pid, mine.started).is_alive() is None

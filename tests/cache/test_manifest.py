@@ -9,6 +9,22 @@ import pytest
 from serve_app.cache.manifest import Manifest, Marker, ModelFile, check_content, check_shards, check_size, content_hash
 from serve_app.errors import IncompleteModelError
 
+LEADS_OUT = [
+    "../x",
+    "a/../../x",
+    "..",
+    "/etc/passwd",
+    "//host/share/x",
+    "C:/x",
+    "c:x",
+    "..\\x",
+    "a\\..\\..\\x",
+    "\\x",
+    "a\0b",
+    "",
+    ".",
+]
+
 
 def git_blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -63,7 +79,49 @@ def test_content_hash_changes_with_name_size_and_content() -> None:
 def test_a_shard_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "model-00001-of-00002.safetensors"}}))
-    files = [ModelFile(index.name, index.stat().st_size)]
     with pytest.raises(IncompleteModelError, match="model-00001-of-00002"):
-        check_shards(tmp_path, files)
-    check_shards(tmp_path, [*files, ModelFile("model-00001-of-00002.safetensors", 1)])
+        check_shards(tmp_path, [index.name])
+    check_shards(tmp_path, [index.name, "model-00001-of-00002.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", '{"weight_map": ["a"]}', '{"weight_map": {"w": 1, "v": "a"}}', '{"weight_map": {"w": ["a"]}}', "\xff"],
+)
+def test_what_is_no_index_of_weights_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(IncompleteModelError, match=r"model\.safetensors\.index\.json: this is no index of weights"):
+        check_shards(tmp_path, ["model.safetensors.index.json"])
+
+
+@pytest.mark.parametrize("path", LEADS_OUT)
+def test_a_shard_outside_of_the_folder_is_refused(tmp_path: Path, path: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": path}}))
+    with pytest.raises(IncompleteModelError, match="is missing"):
+        check_shards(tmp_path, ["model.safetensors.index.json"])
+
+
+@pytest.mark.parametrize("path", LEADS_OUT)
+def test_no_manifest_names_a_file_outside_of_its_folder(path: str) -> None:
+    with pytest.raises(IncompleteModelError, match="is no path of a file below a model's folder"):
+        ModelFile(path, 1)
+
+
+@pytest.mark.parametrize("path", LEADS_OUT)
+def test_no_marker_does(path: str) -> None:
+    marker = Marker(Manifest("m", "x/y", "r", "rule", (ModelFile("a", 1, "ff"),)), "boot").to_json()
+    with pytest.raises(ValueError, match="not a marker"):
+        Marker.from_json(marker.replace('"a"', json.dumps(path)))
+
+
+@pytest.mark.parametrize("folder", [*LEADS_OUT, "a/b", ".hidden"])
+@pytest.mark.parametrize("key", ["name", "revision"])
+def test_no_manifest_is_published_outside_of_the_cache(key: str, folder: str) -> None:
+    named = {"name": "m", "revision": "r", key: folder}
+    with pytest.raises(IncompleteModelError, match="is no"):
+        Manifest(source="x/y", selection="rule", files=(), **named)
+
+
+def test_paths_of_real_models_are_taken() -> None:
+    for path in ("config.json", "1_Pooling/config.json", "a..b", "...", "1:2 c", "model-00001-of-00002.safetensors"):
+        ModelFile(path, 1)

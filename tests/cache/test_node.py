@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import serve_app.cache.disk as disk_module
+import serve_app.cache.manifest as manifest_module
 import serve_app.cache.store as store_module
 from serve_app.cache.disk import ProcessMark
+from serve_app.cache.hub import Hub
 from serve_app.cache.manifest import Marker, hash_file
 from serve_app.cache.node import NodeCache, warm_this_node
 from serve_app.cache.prewarm import ensure_local, replica_environment
@@ -266,7 +271,7 @@ def test_a_copy_that_another_process_uses_is_not_removed_for_a_new_one(
     bounded = cache.model_copy(update={"max_bytes": int(size * 1.5), "min_free_bytes": 0})
     used = warm_this_node(tiny_model, bounded)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as user:
-        mark = ProcessMark(ProcessMark.mine().host, user.pid, time.time())
+        mark = ProcessMark(ProcessMark.mine().space, user.pid, time.time())
         NodeCache(bounded).lease(tiny_model.name, used.name, mark)
         other = tiny_model.model_copy(update={"name": "other"})
         with pytest.raises(DiskFullError, match="no copy that is not in use is left"):
@@ -299,3 +304,146 @@ def test_a_dead_setting_is_named_in_the_log(
     NodeCache(cache)
     assert "TRANSFORMERS_CACHE" in caplog.text
     assert "HF_HUB_CACHE" in caplog.text
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file's content was read and hashed."""
+    counted: Counter[str] = Counter()
+
+    def count(path: Path, *, with_git: bool = False) -> tuple[str, str | None]:
+        counted[path.name] += 1
+        return hash_file(path, with_git=with_git)
+
+    monkeypatch.setattr(manifest_module, "hash_file", count)
+    return counted
+
+
+def test_a_download_is_hashed_once(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, hashed: Counter[str]
+) -> None:
+    path = warm_this_node(tiny_model, cache)
+    assert hashed == Counter({file.name: 1 for file in path.iterdir() if file.name != READY})
+
+
+@pytest.mark.parametrize("position", [0, -1], ids=["first", "last"])
+def test_a_repair_hashes_no_file_twice_but_the_one_that_is_wrong(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, hashed: Counter[str], position: int
+) -> None:
+    """A check in full reads some files, and what it has not read is read when they are taken over."""
+    path = warm_this_node(tiny_model, cache)
+    names = sorted(file.name for file in path.iterdir() if file.name != READY)
+    wrong = names.pop(position)
+    content = (path / wrong).read_bytes()
+    (path / wrong).write_bytes(bytes(len(content)))
+    hashed.clear()
+    warm_this_node(tiny_model, cache.model_copy(update={"verify": "sha256"}))
+    assert {name: hashed[name] for name in names} == dict.fromkeys(names, 1)
+    assert (path / wrong).read_bytes() == content
+
+
+def test_files_beside_one_that_is_missing_are_not_read(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, hashed: Counter[str]
+) -> None:
+    path = warm_this_node(tiny_model, cache)
+    (path / "config.json").unlink()
+    hashed.clear()
+    warm_this_node(tiny_model, cache)
+    assert hashed == Counter({"config.json": 1})
+
+
+def test_the_next_try_does_not_hash_again_what_the_last_one_has(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, hashed: Counter[str]
+) -> None:
+    node = NodeCache(cache)
+    manifest = node.resolve(tiny_model)
+    key = manifest.name, manifest.revision
+    weights = next(index for index, file in enumerate(manifest.files) if file.path == "model.safetensors")
+    node.begin(manifest)
+    node.fetch(key, [weights])
+    node.abandon(key)
+    assert node.begin(manifest) == [weights]
+    assert hashed == Counter({"model.safetensors": 1})
+    node.abandon(key)
+
+
+def test_what_was_changed_since_is_hashed_again(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, hashed: Counter[str]
+) -> None:
+    node = NodeCache(cache)
+    manifest = node.resolve(tiny_model)
+    key = manifest.name, manifest.revision
+    node.begin(manifest)
+    node.fetch(key, range(len(manifest.files)))
+    node.abandon(key)
+    (left,) = (Path(cache.root) / "tiny").glob(".*.partial")
+    weights = (left / "model.safetensors").read_bytes()
+    (left / "model.safetensors").write_bytes(bytes(len(weights)))
+    held = node.begin(manifest)
+    assert {manifest.files[index].path for index in held} == {file.path for file in manifest.files} - {
+        "model.safetensors"
+    }
+    node.abandon(key)
+
+
+def test_a_model_begins_while_another_is_read(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier try has left of a large model takes minutes to read."""
+    node = NodeCache(cache)
+    large, other = (node.resolve(tiny_model.model_copy(update={"name": name})) for name in ("large", "other"))
+    node.begin(large)
+    node.fetch((large.name, large.revision), [0])
+    node.abandon((large.name, large.revision))
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(path: Path, *, with_git: bool = False) -> tuple[str, str | None]:
+        reading.set()
+        assert go_on.wait(60)
+        return hash_file(path, with_git=with_git)
+
+    monkeypatch.setattr(manifest_module, "hash_file", slow)
+    node = NodeCache(cache)  # which has read nothing yet
+    with ThreadPoolExecutor(2) as threads:
+        begun = threads.submit(node.begin, large)
+        try:
+            assert reading.wait(60)
+            assert threads.submit(node.begin, other).result(timeout=60) == []
+        finally:
+            go_on.set()
+        assert begun.result(timeout=60) == [0]
+    for manifest in (large, other):
+        node.abandon((manifest.name, manifest.revision))
+
+
+def test_no_node_gives_what_is_outside_of_a_copy(hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig) -> None:
+    path = warm_this_node(tiny_model, cache)
+    node = NodeCache(cache)
+    key = tiny_model.name, str(tiny_model.revision)
+    (path.parent / "secret").write_bytes(b"secret")
+    (path / "link").symlink_to(path.parent / "secret")
+    for asked in ("../secret", str(path.parent / "secret"), "link"):
+        with pytest.raises(IncompleteModelError, match=r"is no path of a file below|leads from link out of the folder"):
+            node.read(key, asked, 0, 6)
+    assert bytes(node.read(key, "config.json", 0, 1)) == b"{"
+
+
+def test_a_repository_that_lists_a_file_outside_of_it_is_refused(
+    hub: LocalHub, tiny_model: ModelConfig, cache: CacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's own process gives this one the list as JSON."""
+    answered = [{"path": "../../config.json", "size": 2, "sha256": "0" * 64, "git_blob": None}]
+    monkeypatch.setattr(Hub, "_call", lambda self, home, **request: answered)
+    with pytest.raises(IncompleteModelError, match=r"'\.\./\.\./config\.json' is no path of a file below"):
+        warm_this_node(tiny_model, cache)
+
+
+def test_an_index_that_leads_out_is_refused_where_the_source_itself_is_served(
+    tiny_bert: Path, cache: CacheConfig, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_bert, tmp_path / "source")
+    (source / "other.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../elsewhere.safetensors"}}))
+    direct = cache.model_copy(update={"directory_mode": "direct"})
+    model = ModelConfig(name="m", source=str(source))
+    with pytest.raises(IncompleteModelError, match=r"names \.\./elsewhere\.safetensors, which is missing"):
+        warm_this_node(model, direct)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import serve_app.cache.store as store_module
-from serve_app.cache.staging import Staging
+from serve_app.cache.staging import Staging, is_abandoned
 from serve_app.cache.store import READY, Store, expand
 from serve_app.errors import IncompleteModelError
 from tests.cache.copies import CONTENT, manifest_of, publish, write_files
@@ -120,7 +120,7 @@ def test_files_of_a_broken_copy_that_are_right_are_taken_over(tmp_path: Path) ->
     path = publish(store)
     flip(path / WEIGHTS)
     staging = store.stage(manifest_of())
-    assert list(staging.held(manifest_of().files)) == [0]
+    assert list(staging.held(manifest_of().files, {})) == [0]
     assert not (staging.folder / WEIGHTS).exists()
     staging.discard()
 
@@ -135,7 +135,7 @@ def test_what_a_killed_writer_left_is_taken_over(tmp_path: Path) -> None:
     assert killed.returncode == -9
     store = Store(tmp_path)
     staging = store.stage(manifest_of())
-    assert list(staging.held(manifest_of().files)) == [0]
+    assert list(staging.held(manifest_of().files, {})) == [0]
     assert beside(store) == [staging.folder.name]
     staging.discard()
 
@@ -184,3 +184,98 @@ def test_root_is_expanded_with_this_nodes_environment(monkeypatch: pytest.Monkey
 def test_a_root_in_a_home_that_there_is_not_is_refused_and_no_folder_of_that_name() -> None:
     with pytest.raises(IncompleteModelError, match="there is no such home"):
         expand("~nobody-of-that-name/models")
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_a_copy_with_a_link_that_leads_out_is_not_ready(tmp_path: Path, place: str) -> None:
+    """Whatever the link leads to, even the same bytes: it is not in the cache, and changes without it."""
+    store = Store(tmp_path / "cache")
+    path = publish(store)
+    moved = path / WEIGHTS if place == "file" else (path / WEIGHTS).parent
+    moved.rename(tmp_path / "elsewhere")
+    moved.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(IncompleteModelError, match=f"a link leads from {WEIGHTS} out of the folder"):
+        store.check("m", "r")
+    publish(store)
+    assert store.is_ready("m", "r")
+    assert (tmp_path / "elsewhere").exists()
+
+
+def test_a_link_in_a_folder_that_a_writer_left_is_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "weights.safetensors").write_bytes(b"somebody's own")
+    left = Staging.open(tmp_path / "cache" / "m" / "r")
+    (left.folder / "sub").symlink_to(outside)
+    left.leave()
+    staging = Store(tmp_path / "cache").stage(manifest_of())
+    assert staging.held(manifest_of().files, {}) == {}
+    staging.prepare(manifest_of().files[1]).write_bytes(CONTENT[WEIGHTS])
+    assert (outside / "weights.safetensors").read_bytes() == b"somebody's own"
+    staging.discard()
+
+
+def test_processes_that_write_one_marker_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has written its marker, and none has put it in place, before any goes on."""
+    store = Store(tmp_path)
+    path = publish(store)
+    marker = store.marker("m", "r")
+    written = threading.Barrier(4, timeout=30)
+    flush = store_module._flush_file
+
+    def meet(file: Path) -> None:
+        flush(file)
+        written.wait()
+
+    monkeypatch.setattr(store_module, "_flush_file", meet)
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            store_module.write_marker(path, marker)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert store.marker("m", "r") == marker
+    assert [file.name for file in path.glob(f"{READY}*")] == [READY]
+
+
+def test_a_marker_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    store = Store(tmp_path)
+    path = publish(store)
+    marker = store.marker("m", "r")
+    monkeypatch.setattr(store_module, "_flush_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        store_module.write_marker(path, marker)
+    assert [file.name for file in path.glob(f"{READY}*")] == [READY]
+
+
+def test_markers_that_killed_writers_left_are_swept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old, new = (publish(store) / f"{READY}.{name}.new" for name in ("old", "new"))
+    for marker in (old, new):
+        marker.write_text("{")
+    os.utime(old, (0, 0))
+    store.sweep()
+    assert (old.exists(), new.exists()) == (False, True)
+    assert store.is_ready("m", "r")
+
+
+def test_the_writer_of_another_release_is_gone_when_it_is_silent(tmp_path: Path) -> None:
+    left = Staging.open(tmp_path / "r")
+    writer = left.folder / ".writer"
+    writer.write_text("a mark of another kind")
+    os.utime(left.folder, (0, 0))
+    assert not is_abandoned(left.folder)
+    os.utime(writer, (0, 0))
+    assert is_abandoned(left.folder)
+    left.discard()

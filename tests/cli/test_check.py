@@ -389,6 +389,34 @@ def test_the_command_is_content_with_a_good_file(tmp_path: Path, capsys: pytest.
     path.write_text(yaml.safe_dump(GOOD))
 
     assert main(["check", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{path}: no errors"
+
+
+@pytest.mark.parametrize("has_grpc", [False, True])
+def test_what_listens_on_every_address_all_the_same_is_told_with_its_guard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], has_grpc: bool
+) -> None:
+    config = copy.deepcopy(GOOD)
+    if has_grpc:
+        servicer = "serve_app.ingress.protocols.open_inference.grpc:add_to_server"
+        config["grpc_options"] = {"port": 9009, "grpc_servicer_functions": [servicer]}
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert main(["check", str(path)]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert "listens on every address all the same" in line
+    assert "the port of each replica for the other tiers, which asks for Ray's token" in line
+    assert (
+        "gRPC of the ingress replicas and of Serve's fallback proxy, which refuses other machines" in line
+    ) == has_grpc
+
+
+def test_of_a_server_that_is_open_on_purpose_nothing_more_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(changed("http_options", "host", to="0.0.0.0")))
+    assert main(["check", str(path)]) == 0
     assert capsys.readouterr().out == f"{path}: no errors\n"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +81,30 @@ def test_what_the_file_or_the_user_sets_stays(
     assert SOCKET not in environment
     assert environment[haproxy.VARIABLE] == "/usr/sbin/haproxy"
     assert environment["grpc_proxy"] == "http://proxy:3128"
+
+
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+
+@pytest.mark.parametrize(("host", "told_to_ray"), [("127.0.0.1", "0"), ("localhost", "0"), ("0.0.0.0", None)])
+def test_rays_own_ports_are_for_this_machine_alone_where_http_is(
+    file: Callable[[], ServeFile], monkeypatch: pytest.MonkeyPatch, host: str, told_to_ray: str | None
+) -> None:
+    monkeypatch.delenv(LOOPBACK, raising=False)
+    environment, _ = told(dataclasses.replace(file(), host=host))
+    assert environment.get(LOOPBACK) == told_to_ray
+    monkeypatch.setenv(LOOPBACK, "1")
+    assert told(dataclasses.replace(file(), host=host))[0][LOOPBACK] == "1"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert told(dataclasses.replace(file(), host=host))[0][LOOPBACK] == "1"
+
+
+def test_ray_takes_loopback_for_its_address_then(file: Callable[[], ServeFile]) -> None:
+    """And every process of Ray binds to the address of its node, where that is loopback."""
+    asked = "import ray.util; print(ray.util.get_node_ip_address())"
+    environment, _ = told(file())
+    done = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "127.0.0.1"
 
 
 def test_haproxy_is_ours_and_calls_between_tiers_need_no_proxy(file: Callable[[], ServeFile]) -> None:

@@ -21,7 +21,9 @@ from ray.serve._private import haproxy as rays
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from serve_app.cli import haproxy
+from serve_app.cli.environment import haproxy_files
 from serve_app.ingress.haproxy_page import error_page
+from tests.cluster.hosts import missing_for_root
 from tests.live import free_port
 
 SERVICES = ["serve_app.ingress.protocols.open_inference.grpc:add_to_server"]
@@ -223,3 +225,132 @@ def test_the_stand_in_ends_with_the_node(folder: Path, manage: Callable[[], rays
         raylet.kill()
         raylet.wait()
     until(lambda: not running(folder))
+
+
+OTHER_USER = 54321
+OPEN_SOCKET = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as admin:
+    admin.connect(sys.argv[1])
+    admin.sendall(b"show info\\n")
+    print(admin.recv(4096))
+"""
+
+
+def as_other_user(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command, run by another user of this machine; the test is skipped where that cannot be done."""
+    missing = missing_for_root("setpriv")
+    if missing is not None:
+        pytest.skip(f"another user needs {missing}")
+    user = ["setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups"]
+    return subprocess.run([*user, *command], capture_output=True, text=True, check=False)
+
+
+def system_python() -> str:
+    """A Python that every user can run: the one of this virtual environment may be in a home."""
+    found = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")
+    if found is None:
+        pytest.skip("another user needs a Python that it can run")
+    return found
+
+
+async def test_another_user_cannot_steer_haproxy_nor_read_its_files(
+    folder: Path, manage: Callable[[], rays.HAProxyApi], replica: rays.ServerConfig
+) -> None:
+    """Serve makes folder and files with the usual modes, and gives the socket mode 666."""
+    open_to_all(folder)
+    manager = manage()
+    await manager.start()
+    check_that_it_is_closed(folder, manager.cfg.socket_path)
+    open_to_all(folder)
+    await give_routes(manager, replica)
+    check_that_it_is_closed(folder, manager.cfg.socket_path)
+    assert "Name: HAProxy" in await manager._send_socket_command("show info")
+
+
+def open_to_all(folder: Path) -> None:
+    folder.chmod(0o755)
+
+
+def check_that_it_is_closed(folder: Path, admin_socket: str) -> None:
+    """By its mode; and if somebody opens it again, by the mode of the socket itself."""
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert Path(admin_socket).stat().st_mode & 0o777 == 0o600
+    for file in folder.iterdir():
+        assert "Permission denied" in as_other_user("cat", file).stderr, file.name
+    open_to_all(folder)
+    assert "PermissionError" in as_other_user(system_python(), "-c", OPEN_SOCKET, admin_socket).stderr
+
+
+async def test_a_folder_that_another_user_has_made_first_is_not_used(
+    folder: Path, manage: Callable[[], rays.HAProxyApi]
+) -> None:
+    """By Ray's default it is /tmp/haproxy-serve/<node>, and who owns the first part can put anything below it."""
+    if missing_for_root() is not None:
+        pytest.skip("only root can make a folder of another user")
+    manager = manage()
+    inner = folder / "node"
+    inner.mkdir()
+    manager.config_file_path = str(inner / "haproxy.cfg")
+    os.chown(folder, OTHER_USER, OTHER_USER)
+    with pytest.raises(RuntimeError, match=f"{folder} or {inner} belongs to another user"):
+        await manager.start()
+    assert not running(folder)
+
+
+def text_of(url: str) -> str:
+    return httpx.get(url, trust_env=False).text
+
+
+def addresses(folder: Path) -> dict[int, str]:
+    """Port → address, of all that HAProxy listens on."""
+    listening = [
+        connection.laddr
+        for process in running(folder)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    return {address.port: address.ip for address in listening}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.7", "0.0.0.0"])
+async def test_statistics_and_metrics_listen_where_http_does(
+    folder: Path, manage: Callable[[], rays.HAProxyApi], replica: rays.ServerConfig, host: str
+) -> None:
+    manager = manage()
+    manager.cfg.http_options = HTTPOptions(host=host, port=manager.cfg.frontend_port)
+    await manager.start()
+    cfg = manager.cfg
+    ports = {cfg.frontend_port, cfg.grpc_frontend_port, cfg.stats_port, cfg.metrics_port}
+    assert addresses(folder) == dict.fromkeys(ports, host)
+    await give_routes(manager, replica)
+    until(lambda: len(running(folder)) == 1)
+    assert addresses(folder) == dict.fromkeys(ports, host)
+    assert "haproxy_process_" in text_of(f"http://{host}:{cfg.metrics_port}/metrics")
+
+
+def printed(folder: Path | str) -> subprocess.CompletedProcess[str]:
+    """What a shell knows after the printed lines."""
+    command = 'eval "$("$0" environment "$1")" && env -0'
+    return subprocess.run(
+        ["sh", "-c", command, str(haproxy.command_path()), str(folder)], capture_output=True, text=True, check=False
+    )
+
+
+def test_it_prints_what_makes_ray_use_it_in_a_folder_of_ones_own(folder: Path) -> None:
+    """The same variables that `serve-app serve` sets."""
+    own = folder / "ha"
+    done = printed(own)
+    told = dict(each.split("=", 1) for each in done.stdout.split("\0") if "RAY_SERVE_HAPROXY" in each)
+    expected = {name: path.removesuffix("/") for name, path in haproxy_files(own).items()}
+    assert told == {**expected, haproxy.VARIABLE: str(haproxy.command_path())}
+    assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_is_no_use_to_haproxy_is_refused_and_nothing_is_set(folder: Path) -> None:
+    too_long, file = folder / ("x" * 40), folder / "file"
+    file.touch()
+    for wrong, reason in ((too_long, "is too long a path"), (file, "cannot be made a folder of this user alone")):
+        done = printed(wrong)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"serve-app-haproxy: {wrong} {reason}" in done.stderr

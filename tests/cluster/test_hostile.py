@@ -53,7 +53,7 @@ def _good_requests_are_answered_afterwards(live: Live) -> Iterator[None]:
 
 
 def head(*lines: bytes) -> bytes:
-    fixed = b"POST /embed HTTP/1.1", b"host: a", b"content-type: application/json"
+    fixed = b"POST /embed HTTP/1.1", b"host: localhost", b"content-type: application/json"
     return b"\r\n".join((*fixed, *lines, b"", b""))
 
 

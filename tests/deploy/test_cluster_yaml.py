@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from botocore.session import Session
 from botocore.validate import ParamValidator
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from serve_app.cli import haproxy
+from serve_app.cli.environment import haproxy_files
 
 ROOT = Path(__file__).parents[2]
 RAW: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text("utf-8"))
@@ -205,21 +210,40 @@ def test_every_install_keeps_to_the_constraints(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
-def test_ray_is_started_with_the_token_and_with_a_haproxy_that_is_there(machine: Machine, commands: str) -> None:
+def test_ray_is_started_with_the_token_and_with_a_haproxy_that_is_there(
+    machine: Machine, short_home: Path, commands: str
+) -> None:
     """`ray` itself is a stand-in, which repeats what it was started with."""
     ray = machine.home / "venv" / "bin" / "ray"
-    ray.write_text('#!/bin/sh\necho "$*"\necho "$RAY_AUTH_MODE"\necho "$RAY_SERVE_HAPROXY_BINARY_PATH"\n')
+    ray.write_text('#!/bin/sh\necho "$*"\nenv\n')
     ray.chmod(0o755)
+    environment = {"RAY_HEAD_IP": "10.0.0.1", "HOME": str(short_home)}
     try:
-        stop, start = (machine.run(command, RAY_HEAD_IP="10.0.0.1").splitlines() for command in RAW[commands])
+        stop, start = (machine.run(command, **environment).splitlines() for command in RAW[commands])
     finally:
         ray.unlink()
 
     assert stop[0] == "stop"
     assert start[0].startswith("start ")
-    assert start[1:] == ["token", f"{machine.home}/venv/bin/serve-app-haproxy"]
-    assert Path(start[2]).read_bytes() == (ROOT / "deploy" / "serve-app-haproxy").read_bytes()
-    assert os.access(start[2], os.X_OK)
+    told = dict(line.split("=", 1) for line in start[1:] if "=" in line)
+    assert told["RAY_AUTH_MODE"] == "token"
+    binary, folder = told[haproxy.VARIABLE], short_home / ".haproxy"
+    assert binary == f"{machine.home}/venv/bin/serve-app-haproxy"
+    assert Path(binary).read_bytes() == (ROOT / "deploy" / "serve-app-haproxy").read_bytes()
+    assert os.access(binary, os.X_OK)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {name: told[name] for name in haproxy_files(folder)} == {
+        name: path.removesuffix("/") for name, path in haproxy_files(folder).items()
+    }
+
+
+@pytest.fixture
+def short_home(machine: Machine) -> Iterator[Path]:
+    """The home by a path that is as short as that of a real one: HAProxy's sockets are put below it."""
+    folder = Path(tempfile.mkdtemp(prefix="sa-"))
+    (folder / "h").symlink_to(machine.home)
+    yield folder / "h"
+    shutil.rmtree(folder)
 
 
 def test_the_dashboard_is_on_loopback() -> None:

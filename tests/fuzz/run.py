@@ -140,5 +140,5 @@ class Fuzz:
 async def ask_good(wire: Wire, target: Target) -> Answer | None:
     """The answer to a request that nothing was done to."""
     body = b"" if target.good is None else json.dumps(target.good).encode()
-    head = f"{target.method} {target.path} HTTP/1.1\r\nhost: edge\r\ncontent-type: application/json"
+    head = f"{target.method} {target.path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
     return await wire.ask(f"{head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)

@@ -32,6 +32,15 @@ def test_it_takes_the_place_of_serves(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(page.parent.iterdir()) == [page]
 
 
+def test_its_folder_is_closed_to_other_users(tmp_path: Path) -> None:
+    """Where Serve runs another HAProxy than `serve-app-haproxy`, its admin socket lies there open to all."""
+    folder = tmp_path / "node"
+    folder.mkdir(mode=0o755)
+    (folder / "500.http").write_bytes(error_page())
+    put_error_page(folder / "500.http")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_where_no_haproxy_runs_nothing_is_made(tmp_path: Path) -> None:
     put_error_page(tmp_path / "node" / "500.http")
     assert list(tmp_path.iterdir()) == []

@@ -268,3 +268,13 @@ def test_what_a_model_generates_by_default_is_what_transformers_reads(tmp_path: 
 def test_a_model_that_does_not_generate_has_no_such_defaults(tmp_path: Path) -> None:
     files = {"generation_config.json": {"max_length": 142}}
     assert read_card(write(tmp_path, files), config(), "").generation == GenerationDefaults()
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "C:/x", "..\\x", "a\0b"])
+def test_a_module_outside_of_the_models_folder_is_refused(tmp_path: Path, path: str) -> None:
+    for kind in ("Transformer", "Pooling", "SpladePooling"):
+        named = modules((f"sentence_transformers.models.{kind}", path))
+        for read in (lambda: read_card(tmp_path, config(), ""), lambda: transformer_folder(tmp_path)):
+            write(tmp_path, {"modules.json": named})
+            with pytest.raises(IncompleteModelError, match="is no path of a file below a model's folder"):
+                read()

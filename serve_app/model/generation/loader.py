@@ -169,7 +169,7 @@ def load_decoder(folder: Path) -> Tokenizer | SlowDecoder:
     if file.is_file():
         return Tokenizer.from_file(str(file))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers reads files of many kinds, and raises what their readers raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise IncompleteModelError(f"{folder.name}: no tokenizer can be made from the model's files: {why}") from error

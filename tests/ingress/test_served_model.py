@@ -651,6 +651,13 @@ async def test_texts_whose_tokens_are_too_many_to_be_told_have_cost_them(
     assert usage.tokens == len("helloyou")
 
 
+async def test_texts_of_tokens_cost_the_tokens_that_are_read(bench: Bench) -> None:
+    bench.run(A)
+    usage = Usage()
+    await bench.served.decode([(0, 0), (0,)], True, usage)
+    assert usage.tokens == 3
+
+
 @pytest.mark.parametrize(
     ("options", "defaults", "tokens"),
     [

@@ -3,8 +3,9 @@
 torch sends float32 `nn.Linear` to MKL, which on CPUs of other makers than Intel stays at AVX2; oneDNN uses what the
 CPU has. Which is faster is measured here, once at load. The arithmetic is the same, in float32 to rounding.
 
-oneDNN compiles a kernel for each number of rows that it meets and keeps it: half a megabyte a kernel, gigabytes over
-the numbers of tokens that batches have. So rows are padded up to a few dozen numbers, see `padded_rows`.
+oneDNN compiles a kernel for each number of rows that it meets, of up to 3 MB: gigabytes, were they kept for all numbers
+of tokens that batches have. So rows are padded up to a few dozen numbers, see `padded_rows`, and a replica keeps the
+kernels used last, see `serve_app.model.memory.bound_kernel_cache`.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class Breaker:
     def failed(self) -> bool:
         """Every input of a batch has failed. Returns whether the probe fails, too."""
         self._failed_batches += 1
-        if self.is_open or self._failed_batches >= self._patience:
+        if self._failed_batches >= self._patience:
             self.probe()
         return self.is_open
 

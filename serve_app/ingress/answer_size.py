@@ -23,6 +23,7 @@ from serve_app.options import (
 )
 from serve_app.outputs import Entity, TaskOutput
 from serve_app.tasks.fill_mask import masks_in
+from serve_app.tasks.generation import most_new_tokens
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, ModelCard, Request, TextInput, TokenizeRequest
 
@@ -40,9 +41,6 @@ _LOGPROB = 60
 _TOKEN = 6
 """Characters of one."""
 
-_NEW_TOKENS = 256
-"""Where a request does not say."""
-
 
 def check_before(
     request: Request, tokenize: TokenizeRequest, card: ModelCard, vocabulary: Vocabulary | None, most: int | None
@@ -56,8 +54,7 @@ def check_generated(request: Request, card: ModelCard, most: int | None) -> None
     options = request.options
     assert isinstance(options, GenerationOptions)
     token = _TOKEN + (1 + options.logprobs) * _LOGPROB if options.logprobs is not None else _TOKEN
-    tokens = min(options.max_new_tokens or _NEW_TOKENS, card.max_input_tokens)
-    _check(len(request.inputs) * tokens * token, most)
+    _check(len(request.inputs) * most_new_tokens(request, card, prompt_tokens=0) * token, most)
 
 
 def check_after(request: Request, features: Features, most: int | None) -> None:

@@ -70,7 +70,7 @@ async def compute(exchange: Exchange, request: Request) -> tuple[Answer, tuple[H
 
 async def measured(visit: Visit, request: Request, wait: Wait) -> tuple[Answer, tuple[Header, ...]]:
     """As `compute`, for any protocol; `wait` takes the work and the seconds that it may take."""
-    request = with_usage(visit, request)
+    attach(visit, request)
     characters = check_limits(request, visit.settings)
     await reserve(visit, request)
     timeout_s = visit.time_left_s
@@ -88,7 +88,7 @@ async def stream(
     dialect: Dialect,
 ) -> Reply:
     """Compute the request and send its answer in pieces. Raises as `answer` does, before the first piece."""
-    request = with_usage(exchange, request)
+    attach(exchange, request)
     characters = check_stream(request, exchange.settings)
     compute_type = exchange.service.compute_type(request.model)
     headers = ((b"x-compute-type", compute_type.encode()), (b"x-compute-characters", b"%d" % characters))
@@ -97,11 +97,10 @@ async def stream(
     return await stream_reply(exchange, timed, dialect, lambda pieces: write(body, request, pieces), headers)
 
 
-def with_usage(visit: Visit, request: Request) -> Request:
-    """`request`, whose cost is counted in the visit's usage; the visit knows from now on what it is about."""
-    visit.request = request = replace(request, usage=visit.usage)
+def attach(visit: Visit, request: Request) -> None:
+    """The visit is about `request` from now on, and costs what that costs."""
+    visit.request, visit.usage = request, request.usage
     visit.model, visit.task = request.model, request.task
-    return request
 
 
 async def reserve(visit: Visit, request: Request) -> None:

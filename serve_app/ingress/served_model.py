@@ -35,7 +35,7 @@ from serve_app.metrics import IngressMetrics
 from serve_app.options import GenerationOptions
 from serve_app.outputs import GeneratedPiece, TaskOutput
 from serve_app.tasks import probe
-from serve_app.tasks.generation import GENERATING, most_new_tokens
+from serve_app.tasks.generation import GENERATING, beams_of, most_new_tokens
 from serve_app.tasks.inputs import prompt_of
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from serve_app.tasks.task import Task
@@ -441,9 +441,10 @@ def _tokens_of(request: Request, card: ModelCard) -> int:
 
 
 def _tokens_to_generate(request: Request, card: ModelCard) -> int:
-    """An estimate: those of the prompts, and for each the most new ones that request and model allow."""
+    """An estimate: those of the prompts, and for each the most new ones of each beam that request and model allow."""
+    assert isinstance(request.options, GenerationOptions)
     prompts, count = tokens_in(GENERATING[request.task].prepare(request, card), card), len(request.inputs)
-    return prompts + count * most_new_tokens(request, card, prompts // count)
+    return prompts + count * most_new_tokens(request, card, prompts // count) * beams_of(request.options, card)
 
 
 def _prompt_text(value: TextInput, vocabulary: Vocabulary) -> str:

@@ -92,7 +92,7 @@ def _known(pairs: Mapping[str, str]) -> str:
 
 
 def most_new_tokens(request: Request, card: ModelCard, prompt_tokens: int) -> int:
-    """Most tokens that the model computes to answer one prompt of so many tokens, those of all beams together.
+    """Most tokens of the answer to one prompt of so many tokens.
 
     By the rule of the model replica (`serve_app.model.generation.sampling.new_tokens`), within the model's window.
     """
@@ -104,7 +104,7 @@ def most_new_tokens(request: Request, card: ModelCard, prompt_tokens: int) -> in
         longest = options.max_length or own.max_length
         new = DEFAULT_NEW_TOKENS if longest is None else longest - before
     room = card.max_input_tokens - before
-    return max(1, min(new, room)) * beams_of(options, card)
+    return max(1, min(new, room))
 
 
 def beams_of(options: GenerationOptions, card: ModelCard) -> int:

@@ -23,7 +23,7 @@ from serve_app.options import (
     ZeroShotOptions,
 )
 from serve_app.outputs import Entity
-from serve_app.types import Features, Request, TextInput, TokenizeRequest
+from serve_app.types import Features, GenerationDefaults, Request, TextInput, TokenizeRequest
 from tests.batches import batch_of
 from tests.ingress.edge import CARD
 from tests.ingress.test_backlog import SlowTiers
@@ -37,7 +37,8 @@ CLASSIFIER = replace(CARD, labels=("a", "b", "c"))
 
 
 def asked(options: TaskOptions, *inputs: TextInput) -> Request:
-    return Request("1", "tiny", "any", inputs, options)
+    task = "text-generation" if isinstance(options, GenerationOptions) else "any"
+    return Request("1", "tiny", task, inputs, options)
 
 
 def before(request: Request, most: int | None = MOST, **keys: Any) -> None:
@@ -107,6 +108,10 @@ def test_generated_texts_and_their_log_probabilities_count_as_long_as_they_may_b
     check_generated(asked(GenerationOptions(max_new_tokens=2**31 - 1), *["a"] * 100), CARD, MOST)
     with pytest.raises(BatchTooLargeError):
         check_generated(asked(GenerationOptions(max_new_tokens=50, logprobs=20), *["a"] * 100), CARD, MOST)
+    short = replace(CARD, generation=GenerationDefaults(max_new_tokens=1))
+    check_generated(asked(GenerationOptions(logprobs=5), *["a"] * 100), short, MOST)
+    with pytest.raises(BatchTooLargeError):
+        check_generated(asked(GenerationOptions(logprobs=5), *["a"] * 100), CARD, MOST)
 
 
 async def test_nothing_is_computed_for_an_answer_that_is_too_large() -> None:

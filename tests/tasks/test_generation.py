@@ -11,7 +11,7 @@ import pytest
 from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.options import EmbeddingOptions, GenerationOptions
 from serve_app.outputs import GeneratedPiece
-from serve_app.tasks.generation import GENERATING, collected, most_new_tokens
+from serve_app.tasks.generation import GENERATING, beams_of, collected, most_new_tokens
 from serve_app.types import Chat, ChatMessage, GenerationDefaults, ModelCard, Request, TokenizeRequest
 
 CARD = ModelCard(
@@ -144,7 +144,6 @@ def test_an_answer_is_reckoned_as_long_as_the_model_replica_lets_it_be(
 
 
 @pytest.mark.parametrize(("asked", "own", "beams"), [(None, 1, 1), (None, 4, 4), (1, 4, 1), (3, 1, 3)])
-def test_each_beam_counts(asked: int | None, own: int, beams: int) -> None:
-    request = Request("id", "tiny", "text-generation", ("hello",), GenerationOptions(max_new_tokens=7, num_beams=asked))
+def test_beams_are_the_requests_else_the_models(asked: int | None, own: int, beams: int) -> None:
     card = replace(CARD, generation=GenerationDefaults(num_beams=own))
-    assert most_new_tokens(request, card, prompt_tokens=40) == 7 * beams
+    assert beams_of(GenerationOptions(num_beams=asked), card) == beams

@@ -29,7 +29,7 @@ from serve_app.ingress.deadlines import within
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.exchange import Header
-from serve_app.ingress.inference import in_time, measured, reserve, with_usage
+from serve_app.ingress.inference import attach, in_time, measured, reserve
 from serve_app.ingress.limits import check_stream
 from serve_app.ingress.places import Places
 from serve_app.ingress.protocols.open_inference import messages
@@ -162,7 +162,7 @@ class OpenInference:
             response, _ = await _whole(visit, asked, call, request)
             yield response
             return
-        request = with_usage(visit, request)
+        attach(visit, request)
         check_stream(request, visit.settings)
         async with aclosing(self._pieces(visit, request)) as pieces:
             async for tensors in pieces:

@@ -468,11 +468,14 @@ class ModelSettings(_Frozen):
     max_kv_tokens: PositiveInt | None = Field(
         None,
         description="Tasks that generate: tokens for whose keys and values one replica has memory, counted as answers "
-        "under way x the longest of them (prompt and new tokens). What can never fit is refused with 422, what does "
-        "not fit now waits. By default what fits into a quarter of the free memory (on CUDA, six tenths of it).",
+        "under way (each times its beams) x the longest of them (prompt, new tokens and what an encoder read) with 64 "
+        "spare ones. What can never fit is refused with 422, what does not fit now waits. By default what fits into a "
+        "quarter of the memory that was free when the model had been loaded (on CUDA, six tenths of it).",
     )
     max_generated_sequences: PositiveInt = Field(
-        64, description="Tasks that generate: most answers under way in one replica; further ones wait."
+        64,
+        description="Tasks that generate: most answers under way in one replica, each with all its beams; further ones "
+        "wait.",
     )
     prefill_tokens: PositiveInt = Field(
         512,

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from serve_app.model.generation.sampling import Rules
+from serve_app.model.generation.sampling import Rules, no_numbers
 
-NEVER = -1.0e9
+Floats: TypeAlias = NDArray[np.float32]
+Bools: TypeAlias = NDArray[np.bool_]
+
+NEVER = np.float32(-1.0e9)
 """The score of what is no beam; added to a score, it makes one of it."""
 
 
@@ -29,14 +34,13 @@ class Advance:
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
-    """The likeliest ones of all beams, best first, or those that were drawn: k ≥ 2 b of them."""
+    """k ≥ 2 b continuations of the b beams: the likeliest ones, best first, or those that were drawn."""
 
-    scores: Tensor
-    """(k,) float32, on the CPU."""
+    scores: Floats
     parents: list[int]
     tokens: list[int]
-    ends: Tensor
-    """(k,) bool, on the CPU: whether it ends there."""
+    ends: Bools
+    """Whether it ends there."""
 
 
 class BeamSearch:
@@ -48,7 +52,6 @@ class BeamSearch:
         self._rules, self._length_penalty, self._early = rules, float(config.length_penalty), config.early_stopping
         self.ends = frozenset([] if rules.ends is None else rules.ends.tolist())
         self._kept = max(2, 1 + (0 if rules.ends is None else len(rules.ends))) * beams
-        self._likeliest = torch.arange(self._kept) < beams
         self._prompt = int(prompt.shape[1])
         self._ids = prompt.new_empty((beams, self._prompt + rules.limit)) if rules.processors else None
         """What processors read."""
@@ -56,25 +59,24 @@ class BeamSearch:
             self._ids[:, : self._prompt] = prompt
         self._running: list[list[int]] = [[]] * beams
         """New tokens."""
-        self._scores = torch.full((beams,), NEVER)
+        self._scores = np.full(beams, NEVER)
         self._scores[0] = 0.0  # all beams are equal at first, and only one of them may go on
         self._ended: list[list[int]] = [[]] * beams
-        self._ended_scores = torch.full((beams,), NEVER)
-        self._has_ended = torch.zeros(beams, dtype=torch.bool)
+        self._ended_scores = np.full(beams, NEVER)
+        self._has_ended = np.zeros(beams, dtype=np.bool_)
         self._may_improve = True
 
     def advance(self, logits: Tensor) -> Advance | None:
         """One token more for each beam, from the model's `logits` (b, v); None when the search has ended.
 
-        Raises as `Rules.raise_if_no_numbers` does.
+        Raises `no_numbers`.
         """
         found = self._continuations(logits)
         self._end_beams(found)
-        open_scores = found.scores + found.ends * NEVER
-        chosen = open_scores.topk(self.beams)[1]
+        open_scores = found.scores + _never(found.ends)
+        chosen = _best(open_scores, self.beams)
         self._scores = open_scores[chosen]
-        places = chosen.tolist()
-        ahead = Advance([found.parents[i] for i in places], [found.tokens[i] for i in places])
+        ahead = Advance([found.parents[i] for i in chosen], [found.tokens[i] for i in chosen])
         self._running = [[*self._running[p], t] for p, t in zip(ahead.parents, ahead.tokens, strict=True)]
         if not self._goes_on(found.ends):
             return None
@@ -93,49 +95,70 @@ class BeamSearch:
         chances = logits.to(torch.float32).log_softmax(-1)
         if self._ids is not None:
             chances = rules.processors(self._ids[:, : self._prompt + generated], chances)
-        summed = (chances + self._scores.to(logits.device)[:, None]).view(-1)
+        summed = (chances + torch.from_numpy(self._scores).to(logits.device)[:, None]).view(-1)
         if rules.sample:
-            weights = summed.softmax(-1)
-            rules.raise_if_no_numbers(weights, logits)
-            places = torch.multinomial(weights, self._kept, generator=rules.random)
-            scores = summed[places]
+            places = self._draw(summed.softmax(-1), logits)
+            best = summed[places]
         else:
-            scores, places = summed.topk(self._kept)
-            rules.raise_if_no_numbers(scores, logits)  # what is no number counts as the largest
+            best, places = summed.topk(self._kept)
+        scores = best.cpu().numpy()
+        if np.isnan(scores).any():  # they count as the largest
+            raise no_numbers(logits)
         vocabulary = logits.shape[-1]
-        parents, tokens = zip(*(divmod(place, vocabulary) for place in places.tolist()), strict=True)
+        chosen = places.tolist()
+        tokens = [place % vocabulary for place in chosen]
         is_full = generated + 1 == rules.limit
-        ends = torch.tensor([is_full or token in self.ends for token in tokens])
-        return Continuations(scores.cpu(), list(parents), list(tokens), ends)
+        ends = np.array([is_full or token in self.ends for token in tokens])
+        return Continuations(scores, [place // vocabulary for place in chosen], tokens, ends)
+
+    def _draw(self, weights: Tensor, logits: Tensor) -> Tensor:
+        if bool(torch.isnan(weights).any()):
+            raise no_numbers(logits)
+        return torch.multinomial(weights, self._kept, generator=self._rules.random)
 
     def _end_beams(self, found: Continuations) -> None:
-        """Keep the best of those that have ended; of the continuations only the b likeliest may be among them."""
-        generated = len(self._running[0]) + 1
-        ending = found.ends & self._likeliest
-        scores = found.scores / generated**self._length_penalty
-        if not self._may_improve or (self._early is True and bool(self._has_ended.all())):
+        """Keep the best of those that have ended; of the continuations only the first b may be among them."""
+        generated, beams = len(self._running[0]) + 1, self.beams
+        ending = found.ends.copy()
+        ending[beams:] = False
+        scores = self._normalized(found.scores, generated)
+        if not self._may_improve or self._is_full():
             scores += NEVER
-        merged = torch.cat((self._ended_scores, scores + ~ending * NEVER))
-        best = merged.topk(self.beams)[1]
+        merged = np.concatenate((self._ended_scores, scores + _never(~ending)))
+        best = _best(merged, beams)
         self._ended_scores = merged[best]
-        self._has_ended = torch.cat((self._has_ended, ending))[best]
-        ended = [*self._ended]
+        self._has_ended = np.concatenate((self._has_ended, ending))[best]
+        ended = self._ended
         self._ended = [
-            ended[i]
-            if i < self.beams
-            else [*self._running[found.parents[i - self.beams]], found.tokens[i - self.beams]]
-            for i in best.tolist()
+            ended[i] if i < beams else [*self._running[found.parents[i - beams]], found.tokens[i - beams]] for i in best
         ]
 
-    def _goes_on(self, ends: Tensor) -> bool:
+    def _goes_on(self, ends: Bools) -> bool:
         """Whether a running beam may yet be better than those that have ended, by transformers' estimate."""
         longest = self._early == "never" and self._length_penalty > 0.0
         length = self._rules.limit if longest else len(self._running[0])
-        possible = self._scores[:1] / length**self._length_penalty
-        to_beat = torch.where(self._has_ended, self._ended_scores.min(), NEVER)
+        possible = self._normalized(self._scores[:1], length)
+        to_beat = np.where(self._has_ended, self._ended_scores.min(), NEVER)
         self._may_improve = self._may_improve and bool((possible > to_beat).any())
-        is_full = self._early is True and bool(self._has_ended.all())
-        return self._may_improve and not is_full and not bool(ends.all())
+        return self._may_improve and not self._is_full() and not bool(ends.all())
+
+    def _normalized(self, scores: Floats, length: int) -> Floats:
+        with np.errstate(all="ignore"):  # the power is 0 or infinite where the penalty is beyond reason
+            return scores / np.float32(length**self._length_penalty)
+
+    def _is_full(self) -> bool:
+        return self._early is True and bool(self._has_ended.all())
+
+
+def _never(where: Bools) -> Floats:
+    """What makes no beam of a score, there; elsewhere nothing."""
+    return where.astype(np.float32) * NEVER
+
+
+def _best(scores: Floats, count: int) -> list[int]:
+    """The places of the highest, by torch: of equal scores it has its own order, which `generate` has too."""
+    places: list[int] = torch.from_numpy(scores).topk(count)[1].tolist()
+    return places
 
 
 def reordered(rows: Sequence[int], parents: Sequence[int]) -> tuple[list[int], list[int], list[int]]:

@@ -118,13 +118,6 @@ class Rules:
     sample: bool
     random: torch.Generator
 
-    def raise_if_no_numbers(self, chances: Tensor, logits: Tensor) -> None:
-        """Raises ModelFailureError where the model's `logits` are no numbers, InvalidInputError where the request's
-        options make `chances` of numbers that are none.
-        """
-        if bool(torch.isnan(chances).any()):
-            raise _no_numbers(logits)
-
 
 def rules_of(model: Any, config: Any, options: GenerationOptions, prompt: Tensor, encoder_ids: Tensor | None) -> Rules:
     """`prompt` (1, p) is what the decoder starts from, `encoder_ids` (1, e) what the encoder read.
@@ -164,11 +157,12 @@ class Sampler:
         self._logprobs = options.logprobs
 
     def choose(self, logits: Tensor, decoder: Decoder) -> Choice:
-        """The next token from the model's `logits` (v,). Raises as `Rules.raise_if_no_numbers` does."""
+        """The next token from the model's `logits` (v,). Raises `no_numbers`."""
         rules, raw = self._rules, logits.to(torch.float32)[None]
         scores = rules.processors(self._ids[:, : self._length], raw.clone()) if rules.processors else raw
         chances = scores.softmax(-1) if rules.sample else scores
-        rules.raise_if_no_numbers(chances, raw)
+        if bool(torch.isnan(chances).any()):
+            raise no_numbers(raw)
         token = int(self._draw(chances))
         self._ids[0, self._length] = token
         self._length += 1
@@ -182,7 +176,10 @@ class Sampler:
         return torch.multinomial(chances, 1, generator=self._rules.random)
 
 
-def _no_numbers(logits: Tensor) -> ServeAppError:
+def no_numbers(logits: Tensor) -> ServeAppError:
+    """ModelFailureError where the model's `logits` are no numbers, else InvalidInputError: the request's options make
+    chances of them that are none.
+    """
     if bool((torch.isnan(logits) | torch.isposinf(logits)).any()):
         return ModelFailureError("the model's logits for this input are not numbers")
     return InvalidInputError(

@@ -94,7 +94,12 @@ class AnyTraffic(RuleBasedStateMachine):
     def _watch(self) -> None:
         """Note who is hit where something fails."""
         engine = self.engine
-        begin, join, step, copy = engine._make_way, engine._join, engine._decoding.step, engine._decoding.copy
+        begin, join, choose = engine._make_way, engine._join, engine._choose
+        prefill, step, copy = engine._decoding.prefill, engine._decoding.step, engine._decoding.copy
+
+        def prefilling(state: Any, max_tokens: int) -> int:
+            with self.endangering([engine._filling[0].answering]):
+                return prefill(state, max_tokens)
 
         def stepping(tokens: list[int]) -> torch.Tensor:
             with self.endangering([sequence.answering for sequence in engine._sequences]):
@@ -108,12 +113,18 @@ class AnyTraffic(RuleBasedStateMachine):
             with self.endangering([answering]):
                 begin(answering)
 
-        def joining(sequence: Any, prefill: Any) -> None:
+        def joining(sequence: Any, filled: Any) -> None:
             with self.endangering([sequence.answering]):
-                join(sequence, prefill)
+                join(sequence, filled)
 
-        engine._make_way, engine._join = beginning, joining  # type: ignore[method-assign]
-        engine._decoding = _Watched(engine._decoding, step=stepping, copy=copying)  # type: ignore[assignment]
+        def choosing(sequence: Any, logits: torch.Tensor) -> None:
+            with self.endangering([sequence.answering]):
+                choose(sequence, logits)
+
+        engine._make_way, engine._join, engine._choose = beginning, joining, choosing  # type: ignore[method-assign]
+        engine._decoding = _Watched(  # type: ignore[assignment]
+            engine._decoding, prefill=prefilling, step=stepping, copy=copying
+        )
 
     @contextmanager
     def endangering(self, answers: list[Answering]) -> Iterator[None]:
@@ -209,13 +220,8 @@ class AnyTraffic(RuleBasedStateMachine):
     @rule()
     def fail_in_the_model(self) -> None:
         """Of all that a turn computes, the first forward pass fails."""
-        with failing_forward(tiny(self.kind), self.hit_by_the_model):
+        with failing_forward(tiny(self.kind), self.hit):
             self.turn()
-
-    def hit_by_the_model(self) -> None:
-        filling = [self.engine._filling[0].answering] if self.engine._filling else []
-        self.in_danger = self.in_danger or filling
-        self.hit()
 
     @rule(limits=st.sampled_from(LIMITS))
     def reconfigure(self, limits: GenerationLimits) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import ModelFailureError, OverloadedError
+from serve_app.ingress.generation import CALLS_PER_REQUEST
 from serve_app.model.generation.beams import reordered
 from serve_app.model.generation.engine import GenerationLimits, StepEngine
 from serve_app.model.generation.rectangle import Rectangle
@@ -209,9 +210,10 @@ async def test_beams_that_find_no_memory_to_move_fail_without_the_others(monkeyp
 
 @pytest.mark.parametrize("by_steps", [True, False], ids=["by steps", "by generate"])
 async def test_many_answers_at_once_are_answered_and_none_refused(by_steps: bool) -> None:
-    model, asked = tiny("bart"), prompts([4] * 100)
+    """A hundred requests, beside one of 2,048 inputs, of which the ingress asks for 64 at a time."""
+    model, asked = tiny("bart"), prompts([4] * (100 + CALLS_PER_REQUEST))
     async with running(model, by_steps=by_steps) as engine:
-        got = await together(engine, asked, [GenerationOptions(2, num_beams=4)] * 100)
+        got = await together(engine, asked, [GenerationOptions(2, num_beams=4)] * len(asked))
     assert all(pieces[-1].finish_reason for pieces in got)
 
 

@@ -197,6 +197,13 @@ async def test_a_full_queue_is_told() -> None:
     assert any(isinstance(outcome, list) for outcome in outcomes)
 
 
+async def test_an_empty_queue_takes_even_a_prompt_that_is_larger_than_it() -> None:
+    model, [prompt] = tiny("gpt2"), prompts([10])
+    async with running(model, GenerationLimits(10_000, max_queued_tokens=5)) as engine:
+        got = await answer(engine, prompt, GenerationOptions(max_new_tokens=3))
+    assert tokens_of(got) == reference(model, prompt, GenerationOptions(max_new_tokens=3))
+
+
 async def test_giving_up_frees_the_place_at_once() -> None:
     model, [long, short] = tiny("gpt2"), prompts([5, 5])
     async with running(model, GenerationLimits(10_000, max_sequences=1)) as engine:

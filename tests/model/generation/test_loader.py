@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from serve_app.config import ModelConfig
 from serve_app.errors import ConfigError, InvalidInputError
 from serve_app.model.generation.languages import in_language, language_token
-from serve_app.model.generation.loader import affordable_kv_tokens, load
+from serve_app.model.generation.loader import load, most_kv_tokens
 from serve_app.options import GenerationOptions
 from tests.model.generation.models import tiny, tokenizer
 
@@ -40,7 +40,7 @@ def test_a_family_is_loaded_with_its_window_and_runs_by_steps(
 def test_memory_for_a_token_is_what_its_keys_and_values_take(tmp_path: Path) -> None:
     loaded = load(saved("llama", tmp_path), config())
     assert loaded.bytes_per_token == 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, their size, bytes
-    assert affordable_kv_tokens(loaded, max_sequences=4, memory_reserve=0.1) == 4 * 2 * 64
+    assert most_kv_tokens(loaded, max_sequences=4) == 4 * 2 * 64
 
 
 def test_another_task_is_refused(tmp_path: Path) -> None:

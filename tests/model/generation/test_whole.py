@@ -13,6 +13,7 @@ from serve_app.model.generation.job import GenerationJob
 from serve_app.options import GenerationOptions
 from tests.model.generation.models import (
     answer,
+    configured,
     prompts,
     reference,
     running,
@@ -27,6 +28,16 @@ async def test_a_model_without_steps_samples_as_generate_does() -> None:
     expected = reference(model, prompt, options)
     async with running(model, by_steps=False) as engine:
         assert tokens_of(await answer(engine, prompt, options)) == expected
+
+
+async def test_a_limit_of_time_in_the_models_config_counts() -> None:
+    model, [prompt] = tiny("gpt2"), prompts([9])
+    options = GenerationOptions(max_new_tokens=12)
+    with configured(model, max_time=1e-9):
+        expected = reference(model, prompt, options)
+        async with running(model) as engine:
+            assert tokens_of(await answer(engine, prompt, options)) == expected
+    assert len(expected) == 1
 
 
 async def test_a_short_answer_need_not_wait_for_long_ones() -> None:

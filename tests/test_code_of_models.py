@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
         "auto_map": {"AutoTokenizer": ["homemade.Homemade", "homemade.Homemade"]},
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "homemade"}))
     code = "from transformers import BertTokenizerFast as Homemade"
     (tmp_path / "homemade.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{code}\n")
     return tmp_path

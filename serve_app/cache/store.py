@@ -95,8 +95,7 @@ class Store:
         """What is right and what is wrong with a copy.
 
         Marker and sizes are looked at always; a file is read if its modification time has moved, all are if `in_full`
-        or after a reboot, which may have come before everything was on the disk. Where a file is missing or cut, and
-        the copy is broken anyway, nothing is read that need not be.
+        or after a reboot, which may have come before everything was on the disk.
         Raises IncompleteModelError if there is no marker that can be read.
         """
         folder = self.path(name, revision)
@@ -115,12 +114,10 @@ class Store:
         for file in present:
             try:
                 if file.path in doubtful:
-                    if fault is not None:
-                        continue  # whoever repairs the copy reads it then
                     check_content(folder, file)
                 right[file.path] = Found(file, times[file.path])
-            except IncompleteModelError as error:
-                fault = error.message
+            except IncompleteModelError as error:  # noqa: PERF203
+                fault = fault or error.message
         if doubtful and fault is None:
             with suppress(OSError):  # a cache that is mounted read-only is checked again next time
                 write_marker(folder, replace(marker, boot_id=boot_id(), modified_ns=times))

@@ -5,6 +5,7 @@ The servers here have the ports and files that `serve-app serve` chooses, and on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ import pytest
 import tritonclient.grpc as triton
 import yaml
 
+from serve_app.ingress.reach import is_loopback
 from tests.cluster.hosts import missing_for_root
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import LocalHub
@@ -124,6 +126,36 @@ def test_with_few_files_haproxy_takes_fewer_connections(first: Live) -> None:
     (haproxy,) = (process for process in first.processes() if process.name() == "haproxy")
     configuration = Path(haproxy.cmdline()[haproxy.cmdline().index("-f") + 1])
     assert re.search(r"^\s*maxconn 1536$", configuration.read_text(), re.MULTILINE)
+
+
+def open_ports(live: Live) -> Iterator[tuple[psutil.Process, int]]:
+    """Every port that other machines can reach, with its process."""
+    for process in live.processes():
+        with contextlib.suppress(psutil.Error):
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN and not is_loopback(connection.laddr.ip):
+                    yield process, connection.laddr.port
+
+
+def test_only_what_the_documentation_names_listens_beyond_this_machine(first: Live) -> None:
+    """docs/edge.md: gRPC of the ingress replica and the fallback proxy, and each replica's port for other tiers."""
+    (told, *_) = [
+        environment
+        for environment in (process.environ() for process in first.processes())
+        if "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT" in environment
+    ]
+    least, most = (int(told[f"RAY_SERVE_DIRECT_INGRESS_{bound}_GRPC_PORT"]) for bound in ("MIN", "MAX"))
+    grpc_ports = {int(told["RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"]), *range(least, most + 1)}
+    others = [(" ".join(process.cmdline()), port) for process, port in open_ports(first) if port not in grpc_ports]
+    assert [line for line, _ in others if not line.startswith("ray::ServeReplica")] == []
+    assert len({line for line, _ in others}) == len(others) == 3  # ingress, tokenizer, model: one port each
+
+
+def test_a_page_of_another_name_is_refused_and_health_checks_are_not(first: Live) -> None:
+    rebound = {"host": "evil.example"}
+    assert httpx.post(f"{first.base_url}/embed", json={"inputs": "hello"}, headers=rebound).status_code == 403
+    for path in ("/-/healthz", "/health", "/ready"):
+        assert httpx.get(f"{first.base_url}{path}", headers=rebound, timeout=60).status_code == 200, path
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:

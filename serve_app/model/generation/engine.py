@@ -386,8 +386,8 @@ class StepEngine:
         tokens = self.limits.max_kv_tokens - promised
         self._decoding.limit(Extent.of(stepped).room(tokens))
         joined = {sequence.answering for sequence in self._sequences}
-        prompts = sum(a.prompt_kv_tokens for a in stepped if a not in joined)
-        if self._decoding.tokens + prompts > tokens:
+        prompt = max((a.prompt_kv_tokens for a in stepped if a not in joined), default=0)  # one is on its way at a time
+        if self._decoding.tokens + prompt > tokens:
             self._decoding.compact()
 
     def _begin(self, answering: Answering) -> Sequence:

@@ -237,7 +237,7 @@ class AnyTraffic(RuleBasedStateMachine):
         decoding, counted = self.engine._decoding, self.engine.held_tokens
         tensors = [t for box in (decoding.own, decoding.cross) for layer in box.layers for t in layer.store]
         for sequence in self.engine._filling:
-            tensors += _tensors(sequence.prefill.cache) if sequence.prefill is not None else []
+            tensors += tensors_of(sequence.prefill.cache) if sequence.prefill is not None else []
         held = sum(t.numel() * t.element_size() for t in tensors)
         assert counted * self.bytes_per_token - 2 * self.bytes_per_token < held <= counted * self.bytes_per_token
         assert counted <= self.engine.limits.max_kv_tokens
@@ -332,7 +332,7 @@ def failing_forward(model: Any, hit: Callable[[], None]) -> Iterator[None]:
         hook.remove()
 
 
-def _tensors(cache: Any) -> list[torch.Tensor]:
+def tensors_of(cache: Any) -> list[torch.Tensor]:
     caches = (cache.self_attention_cache, cache.cross_attention_cache) if hasattr(cache, "is_updated") else (cache,)
     return [t for one in caches for layer in one.layers for t in (layer.keys, layer.values) if t is not None]
 

@@ -23,6 +23,7 @@ from serve_app.model.generation.job import GenerationJob
 from serve_app.model.generation.rectangle import SLACK, SPARE_ROWS, Rectangle
 from serve_app.options import GenerationOptions
 from tests.model.generation.models import CPU, engine_of, prompts, tiny
+from tests.model.generation.test_any_traffic import tensors_of
 from tests.model.generation.test_loader import saved
 
 HEADS, WIDTH = 4, 8
@@ -59,6 +60,29 @@ def test_memory_that_is_counted_is_all_that_is_alive(kind: str, max_kv_tokens: i
     engine.close()
 
 
+def test_what_a_long_answer_left_behind_makes_way_for_a_prompt() -> None:
+    """Tensors are made anew with as many spare rows and columns as the budget has room for at the time."""
+    model, most = tiny("llama"), 1098
+    engine = engine_of(model, GenerationLimits(most, prefill_tokens=8))
+    engine._window = None
+
+    def ask(prompt: int, new: int) -> None:
+        engine._submit(engine._checked(GenerationJob(prompts([prompt])[0], GenerationOptions(new))))
+
+    ask(100, 70)
+    ask(2, 300)
+    with torch.inference_mode():
+        while engine.active != 1 or engine._filling:
+            engine._turn()
+        left, prompt = engine.held_tokens, 480
+        assert left + prompt > most
+        ask(prompt, 3)
+        while engine.active or engine.queued_tokens:
+            engine._turn()
+            assert engine.held_tokens <= most
+    engine.close()
+
+
 def test_no_more_than_one_layer_is_ever_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     rectangle, new_zeros, seen = Rectangle(), torch.Tensor.new_zeros, []
     length, layers = 5, 6
@@ -78,6 +102,17 @@ def test_no_more_than_one_layer_is_ever_held_twice(monkeypatch: pytest.MonkeyPat
     for _ in range(SPARE_ROWS + 2):
         rectangle.join(states(), length)
     assert max(seen) <= held() * (layers + 1) / layers
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_a_prompt_is_not_held_beside_its_row(kind: str) -> None:
+    decoding = Decoding(tiny(kind), CPU)
+    with torch.inference_mode():
+        state = decoding.begin((5, 6, 7), torch.zeros(1, dtype=torch.long))
+        decoding.prefill(state, 3)
+        assert tensors_of(state.cache)
+        decoding.join(state, rows=2)
+    assert not tensors_of(state.cache)
 
 
 answers = st.builds(

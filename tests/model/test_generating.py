@@ -27,15 +27,28 @@ class Held:
         return getattr(self._model, name)
 
     def __call__(self, **arguments: Any) -> Any:
-        self.entered.set()
-        assert self.go.wait(30)
+        self.hold()
         return self._model(**arguments)
 
+    def generate(self, *inputs: Any, **arguments: Any) -> Any:
+        self.hold()
+        return self._model.generate(*inputs, **arguments)
 
-async def test_answers_that_wait_for_a_step_that_hangs_fail_so_that_another_replica_can_be_asked() -> None:
+    def hold(self) -> None:
+        self.entered.set()
+        assert self.go.wait(30)
+
+
+BY_STEPS = pytest.mark.parametrize("by_steps", [True, False], ids=["steps", "generate"])
+
+
+@BY_STEPS
+async def test_answers_that_wait_for_a_step_that_hangs_fail_so_that_another_replica_can_be_asked(
+    by_steps: bool,
+) -> None:
     model, now, asked = tiny("llama"), [0.0], prompts([5, 9])
     held = Held(model)
-    async with running(held, watchdog=Watchdog(max_s=30, clock=lambda: now[0])) as engine:
+    async with running(held, watchdog=Watchdog(max_s=30, clock=lambda: now[0]), by_steps=by_steps) as engine:
         answers = [asyncio.create_task(answer(engine, prompt, OPTIONS)) for prompt in asked]
         assert await asyncio.to_thread(held.entered.wait, 10)
         engine.check()
@@ -55,9 +68,10 @@ async def test_answers_that_wait_for_a_step_that_hangs_fail_so_that_another_repl
         assert tokens_of(await answer(engine, asked[0], OPTIONS)) == reference(model, asked[0], OPTIONS)
 
 
-async def test_closing_does_not_wait_for_a_step_that_hangs() -> None:
+@BY_STEPS
+async def test_closing_does_not_wait_for_a_step_that_hangs(by_steps: bool) -> None:
     now, held = [0.0], Held(tiny("llama"))
-    async with running(held, watchdog=Watchdog(max_s=30, clock=lambda: now[0])) as engine:
+    async with running(held, watchdog=Watchdog(max_s=30, clock=lambda: now[0]), by_steps=by_steps) as engine:
         one = asyncio.create_task(answer(engine, prompts([5])[0], OPTIONS))
         assert await asyncio.to_thread(held.entered.wait, 10)
         now[0] = 31.0

@@ -146,7 +146,14 @@ class StepEngine:
         self._outbox: list[tuple[Answering, Item]] = []
         self._thread = threading.Thread(target=self._serve, name="device", daemon=True)
         self._whole = WholeAnswers(
-            decoding, decoder, special, computing, prepare_thread, self._whole_ended, self._break
+            decoding,
+            decoder,
+            special,
+            computing,
+            prepare_thread,
+            self._whole_ended,
+            self._break,
+            self._watchdog.computing,
         )
 
     # --- the event loop's side
@@ -159,7 +166,7 @@ class StepEngine:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._whole.close()
+        self._whole.close(wait=not self._watchdog.hangs)
         if self._thread.is_alive() and not self._watchdog.hangs and threading.current_thread() is not self._thread:
             self._thread.join()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 class Turns:
     """Who is first in the queue has the turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, watching: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """`watching` makes a context around each turn, which is entered and left on the turn's thread."""
+        self.watching = watching
         self._changed = threading.Condition()
         self._queue: deque[Turn] = deque()
 
@@ -43,9 +47,12 @@ class Turn:
         own.manual_seed(seed) if seed is not None else own.seed()
         self._state: Any = own.get_state()
         self._others: Any = None
+        self._watched: Any = None
 
     def __enter__(self) -> Turn:
         self._turns.take(self)
+        self._watched = self._turns.watching()
+        self._watched.__enter__()
         self._others = self._shared.get_state()
         self._shared.set_state(self._state)
         return self
@@ -57,6 +64,7 @@ class Turn:
             self._state = self._shared.get_state()
             self._shared.set_state(self._others)
         finally:
+            self._watched.__exit__(None, None, None)
             self._turns.end()
 
     def yield_to_others(self) -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,16 +56,17 @@ class WholeAnswers:
         prepare_thread: Callable[[], Any],
         on_end: Callable[[Answering, float], None],
         on_broken: Callable[[Exception], None],
+        watching: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """`on_end` is called, on the answer's thread, when it holds no memory any more, with the seconds that it took.
 
-        `on_broken` is called with an error after which nothing can be computed any more.
+        `on_broken` is called with an error after which nothing can be computed any more. `watching` is as for `Turns`.
         """
         self._model, self._device, self._encodes = decoding.model, decoding.device, decoding.encodes
         self._decoder, self._special = decoder, special
         self._computing, self._prepare_thread = computing, prepare_thread
         self._on_end, self._on_broken = on_end, on_broken
-        self._turns = Turns()
+        self._turns = Turns(watching)
         self._lock = threading.Lock()
         self._begun: dict[Answering, threading.Thread] = {}
         self._closed = threading.Event()
@@ -89,11 +91,12 @@ class WholeAnswers:
                 return
         answering.fail(_ending())
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
+        """Every answer ends with its step; without `wait` nobody waits for that."""
         with self._lock:
             self._closed.set()
             threads = [*self._begun.values()]
-        for thread in threads:
+        for thread in threads if wait else ():
             thread.join()
 
     def _serve(self, answering: Answering) -> None:

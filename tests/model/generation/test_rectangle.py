@@ -107,13 +107,13 @@ def states(length: int, value: float) -> list[tuple[torch.Tensor, torch.Tensor]]
     return [(torch.full((1, 2, length, 4), value), torch.full((1, 2, length, 4), value))]
 
 
-@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("left", [0, 1, 2])
 def test_what_is_no_number_does_not_outlive_its_row(left: int) -> None:
     """Attention multiplies masked columns by 0, and 0 times NaN is NaN."""
     rectangle = Rectangle()
     rectangle.join(states(6, float("nan") if left == 0 else 1.0), 6)
     rectangle.join(states(6, float("nan") if left == 1 else 1.0), 6)
-    rectangle.join(states(2, 1.0), 2)
+    rectangle.join(states(6, float("nan") if left == 2 else 1.0), 6)
     rectangle.leave(left)
     rectangle.join(states(3, 2.0), 3)
     for layer in rectangle.layers:

@@ -98,12 +98,12 @@ class Warmer:
         if errors:
             raise errors[0]
 
-    async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark) -> str:
+    async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark | None = None) -> str:
         """The folder of `model` on that node, complete, and kept there while `process` lives. Raises CacheError."""
         self._want(model)
         path = await self._once(model, node_id, False)
         key = self._keys.get((model.name, node_id))
-        if key is not None:
+        if process is not None and key is not None:
             await (await self._site(node_id)).lease(key, process)
         return path
 

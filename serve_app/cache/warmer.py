@@ -100,7 +100,6 @@ class Warmer:
 
     async def ensure(self, model: ModelConfig, node_id: str, process: ProcessMark | None = None) -> str:
         """The folder of `model` on that node, complete, and kept there while `process` lives. Raises CacheError."""
-        self._want(model)
         path = await self._once(model, node_id, False)
         key = self._keys.get((model.name, node_id))
         if process is not None and key is not None:

@@ -101,10 +101,12 @@ def _on_this_machine(manifest: Manifest, progress: Progress) -> ModelOnNode:
 def warm_cluster(plans: Sequence[Plan], address: str, board: Board) -> list[ModelOnNode]:
     """Each model on every node that is alive. Raises ConfigError if there is no cluster at `address`."""
     import ray
+    from ray._private import ray_constants
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     try:
         _knock(address)
+        ray_constants.ENABLE_RAY_CLUSTER = not _is_for_this_machine(address)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for the address `auto` only
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except OSError as error:
@@ -123,6 +125,24 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+
+
+def _is_for_this_machine(address: str) -> bool:
+    """Whether the cluster is one that listens on loopback alone, as `serve-app serve` starts it.
+
+    Ray looks for a cluster at 127.0.0.1 at this machine's own address, unless it knows that.
+    """
+    from ray._private.services import get_node_ip_address, get_ray_address_from_environment
+
+    found = get_ray_address_from_environment(address, None) if address == "auto" else address
+    host, _, port = (found or "").rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    try:
+        _knock(f"{get_node_ip_address()}:{port}")
+    except OSError:
+        return True
+    return False
 
 
 async def _warm_all(plans: Sequence[Plan], board: Board) -> list[ModelOnNode]:

@@ -115,7 +115,7 @@ def known_ids(module: Any) -> int | None:
     try:
         reader = module.get_encoder() if module.config.is_encoder_decoder else module
         table = reader.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # by which transformers tells that a family has no such table
         return None
     return int(table.weight.shape[0]) if isinstance(table, torch.nn.Embedding) else None
 

@@ -79,7 +79,7 @@ IN_A_CONTAINER = """
 import sys
 from pathlib import Path
 from serve_app.cache.disk import ProcessMark
-from serve_app.cache.leases import Leases, keep_renewing, leases_below, leases_beside
+from serve_app.cache.leases import Leases
 Leases(Path(sys.argv[1])).take("m", "theirs", ProcessMark.mine())
 print("taken", flush=True)
 input()
@@ -92,7 +92,11 @@ def no_namespaces() -> str | None:
     if missing is not None:
         return f"a PID namespace needs {missing}"
     probe = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, check=False)
-    return None if probe.returncode == 0 else f"unshare fails here: {probe.stderr.decode().strip()}"
+    return (
+        None
+        if probe.returncode == 0
+        else f"a PID namespace needs `unshare --pid`, which fails here: {probe.stderr.decode().strip()}"
+    )
 
 
 @pytest.fixture(params=["a PID namespace", "another space"])
@@ -156,5 +160,5 @@ def test_a_lease_that_cannot_be_read_ends_too(tmp_path: Path) -> None:
     assert leases.in_use() == set()
 
 
-def test_a_lease_is_beside_the_copies() -> None:
-    assert leases_beside(Path("/root/m/r")) == leases_below(Path("/root"))
+def test_a_lease_is_beside_the_copies(tmp_path: Path) -> None:
+    assert leases_beside(tmp_path / "m" / "r") == leases_below(tmp_path)

@@ -23,7 +23,7 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from serve_app.cli import haproxy
 from serve_app.cli.environment import haproxy_files
 from serve_app.ingress.haproxy_page import error_page
-from tests.cluster.hosts import missing_for_root
+from tests.cluster.hosts import OTHER_USER, as_other_user, missing_for_root
 from tests.live import free_port
 
 SERVICES = ["serve_app.ingress.protocols.open_inference.grpc:add_to_server"]
@@ -227,7 +227,6 @@ def test_the_stand_in_ends_with_the_node(folder: Path, manage: Callable[[], rays
     until(lambda: not running(folder))
 
 
-OTHER_USER = 54321
 OPEN_SOCKET = """
 import socket, sys
 with socket.socket(socket.AF_UNIX) as admin:
@@ -237,20 +236,16 @@ with socket.socket(socket.AF_UNIX) as admin:
 """
 
 
-def as_other_user(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command, run by another user of this machine; the test is skipped where that cannot be done."""
-    missing = missing_for_root("setpriv")
-    if missing is not None:
-        pytest.skip(f"another user needs {missing}")
-    user = ["setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups"]
-    return subprocess.run([*user, *command], capture_output=True, text=True, check=False)
+def run_by_other_user(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*as_other_user(), *command], capture_output=True, text=True, check=False)
 
 
 def system_python() -> str:
     """A Python that every user can run: the one of this virtual environment may be in a home."""
-    found = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")
+    places = "/usr/local/bin:/usr/bin:/bin"
+    found = shutil.which("python3", path=places)
     if found is None:
-        pytest.skip("another user needs a Python that it can run")
+        pytest.skip(f"another user needs a python3 that every user can run, and there is none in {places}")
     return found
 
 
@@ -277,17 +272,18 @@ def check_that_it_is_closed(folder: Path, admin_socket: str) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
     assert Path(admin_socket).stat().st_mode & 0o777 == 0o600
     for file in folder.iterdir():
-        assert "Permission denied" in as_other_user("cat", file).stderr, file.name
+        assert "Permission denied" in run_by_other_user("cat", file).stderr, file.name
     open_to_all(folder)
-    assert "PermissionError" in as_other_user(system_python(), "-c", OPEN_SOCKET, admin_socket).stderr
+    assert "PermissionError" in run_by_other_user(system_python(), "-c", OPEN_SOCKET, admin_socket).stderr
 
 
 async def test_a_folder_that_another_user_has_made_first_is_not_used(
     folder: Path, manage: Callable[[], rays.HAProxyApi]
 ) -> None:
     """By Ray's default it is /tmp/haproxy-serve/<node>, and who owns the first part can put anything below it."""
-    if missing_for_root() is not None:
-        pytest.skip("only root can make a folder of another user")
+    missing = missing_for_root()
+    if missing is not None:
+        pytest.skip(f"a folder of another user needs {missing}")
     manager = manage()
     inner = folder / "node"
     inner.mkdir()

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 SUBNET = "10.77.0"
 GATEWAY = f"{SUBNET}.1"
 BRIDGE = "sa-hosts"
@@ -36,6 +38,18 @@ def missing_for_root(*commands: str) -> str | None:
     if absent:
         return f"{', '.join(absent)}, not found here (.ci/install-system-packages installs them on Debian)"
     return None
+
+
+OTHER_USER = 54321
+"""A user id without an account."""
+
+
+def as_other_user() -> tuple[str, ...]:
+    """What to put before a command for that user to run it. The test is skipped where that cannot be done."""
+    missing = missing_for_root("setpriv")
+    if missing is not None:
+        pytest.skip(f"another user needs {missing}")
+    return ("setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups")
 
 
 def _what_is_missing() -> str | None:

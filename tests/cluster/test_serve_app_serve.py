@@ -24,7 +24,7 @@ import tritonclient.grpc as triton
 import yaml
 
 from serve_app.ingress.reach import is_loopback
-from tests.cluster.hosts import missing_for_root
+from tests.cluster.hosts import OTHER_USER, as_other_user
 from tests.hub.models import write_tiny_bert
 from tests.hub.server import LocalHub
 from tests.live import (
@@ -280,15 +280,9 @@ def haproxy_folder(live: Live) -> Path:
     return Path(haproxy.cmdline()[haproxy.cmdline().index("-f") + 1]).parent.parent
 
 
-NOBODY = 54321
-
-
 def as_nobody() -> tuple[str, ...]:
     """How to run this Python as a user id without an account; the test is skipped where that cannot be done."""
-    missing = missing_for_root("setpriv")
-    if missing is not None:
-        pytest.skip(f"a server of another user id needs {missing}")
-    user = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    user = as_other_user()
     for reading in ((), ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")):
         command = (*user, *reading)
         done = subprocess.run(
@@ -297,7 +291,9 @@ def as_nobody() -> tuple[str, ...]:
         if done.returncode == 0:
             return command
     told = done.stderr.strip()
-    pytest.skip(f"a server of another user id needs a Python that user {NOBODY} can run, and {PROGRAMS} fails: {told}")
+    pytest.skip(
+        f"a server of another user id needs a Python that user {OTHER_USER} can run, and {PROGRAMS} fails: {told}"
+    )
 
 
 def test_a_user_without_account_and_home_can_serve() -> None:
@@ -305,11 +301,11 @@ def test_a_user_without_account_and_home_can_serve() -> None:
     command = (*as_nobody(), "env", "-u", "HOME", *SERVE_APP_SERVE)
     with own_folder() as folder:
         config = named("nobodys", "~/models")
-        os.chown(folder, NOBODY, NOBODY)
+        os.chown(folder, OTHER_USER, OTHER_USER)
         with started(folder, config, {}, command) as live:
             wait_until_ready(live, START_TIMEOUT_S)
             assert len(embed(live.base_url)[0]) == 384
-            home = folder / f"serve-app-home-{NOBODY}"
+            home = folder / f"serve-app-home-{OTHER_USER}"
             assert (home / "models" / "nobodys").is_dir()
             status = shell(shlex.join(command[:-2]) + f" {printed_command(live)}", RAY_TMPDIR=str(folder))
             assert status.returncode == 0, status.stderr

@@ -310,7 +310,9 @@ async def test_a_replica_that_falls_silent_before_anything_came_loses_its_call_w
 
 
 @pytest.mark.usefixtures("_quick")
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tasks do not tell that they are cancelled")
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="needs Python 3.11, from which on tasks tell that they are cancelled"
+)
 async def test_a_client_that_leaves_in_the_moment_in_which_its_replica_is_given_up_has_left() -> None:
     class Leaving(Model):
         def remote(self, call: GenerationCall) -> Response:

@@ -206,7 +206,9 @@ def cgroup() -> Iterator[Path]:
     """A real cgroup below this process's, with a limit of 1 GiB."""
     made = next(filter(None, map(limited_child, host._memory_cgroups(Path("/proc/self")))), None)
     if made is None:
-        pytest.skip("no cgroup with a limit of memory can be made here")
+        pytest.skip(
+            "this needs root, and a cgroup of this process (v1 or v2, mounted to be written) that counts memory"
+        )
     yield made
     made.rmdir()
 

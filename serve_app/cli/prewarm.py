@@ -22,6 +22,7 @@ from serve_app.cache.status import ModelOnNode, Progress
 from serve_app.cli.serve_file import parse_file
 from serve_app.config import MODEL_BUILDER, CacheConfig, ModelAppConfig, ModelConfig, parse
 from serve_app.errors import CacheError, ConfigError
+from serve_app.ingress.reach import is_loopback
 
 LOOK_S = 0.5
 KNOCK_S = 10.0
@@ -136,7 +137,7 @@ def _is_for_this_machine(address: str) -> bool:
 
     found = get_ray_address_from_environment(address, None) if address == "auto" else address
     host, _, port = (found or "").rpartition(":")
-    if host not in ("127.0.0.1", "localhost"):
+    if not is_loopback(host):
         return False
     try:
         _knock(f"{get_node_ip_address()}:{port}")

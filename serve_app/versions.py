@@ -12,11 +12,13 @@ import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from serve_app.config import ModelConfig
+from serve_app.timeouts import within
 from serve_app.types import TokenBatch, Version
 
 TierName: TypeAlias = Literal["tokenizer", "model"]
@@ -134,8 +136,5 @@ class VersionBarrier:
 
     async def _wait(self) -> None:
         """Until a replica comes, or time has passed in which one may have gone."""
-        coming = asyncio.ensure_future(self._changed.wait())
-        try:  # `wait_for` would lose a cancellation that comes together with a replica
-            await asyncio.wait((coming,), timeout=PRESENT_S / 3)
-        finally:
-            coming.cancel()
+        with suppress(asyncio.TimeoutError):
+            await within(self._changed.wait(), PRESENT_S / 3)

@@ -16,7 +16,7 @@ import serve_app
 PACKAGE = Path(serve_app.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"errors", "logs"},
+    {"errors", "logs", "timeouts"},
     {"options", "outputs", "paths"},
     {"types", "config", "metrics"},
     {"versions"},
@@ -27,7 +27,19 @@ FLOORS: list[set[str]] = [
 ]
 """From the ground up; `errors` is below the rest of the ground floor, which raises them."""
 
-RAY_FREE = {"errors", "logs", "options", "outputs", "paths", "types", "config", "versions", "tasks", "model"}
+RAY_FREE = {
+    "errors",
+    "logs",
+    "options",
+    "outputs",
+    "paths",
+    "timeouts",
+    "types",
+    "config",
+    "versions",
+    "tasks",
+    "model",
+}
 
 
 class Import(NamedTuple):

@@ -14,6 +14,7 @@ from serve_app.cache.node import Key
 from serve_app.cache.swarm import CHUNK_BYTES, Pull, Swarm
 from serve_app.config import source_kind
 from serve_app.errors import CacheError, DiskFullError, IncompleteModelError, SourceNotFoundError
+from serve_app.timeouts import within
 
 logger = logging.getLogger(__name__)
 
@@ -209,4 +210,4 @@ class Delivery:
     async def _wait(self) -> None:
         """Until something has changed; also now and then without, so that no lost event can stop a delivery."""
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), 1.0)
+            await within(self._changed.wait(), 1.0)

@@ -29,6 +29,7 @@ from serve_app.cache.status import ModelOnNode
 from serve_app.cache.warmer import APPLICATIONS, ON_HEAD, ask_warmer, restart_warmer
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import IncompleteModelError
+from serve_app.timeouts import within
 from serve_app.types import TokenBatch, Version
 from serve_app.versions import PRESENT_S, Member, TierName, version_of
 
@@ -91,7 +92,7 @@ class Membership:
         while True:
             with suppress(RayError):
                 try:
-                    await asyncio.wait_for(self._ask("present", member, probe, self._model), patience_s)
+                    await within(self._ask("present", member, probe, self._model), patience_s)
                 except asyncio.TimeoutError:
                     restart_warmer(APPLICATIONS, self._cache)
             await asyncio.sleep(PRESENT_S)

@@ -32,6 +32,7 @@ from serve_app.cache.status import PHASES, ModelOnNode
 from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import CacheError, SourceNotFoundError, SourceUnavailableError
 from serve_app.metrics import CacheMetrics
+from serve_app.timeouts import within
 from serve_app.types import TokenBatch
 from serve_app.versions import Member, VersionBarrier
 
@@ -143,7 +144,7 @@ class Warmer:
         if known.phase != "pending" or site is None or key is None:
             return known
         try:
-            progress = await asyncio.wait_for(site.progress(key), _SURVEY_S)
+            progress = await within(site.progress(key), _SURVEY_S)
         except Exception as error:
             return replace(known, error=f"{type(error).__name__}: the node does not answer")
         return known if progress is None else known.at(progress)
@@ -193,7 +194,7 @@ class Warmer:
     async def _within_time(self, model: ModelConfig, node_id: str, site: RemoteSite, in_full: bool) -> str:
         limit_s = self._cache.download_timeout_s
         try:
-            return await asyncio.wait_for(self._bring_now(model, node_id, site, in_full), limit_s)
+            return await within(self._bring_now(model, node_id, site, in_full), limit_s)
         except asyncio.TimeoutError:
             raise SourceUnavailableError(
                 f"node {site.address}: {model.name} was not there after {limit_s:g} s (cache.download_timeout_s)"
@@ -246,7 +247,7 @@ class Warmer:
         """Node → answer, of those that answer with something in time."""
 
         async def one(node: str) -> Any:
-            return await asyncio.wait_for(ask(await self._site(node)), _SURVEY_S)
+            return await within(ask(await self._site(node)), _SURVEY_S)
 
         answers = await asyncio.gather(*(one(node) for node in nodes), return_exceptions=True)
         return {n: a for n, a in zip(nodes, answers, strict=True) if a is not None and not isinstance(a, BaseException)}

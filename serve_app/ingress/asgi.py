@@ -18,6 +18,7 @@ from serve_app.ingress.refusals import dialect_of, error_reply
 from serve_app.ingress.routes import Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
 from serve_app.ingress.writing import Writer, part, write_whole
+from serve_app.timeouts import within
 
 _LINGER_S = 2.0
 """How long the rest of a refused body is read and thrown away before the connection is closed. Closing at once would
@@ -123,7 +124,7 @@ class App:
         exchange.status = reply.status
         self._door.leave(exchange)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_drain(exchange.receive), _LINGER_S)
+            await within(_drain(exchange.receive), _LINGER_S)
         await write(part(b"", more=False))
 
 

@@ -10,10 +10,10 @@ from pydantic_core import ErrorDetails
 
 from serve_app.config import IngressSettings
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
-from serve_app.ingress.deadlines import within
 from serve_app.ingress.depth import check_nesting
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
 from serve_app.ingress.visit import too_late
+from serve_app.timeouts import within
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 

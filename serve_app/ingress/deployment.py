@@ -36,6 +36,7 @@ from serve_app.ingress.single_flight import SingleFlight
 from serve_app.logs import show_log
 from serve_app.metrics import IngressMetrics, ReplicaMetrics
 from serve_app.outputs import GeneratedPiece
+from serve_app.timeouts import within
 from serve_app.types import Answer, ModelCard, Request, TokenIds, Usage
 
 logger = logging.getLogger(__name__)
@@ -150,21 +151,12 @@ class Ingress(OpenInferenceMethods):
                 yield piece
 
     async def tokenize(
-        self,
-        model: str,
-        texts: Sequence[str],
-        special_tokens: bool,
-        prompt_name: str | None = None,
-        usage: Usage | None = None,
+        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None, usage: Usage
     ) -> Sequence[Sequence[TextToken]]:
         return await self._model(model).tokenize(texts, special_tokens, prompt_name, usage)
 
     async def decode(
-        self,
-        model: str,
-        sequences: Sequence[TokenIds],
-        skip_special_tokens: bool,
-        usage: Usage | None = None,
+        self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool, usage: Usage
     ) -> Sequence[str]:
         return await self._model(model).decode(sequences, skip_special_tokens, usage)
 
@@ -201,7 +193,7 @@ class Ingress(OpenInferenceMethods):
 async def _cache_status(cache: CacheConfig) -> Sequence[ModelOnNode]:
     """Raises UnavailableError."""
     try:
-        return await asyncio.wait_for(cache_status(cache), PROBE_TIMEOUT_S)
+        return await within(cache_status(cache), PROBE_TIMEOUT_S)
     except (asyncio.TimeoutError, RayError) as error:
         raise UnavailableError("the cache's warmer does not answer", retry_after_s=1.0) from error
 

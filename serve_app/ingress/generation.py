@@ -22,7 +22,6 @@ from serve_app.errors import (
     UnavailableError,
 )
 from serve_app.ingress.coalescer import REPLICA_LOST
-from serve_app.ingress.deadlines import within
 from serve_app.ingress.shared_call import Losses, OneByOne, Pulse, Stage, is_lost, lost_again
 from serve_app.ingress.tier import Tier
 from serve_app.metrics import IngressMetrics
@@ -30,6 +29,7 @@ from serve_app.options import GenerationOptions
 from serve_app.outputs import Generated, GeneratedPiece
 from serve_app.tasks import probe
 from serve_app.tasks.generation import GENERATING, beams_of, collected, speaks_by_prefix
+from serve_app.timeouts import within
 from serve_app.types import (
     Answer,
     GenerationCall,

@@ -23,7 +23,6 @@ from serve_app.errors import InvalidInputError, ModelNotFoundError, ServeAppErro
 from serve_app.ingress.answer_size import check_after, check_before, check_generated, check_made
 from serve_app.ingress.backlog import Backlog, tokens_in
 from serve_app.ingress.coalescer import Coalescer, Work
-from serve_app.ingress.deadlines import within
 from serve_app.ingress.finishing import Finishing, steps_after, steps_before
 from serve_app.ingress.generation import GenerationPath
 from serve_app.ingress.service import ModelInfo, TextToken
@@ -40,6 +39,7 @@ from serve_app.tasks.inputs import prompt_of
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from serve_app.tasks.task import Task
 from serve_app.tasks.vocabulary import Vocabulary
+from serve_app.timeouts import within
 from serve_app.types import (
     Answer,
     Chat,
@@ -163,10 +163,8 @@ class ServedModel:
         return await self._begin(self._soon(), self._card)
 
     async def tokenize(
-        self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None = None, usage: Usage | None = None
+        self, texts: Sequence[str], special_tokens: bool, prompt_name: str | None, usage: Usage
     ) -> Sequence[Sequence[TextToken]]:
-        usage = usage or Usage()
-
         async def work(known: _Known) -> Sequence[Sequence[TextToken]]:
             card, vocabulary = await self._card(known), await self._vocabulary(known)
             prompt = prompt_of(prompt_name, card)
@@ -182,10 +180,8 @@ class ServedModel:
 
         return await self._begin(self._soon(), work)
 
-    async def decode(
-        self, sequences: Sequence[TokenIds], skip_special_tokens: bool, usage: Usage | None = None
-    ) -> Sequence[str]:
-        usage, tokens = usage or Usage(), sum(map(len, sequences))
+    async def decode(self, sequences: Sequence[TokenIds], skip_special_tokens: bool, usage: Usage) -> Sequence[str]:
+        tokens = sum(map(len, sequences))
         vocabulary = await self._begin(self._soon(), self._vocabulary)
         with self._word_backlog.admitted(tokens):
             usage.tokens += tokens

@@ -93,12 +93,7 @@ class Service(Protocol):
         """
 
     async def tokenize(
-        self,
-        model: str,
-        texts: Sequence[str],
-        special_tokens: bool,
-        prompt_name: str | None = None,
-        usage: Usage | None = None,
+        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None, usage: Usage
     ) -> Sequence[Sequence[TextToken]]:
         """The tokens of each text, however long, after a prompt (the model's default one where none is named).
 
@@ -106,11 +101,7 @@ class Service(Protocol):
         """
 
     async def decode(
-        self,
-        model: str,
-        sequences: Sequence[TokenIds],
-        skip_special_tokens: bool,
-        usage: Usage | None = None,
+        self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool, usage: Usage
     ) -> Sequence[str]:
         """The text of each sequence of token ids, which are counted in `usage`. Raises ServeAppError."""
 

@@ -25,8 +25,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from serve_app.errors import UnavailableError, VersionGoneError
-from serve_app.ingress.deadlines import within
 from serve_app.ingress.tier import Tier
+from serve_app.timeouts import within
 
 Stage: TypeAlias = Literal["waiting", "tokenize", "model"]
 """Where a request is when its client leaves: not sent yet, or at a tier."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from starlette.types import Message, Send
 
-from serve_app.ingress.deadlines import within
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
+from serve_app.timeouts import within
 
 PART_BYTES = 2**18
 """Of an answer that is sent in parts. The server holds no more than one for a client that does not read."""

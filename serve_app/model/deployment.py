@@ -23,6 +23,7 @@ from serve_app.tasks import probe
 from serve_app.tasks.card import read_card
 from serve_app.tasks.generation import GENERATING
 from serve_app.tasks.registry import TASKS
+from serve_app.timeouts import within
 from serve_app.types import (
     Forget,
     ForwardCall,
@@ -69,7 +70,7 @@ class ModelReplica:
     async def _prove(self, encoded: TokenBatch | None) -> None:
         """Compute what a tokenizer replica of this version has encoded. Raises the error that it ends in."""
         if encoded is not None:
-            await asyncio.wait_for(self._compute(encoded), PROBE_TIMEOUT_S)
+            await within(self._compute(encoded), PROBE_TIMEOUT_S)
 
     async def _compute(self, encoded: TokenBatch) -> None:
         if isinstance(self._model, GeneratingModel):

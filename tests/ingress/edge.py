@@ -212,12 +212,7 @@ class FakeService:
             raise
 
     async def tokenize(
-        self,
-        model: str,
-        texts: Sequence[str],
-        special_tokens: bool,
-        prompt_name: str | None = None,
-        usage: Usage | None = None,
+        self, model: str, texts: Sequence[str], special_tokens: bool, prompt_name: str | None, usage: Usage
     ) -> list[list[TextToken]]:
         if self.failure is not None:
             raise self.failure
@@ -225,17 +220,15 @@ class FakeService:
         texts = [prompt + text for text in texts]
         start = [TextToken(0, "[CLS]", True, None, None)] if special_tokens else []
         found = [[*start, *(TextToken(ord(c), c, False, i, i + 1) for i, c in enumerate(text))] for text in texts]
-        if usage is not None:
-            usage.tokens += sum(map(len, found))
+        usage.tokens += sum(map(len, found))
         return found
 
     async def decode(
-        self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool, usage: Usage | None = None
+        self, model: str, sequences: Sequence[TokenIds], skip_special_tokens: bool, usage: Usage
     ) -> list[str]:
         if self.failure is not None:
             raise self.failure
-        if usage is not None:
-            usage.tokens += sum(map(len, sequences))
+        usage.tokens += sum(map(len, sequences))
         return ["".join(chr(i) if 0 < i < 0xD800 else "?" for i in ids) for ids in sequences]
 
     async def ready(self, name: str | None = None) -> None:

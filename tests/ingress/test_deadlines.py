@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import httpx
 import pytest
 
 from serve_app.errors import MalformedRequestError
-from serve_app.ingress import deadlines
-from serve_app.ingress.deadlines import asked_timeout_s, within
+from serve_app.ingress.deadlines import asked_timeout_s
 from tests.ingress.edge import FakeService, client_of, edge_app, served
 from tests.ingress.test_body import Connection
 
@@ -41,48 +38,6 @@ async def test_a_wrong_header_is_a_400_in_the_shape_of_the_protocol(
     assert told in response.json()
     assert "soon" not in response.text
     assert service.requests == []
-
-
-@pytest.mark.parametrize("limit", [within, deadlines._within], ids=["this Python", "Python 3.10"])
-async def test_work_is_given_its_time_and_no_more(limit: Callable[..., Awaitable[Any]]) -> None:
-    async def fails() -> None:
-        raise ValueError("its own")
-
-    ended = asyncio.Event()
-
-    async def hangs() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.set()
-
-    assert await limit(asyncio.sleep(0, "done"), 60.0) == "done"
-    with pytest.raises(ValueError, match="its own"):
-        await limit(fails(), 60.0)
-    with pytest.raises(asyncio.TimeoutError):
-        await limit(hangs(), 0.01)
-    assert ended.is_set()
-
-
-@pytest.mark.parametrize("limit", [within, deadlines._within], ids=["this Python", "Python 3.10"])
-async def test_a_cancellation_is_never_lost(limit: Callable[..., Awaitable[Any]]) -> None:
-    """`asyncio.wait_for` loses one in the moment in which the work is done, up to Python 3.11."""
-    for turns in range(6):
-        done = asyncio.Event()
-
-        async def work(done: asyncio.Event = done) -> None:
-            await limit(done.wait(), 60.0)
-            await asyncio.Event().wait()
-
-        working = asyncio.create_task(work())
-        for _ in range(5):
-            await asyncio.sleep(0)
-        done.set()
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        working.cancel()
-        await asyncio.wait((working,), timeout=5)
-        assert working.cancelled(), turns
 
 
 async def test_the_clients_deadline_is_a_504_and_cancels_the_work(service: FakeService) -> None:

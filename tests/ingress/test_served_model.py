@@ -386,7 +386,7 @@ async def test_what_is_known_of_a_version_is_asked_once_and_used_for_no_other(be
     for version in (A, A, B, B):
         bench.run(version)
         assert (await bench.served.card()).revision == version.revision
-        assert await bench.served.decode([(0,)], True) == [f"word-of-{version.fingerprint}"]
+        assert await bench.served.decode([(0,)], True, Usage()) == [f"word-of-{version.fingerprint}"]
         assert_of(await bench.start(), version)
     assert bench.tokenizer.asked("card") == bench.tokenizer.asked("definition") == ["a", "b"]
 
@@ -403,12 +403,12 @@ async def test_what_is_asked_while_its_version_leaves_is_told_by_the_next(bench:
     bench.run(A)
     if held == "definition":
         bench.tokenizer.hold("definition")
-        asked = asyncio.create_task(bench.served.decode([(0,)], True))
+        asked = asyncio.create_task(bench.served.decode([(0,)], True, Usage()))
         await bench.tokenizer.called["definition"].wait()
         bench.tokenizer.release("definition")
         assert await asked == ["word-of-a"], "which the replica that was asked still tells"
     bench.run(B)
-    assert await bench.served.decode([(0,)], True) == ["word-of-b"]
+    assert await bench.served.decode([(0,)], True, Usage()) == ["word-of-b"]
     assert (await bench.served.card()).revision == B.revision
 
 
@@ -647,7 +647,7 @@ async def test_texts_whose_tokens_are_too_many_to_be_told_have_cost_them(
     bench.run(A)
     usage = Usage()
     with pytest.raises(BatchTooLargeError):
-        await bench.served.tokenize(["hello", "you"], True, usage=usage)
+        await bench.served.tokenize(["hello", "you"], True, None, usage)
     assert usage.tokens == len("helloyou")
 
 

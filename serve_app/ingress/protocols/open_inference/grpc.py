@@ -25,7 +25,6 @@ from serve_app.errors import (
     MalformedRequestError,
     ServeAppError,
 )
-from serve_app.ingress.deadlines import within
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.exchange import Header
@@ -56,6 +55,7 @@ from serve_app.ingress.service import Service, SettingsRef, served_name
 from serve_app.ingress.statuses import kind_of, retry_after_s
 from serve_app.ingress.visit import Visit, too_late
 from serve_app.tasks.generation import GENERATING
+from serve_app.timeouts import within
 from serve_app.types import Request
 
 T = TypeVar("T")
@@ -250,7 +250,7 @@ async def _requests_in_time(stream: AsyncIterator[Any], idle_s: float) -> AsyncG
 async def _within(work: Awaitable[T], timeout_s: float) -> T:
     """Raises DeadlineExceededError, and what `work` raises."""
     try:
-        return await asyncio.wait_for(work, timeout_s)
+        return await within(work, timeout_s)
     except asyncio.TimeoutError:
         raise too_late() from None
 

@@ -156,6 +156,14 @@ def _model(model: ModelConfig, deployed: Deployed, where: str, cores: int) -> It
             f"{at}.max_queued_tokens",
             f"{settings.max_queued_tokens} is below max_batch_tokens ({tokens}): no batch could ever be full",
         )
+    request_s = deployed.ingress.request_timeout_s
+    if settings.max_forward_s >= request_s:
+        yield Finding(
+            f"{at}.max_forward_s",
+            f"{settings.max_forward_s:g} is not below request_timeout_s ({request_s:g}): a forward pass that hangs "
+            "would be noticed when its requests have no time left for another replica; lower it",
+            is_error=False,
+        )
     if entry is not None:
         yield from _threads(model, entry, cores)
 

@@ -466,6 +466,7 @@ def with_times(graceful_s: float | None = None, variables: dict[str, str] | None
     config["grpc_options"] = {"port": 9000, "grpc_servicer_functions": ["a:b"]}
     on = {"RAY_SERVE_ENABLE_HA_PROXY": "1", **(variables or {})}
     config["controller_options"] = {"runtime_env": {"env_vars": on}}
+    config["applications"][1]["deployments"][1]["user_config"] = {"max_forward_s": 10}
     if graceful_s is not None:
         for application in config["applications"]:
             for entry in application["deployments"]:
@@ -494,3 +495,9 @@ def test_times_that_would_cut_answers_are_errors(check: Check, config: dict[str,
     deployments = (INGRESS, TOKENIZER, MODEL)
     wanted = [f"{key}.graceful_shutdown_timeout_s" if key in deployments else key for key in keys]
     assert [line.split(": ")[0] for line in check(config)] == wanted
+
+
+def test_a_forward_that_may_take_as_long_as_a_request_is_warned_of(check: Check) -> None:
+    assert check(model_tier("user_config", "max_forward_s", to=59.9)) == []
+    (line,) = check(model_tier("user_config", "max_forward_s", to=60.0))
+    assert "user_config.max_forward_s: warning: 60 is not below request_timeout_s (60)" in line

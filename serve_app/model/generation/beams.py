@@ -1,12 +1,14 @@
 """Beam search of one sequence, a step at a time, with the beams that `model.generate` would find were it alone.
 
-The rules are those of transformers' `_beam_search` (generation/utils.py) for a batch of one. Beyond the choice of the
-likeliest continuations all is done with the few numbers of the beams, on the CPU, in float32 as there.
+The rules are those of transformers' `_beam_search` (generation/utils.py) for a batch of one. The likeliest
+continuations are looked for in the logits of many sequences at once; all else is done with the few numbers of the
+beams, on the CPU, in float32 as there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from serve_app.model.generation.sampling import Rules, no_numbers
 
 Floats: TypeAlias = NDArray[np.float32]
+Places: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
 
 NEVER = np.float32(-1.0e9)
@@ -59,23 +62,43 @@ class BeamSearch:
             self._ids[:, : self._prompt] = prompt
         self._running: list[list[int]] = [[]] * beams
         """New tokens."""
-        self._scores = np.full(beams, NEVER)
-        self._scores[0] = 0.0  # all beams are equal at first, and only one of them may go on
+        self.scores = np.full(beams, NEVER)
+        self.scores[0] = 0.0  # all beams are equal at first, and only one of them may go on
         self._ended: list[list[int]] = [[]] * beams
         self._ended_scores = np.full(beams, NEVER)
         self._has_ended = np.zeros(beams, dtype=np.bool_)
         self._may_improve = True
 
-    def advance(self, logits: Tensor) -> Advance | None:
-        """One token more for each beam, from the model's `logits` (b, v); None when the search has ended.
+    @property
+    def kind(self) -> Hashable:
+        """Searches of one kind are advanced together; one that draws goes alone, with its own random numbers."""
+        return (self.beams, self._kept, id(self) if self._rules.sample else None)
 
-        Raises `no_numbers`.
-        """
-        found = self._continuations(logits)
+    def processed(self, chances: Tensor) -> Tensor:
+        """Log probabilities (b, v) as the request's options change them."""
+        if self._ids is None:
+            return chances
+        processed: Tensor = self._rules.processors(self._ids[:, : self._prompt + len(self._running[0])], chances)
+        return processed
+
+    def continuations(self, summed: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of continuations and their places in `summed` (m, b v), both (m, k), m = 1 where it draws."""
+        if not self._rules.sample:
+            scores, places = summed.topk(self._kept)
+            return scores, places
+        weights = summed.softmax(-1)
+        if bool(torch.isnan(weights).any()):
+            return summed.new_full((1, self._kept), math.nan), weights.new_zeros((1, self._kept), dtype=torch.long)
+        places = torch.multinomial(weights, self._kept, generator=self._rules.random)
+        return summed.gather(-1, places), places
+
+    def take(self, scores: Floats, places: Places, vocabulary: int) -> Advance | None:
+        """One token more for each beam, of k continuations; None when the search has ended."""
+        found = self._found(scores, places.tolist(), vocabulary)
         self._end_beams(found)
         open_scores = found.scores + _never(found.ends)
         chosen = _best(open_scores, self.beams)
-        self._scores = open_scores[chosen]
+        self.scores = open_scores[chosen]
         ahead = Advance([found.parents[i] for i in chosen], [found.tokens[i] for i in chosen])
         self._running = [[*self._running[p], t] for p, t in zip(ahead.parents, ahead.tokens, strict=True)]
         if not self._goes_on(found.ends):
@@ -90,31 +113,11 @@ class BeamSearch:
         """The new tokens of the best beam that has ended; none where none has."""
         return self._ended[0]
 
-    def _continuations(self, logits: Tensor) -> Continuations:
-        rules, generated = self._rules, len(self._running[0])
-        chances = logits.to(torch.float32).log_softmax(-1)
-        if self._ids is not None:
-            chances = rules.processors(self._ids[:, : self._prompt + generated], chances)
-        summed = (chances + torch.from_numpy(self._scores).to(logits.device)[:, None]).view(-1)
-        if rules.sample:
-            places = self._draw(summed.softmax(-1), logits)
-            best = summed[places]
-        else:
-            best, places = summed.topk(self._kept)
-        scores = best.cpu().numpy()
-        if np.isnan(scores).any():  # they count as the largest
-            raise no_numbers(logits)
-        vocabulary = logits.shape[-1]
-        chosen = places.tolist()
-        tokens = [place % vocabulary for place in chosen]
-        is_full = generated + 1 == rules.limit
+    def _found(self, scores: Floats, places: list[int], vocabulary: int) -> Continuations:
+        tokens = [place % vocabulary for place in places]
+        is_full = len(self._running[0]) + 1 == self._rules.limit
         ends = np.array([is_full or token in self.ends for token in tokens])
-        return Continuations(scores, [place // vocabulary for place in chosen], tokens, ends)
-
-    def _draw(self, weights: Tensor, logits: Tensor) -> Tensor:
-        if bool(torch.isnan(weights).any()):
-            raise no_numbers(logits)
-        return torch.multinomial(weights, self._kept, generator=self._rules.random)
+        return Continuations(scores, [place // vocabulary for place in places], tokens, ends)
 
     def _end_beams(self, found: Continuations) -> None:
         """Keep the best of those that have ended; of the continuations only the first b may be among them."""
@@ -137,7 +140,7 @@ class BeamSearch:
         """Whether a running beam may yet be better than those that have ended, by transformers' estimate."""
         longest = self._early == "never" and self._length_penalty > 0.0
         length = self._rules.limit if longest else len(self._running[0])
-        possible = self._normalized(self._scores[:1], length)
+        possible = self._normalized(self.scores[:1], length)
         to_beat = np.where(self._has_ended, self._ended_scores.min(), NEVER)
         self._may_improve = self._may_improve and bool((possible > to_beat).any())
         return self._may_improve and not self._is_full() and not bool(ends.all())
@@ -148,6 +151,36 @@ class BeamSearch:
 
     def _is_full(self) -> bool:
         return self._early is True and bool(self._has_ended.all())
+
+
+def advance(searches: Sequence[BeamSearch], logits: Tensor) -> list[Advance | Exception | None]:
+    """One token more for each beam of some searches of one kind, from the model's `logits` (n b, v) of all their beams.
+
+    Of each search: how it goes on, None when it has ended, or the exception that it ends with (`no_numbers`).
+    """
+    beams, vocabulary = searches[0].beams, logits.shape[-1]
+    chances: Tensor = logits.to(torch.float32).log_softmax(-1)
+    failures: dict[int, Exception] = {}
+    for i, search in enumerate(searches):
+        own = chances[i * beams : (i + 1) * beams]
+        try:
+            processed = search.processed(own)
+            if processed is not own:
+                own.copy_(processed)
+        except Exception as error:
+            failures[i] = error
+    before = np.concatenate([search.scores for search in searches])
+    chances += torch.from_numpy(before).to(chances.device)[:, None]
+    best, places = (t.cpu().numpy() for t in searches[0].continuations(chances.view(len(searches), -1)))
+    advances: list[Advance | Exception | None] = []
+    for i, search in enumerate(searches):
+        if i in failures:
+            advances.append(failures[i])
+        elif np.isnan(best[i]).any():  # they count as the largest
+            advances.append(no_numbers(logits[i * beams : (i + 1) * beams]))
+        else:
+            advances.append(search.take(best[i], places[i], vocabulary))
+    return advances
 
 
 def _never(where: Bools) -> Floats:

@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from serve_app.errors import InvalidInputError
+from serve_app.errors import InvalidInputError, ModelFailureError
 from serve_app.model.generation.rectangle import KeysAndValues, Rectangle, Room
 from serve_app.model.loader import known_ids
 
@@ -272,6 +273,27 @@ def differs_in_a_batch(model: Any, device: torch.device, tolerance: float) -> st
 
 
 _PROBES = ((5, 7, 9, 11, 13, 6, 8), (9, 4, 12), (10, 3, 5, 7, 4))
+
+
+class Probe:
+    """A prompt of one token and a step, beside all answers under way, which work where anything does."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model, device
+
+    def __call__(self) -> None:
+        """Raises what the model raises, or ModelFailureError where its logits are no numbers."""
+        decoding = self._decoding
+        decoding.clear()
+        state = decoding.begin([0], torch.zeros(1, dtype=torch.long, device=self._device))
+        decoding.prefill(state, 1)
+        decoding.join(state)
+        if bool(torch.isnan(decoding.step([0])).any()):
+            raise ModelFailureError("the model's logits are not numbers")
+
+    @cached_property
+    def _decoding(self) -> Decoding:
+        return Decoding(self._model, self._device)
 
 
 def _probe(model: Any, device: torch.device, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

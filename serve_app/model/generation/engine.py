@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Hashable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,15 +32,15 @@ from serve_app.errors import (
     UnavailableError,
 )
 from serve_app.model.generation.answering import Answering, Item, Size, failure, gone
-from serve_app.model.generation.beams import BeamSearch, reordered
+from serve_app.model.generation.beams import Advance, BeamSearch, advance, reordered
 from serve_app.model.generation.budget import Extent
-from serve_app.model.generation.decoding import Decoding, Prefill
+from serve_app.model.generation.decoding import Decoding, Prefill, Probe
 from serve_app.model.generation.job import GenerationJob
 from serve_app.model.generation.languages import in_language, set_target
 from serve_app.model.generation.sampling import Rules, Sampler, generation_config, rules_of
 from serve_app.model.generation.text import Decoder
 from serve_app.model.generation.whole import MOST_AT_ONCE, WholeAnswers
-from serve_app.model.recovery import is_device_broken
+from serve_app.model.recovery import Breaker, is_device_broken
 from serve_app.model.speed import Speed
 from serve_app.model.watchdog import Watchdog
 from serve_app.outputs import FinishReason, GeneratedPiece
@@ -50,9 +50,8 @@ logger = logging.getLogger(__name__)
 IDLE_AFTER_S = 1.0
 """So often those that wait are looked through for answers that are late, where nothing else happens."""
 
-GIVE_UP_AFTER = 3
-"""Steps that failed one after the other, after which the replica must be replaced."""
-
+LOGITS_AT_ONCE = 1 << 22
+"""Of rows of beams that are looked through together, which takes some 12 bytes of memory each."""
 
 BEAMS_BY_STEPS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
@@ -136,7 +135,7 @@ class StepEngine:
         self._sequences: list[Sequence] = []
         self._owners: list[Sequence] = []
         """Of each row."""
-        self._failed_steps = 0
+        self._breaker = Breaker(Probe(decoding.model, decoding.device))
         self._changed = threading.Condition()
         self._speed = Speed()
         self._closed = False
@@ -176,6 +175,7 @@ class StepEngine:
             raise UnavailableError(f"this replica cannot generate any more: {self._broken}", retry_after_s=1.0)
         if self._closed or (self._thread.ident is not None and not self._thread.is_alive()):
             raise UnavailableError("this replica is ending", retry_after_s=1.0)
+        self._breaker.check()
         try:
             self._watchdog.check()
         except UnavailableError as error:
@@ -359,7 +359,8 @@ class StepEngine:
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.warning("an answer could not be begun", exc_info=True)
-                _end_with(answering, error)
+                self._end_with(answering, error)
+                self._suspect(error)
 
     def _next(self) -> Answering | None:
         """The oldest that waits, if there is room for it."""
@@ -421,15 +422,18 @@ class StepEngine:
                 if prefill.logits is None:
                     continue
                 self._filling.popleft()
-                self._choose(sequence, prefill.logits.expand(sequence.answering.beams, -1))
-                if not sequence.answering.finished:
+                self._choose_first(sequence, prefill.logits)
+                if sequence.answering.finished:
+                    self._breaker.worked()
+                else:
                     self._join(sequence, prefill)
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.warning("a prompt of %d tokens failed", len(sequence.answering.job.input_ids), exc_info=True)
                 if self._filling and self._filling[0] is sequence:
                     self._filling.popleft()
-                _end_with(sequence.answering, error)
+                self._end_with(sequence.answering, error)
+                self._suspect(error)
         return used
 
     def _join(self, sequence: Sequence, prefill: Prefill) -> None:
@@ -450,9 +454,12 @@ class StepEngine:
         except Exception as error:
             self._fail_step(error)
             return
-        self._failed_steps = 0
-        for sequence in self._sequences:
-            self._try_choosing(sequence, logits)
+        advances = self._advances(logits)
+        failures = [self._try_choosing(sequence, logits, advances) for sequence in self._sequences]
+        if None in failures:
+            self._breaker.worked()
+        else:
+            self._suspect(*failures)
         self._copy_beams()
         for sequence in [s for s in self._sequences if s.answering.finished]:
             self._leave(sequence)
@@ -460,39 +467,81 @@ class StepEngine:
     def _fail_step(self, error: Exception) -> None:
         """Nobody's keys and values can be trusted after a step that failed half-way: all who took part fail."""
         logger.error("a step of %d sequences failed", len(self._sequences), exc_info=error)
-        for sequence in self._sequences:
-            sequence.answering.fail(failure(error))
-        self._sequences.clear()
+        sequences, self._sequences = self._sequences, []
         self._owners.clear()
         self._decoding.clear()
-        self._failed_steps += 1
-        if self._failed_steps >= GIVE_UP_AFTER or is_device_broken(error):
+        for sequence in sequences:
+            sequence.answering.fail(self._told(error))
+        if is_device_broken(error):
+            raise error
+        self._suspect(error)
+
+    def _suspect(self, *errors: Exception | None) -> None:
+        """Nothing went right beside these errors. Raises what tells that the device is lost."""
+        if not all(isinstance(error, RequestError) for error in errors):
+            self._breaker.failed()
+
+    def _end_with(self, answering: Answering, error: Exception) -> None:
+        """The answer ends with the error. Raises it again where the device is lost, which ends the replica."""
+        answering.fail(self._told(error))
+        if is_device_broken(error):
             raise error
 
-    def _try_choosing(self, sequence: Sequence, logits: Tensor) -> None:
-        """`logits` (n, v) are of all rows."""
-        try:
-            rows = sequence.rows
-            self._choose(sequence, _rows(logits, rows))
-        except Exception as error:
-            _end_with(sequence.answering, error)
+    def _told(self, error: Exception) -> ServeAppError:
+        """What the client is told: while everything fails, that another replica may answer."""
+        is_own_fault = isinstance(error, RequestError)
+        return self._breaker.refusal() if self._breaker.is_open and not is_own_fault else failure(error)
 
-    def _choose(self, sequence: Sequence, logits: Tensor) -> None:
-        """`logits` (b, v) are of the sequence's beams."""
+    def _advances(self, logits: Tensor) -> dict[Sequence, Advance | Exception | None]:
+        """How the beams of each sequence that has some go on. `logits` (n, v) are of all rows."""
+        kinds: dict[Hashable, list[tuple[Sequence, BeamSearch]]] = {}
+        for sequence in self._sequences:
+            if isinstance(sequence.chooser, BeamSearch):
+                kinds.setdefault(sequence.chooser.kind, []).append((sequence, sequence.chooser))
+        advances: dict[Sequence, Advance | Exception | None] = {}
+        for searching in kinds.values():
+            at_once = max(1, LOGITS_AT_ONCE // (searching[0][1].beams * logits.shape[-1]))
+            for first in range(0, len(searching), at_once):
+                sequences, searches = zip(*searching[first : first + at_once], strict=True)
+                advances.update(zip(sequences, _advance(sequences, searches, logits), strict=True))
+        return advances
+
+    def _try_choosing(
+        self, sequence: Sequence, logits: Tensor, advances: Mapping[Sequence, Advance | Exception | None]
+    ) -> Exception | None:
+        """What the answer has failed with, if it has. `logits` (n, v) are of all rows."""
+        try:
+            if isinstance(sequence.chooser, BeamSearch):
+                self._go_on(sequence, sequence.chooser, advances[sequence])
+            else:
+                self._choose(sequence, sequence.chooser, logits[sequence.rows[0]])
+        except Exception as error:
+            self._end_with(sequence.answering, error)
+            return error
+        return None
+
+    def _choose_first(self, sequence: Sequence, logits: Tensor) -> None:
+        """`logits` (v,) follow the prompt."""
         if isinstance(sequence.chooser, BeamSearch):
-            self._advance(sequence, sequence.chooser, logits)
-            return
-        choice = sequence.chooser.choose(logits[0], self._decoder)
+            (ahead,) = advance([sequence.chooser], logits.expand(sequence.chooser.beams, -1))
+            self._go_on(sequence, sequence.chooser, ahead)
+        else:
+            self._choose(sequence, sequence.chooser, logits)
+
+    def _choose(self, sequence: Sequence, sampler: Sampler, logits: Tensor) -> None:
+        """`logits` (v,) are of the sequence's row."""
+        choice = sampler.choose(logits, self._decoder)
         sequence.newest, sequence.count = [choice.token], sequence.count + 1
         end: FinishReason | None = None
-        if choice.token in sequence.chooser.ends:
+        if choice.token in sampler.ends:
             end = "stop"
         elif sequence.count >= sequence.rules.limit:
             end = "length"
         sequence.answering.take(choice, self._decoder, self._special, end)
 
-    def _advance(self, sequence: Sequence, search: BeamSearch, logits: Tensor) -> None:
-        ahead = search.advance(logits)
+    def _go_on(self, sequence: Sequence, search: BeamSearch, ahead: Advance | Exception | None) -> None:
+        if isinstance(ahead, Exception):
+            raise ahead
         if ahead is not None:
             sequence.parents, sequence.newest = ahead.parents, ahead.tokens
             return
@@ -519,7 +568,7 @@ class StepEngine:
         except Exception as error:
             logger.warning("the beams of %d answers could not be copied", len(moving), exc_info=True)
             for sequence in moving:
-                _end_with(sequence.answering, error)
+                self._end_with(sequence.answering, error)
 
     def _end_all(self, error: ServeAppError) -> None:
         with self._changed:
@@ -577,20 +626,21 @@ def _taken(first: Item, pieces: asyncio.Queue[Item]) -> tuple[list[GeneratedPiec
     return taken, item
 
 
-def _rows(logits: Tensor, rows: list[int]) -> Tensor:
-    if len(rows) == 1:
-        return logits[rows[0] : rows[0] + 1]
-    return logits.index_select(0, torch.tensor(rows, device=logits.device))
+def _advance(
+    sequences: Collection[Sequence], searches: Collection[BeamSearch], logits: Tensor
+) -> list[Advance | Exception | None]:
+    """How the searches go on, or what they fail with, each alone. `logits` (n, v) are of all rows."""
+    rows = [row for sequence in sequences for row in sequence.rows]
+    try:
+        return advance([*searches], logits.index_select(0, torch.tensor(rows, device=logits.device)))
+    except Exception as error:
+        if len(searches) == 1:
+            return [error]
+    alone = [_advance([sequence], [search], logits) for sequence, search in zip(sequences, searches, strict=True)]
+    return [ahead for (ahead,) in alone]
 
 
 def _plain(config: Any) -> frozenset[int]:
     """Special tokens that mean no language."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return frozenset(i for i in (*ends, config.pad_token_id, config.bos_token_id) if i is not None)
-
-
-def _end_with(answering: Answering, error: Exception) -> None:
-    """The answer ends with the error. Raises it again where the device is lost, which ends the replica."""
-    answering.fail(failure(error))
-    if is_device_broken(error):
-        raise error

@@ -94,7 +94,8 @@ class AnyTraffic(RuleBasedStateMachine):
     def _watch(self) -> None:
         """Note who is hit where something fails."""
         engine = self.engine
-        begin, join, choose = engine._make_way, engine._join, engine._choose
+        begin, join, search = engine._make_way, engine._join, engine._advances
+        choose_first, choose = engine._choose_first, engine._choose
         prefill, step, copy = engine._decoding.prefill, engine._decoding.step, engine._decoding.copy
 
         def prefilling(state: Any, max_tokens: int) -> int:
@@ -117,11 +118,20 @@ class AnyTraffic(RuleBasedStateMachine):
             with self.endangering([sequence.answering]):
                 join(sequence, filled)
 
-        def choosing(sequence: Any, logits: torch.Tensor) -> None:
+        def choosing_first(sequence: Any, logits: torch.Tensor) -> None:
             with self.endangering([sequence.answering]):
-                choose(sequence, logits)
+                choose_first(sequence, logits)
 
-        engine._make_way, engine._join, engine._choose = beginning, joining, choosing  # type: ignore[method-assign]
+        def choosing(sequence: Any, sampler: Any, logits: torch.Tensor) -> None:
+            with self.endangering([sequence.answering]):
+                choose(sequence, sampler, logits)
+
+        def searching(logits: torch.Tensor) -> Any:
+            with self.endangering([sequence.answering for sequence in engine._sequences if len(sequence.rows) > 1]):
+                return search(logits)
+
+        engine._make_way, engine._join, engine._advances = beginning, joining, searching  # type: ignore[method-assign]
+        engine._choose_first, engine._choose = choosing_first, choosing  # type: ignore[method-assign]
         engine._decoding = _Watched(  # type: ignore[assignment]
             engine._decoding, prefill=prefilling, step=stepping, copy=copying
         )

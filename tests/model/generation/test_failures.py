@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from serve_app.errors import InvalidInputError, ModelFailureError, OverloadedError, ServeAppError, UnavailableError
-from serve_app.model.generation.beams import BeamSearch
 from serve_app.model.generation.decoding import Decoding
-from serve_app.model.generation.engine import GIVE_UP_AFTER
+from serve_app.model.generation.engine import StepEngine
 from serve_app.model.generation.sampling import Sampler
+from serve_app.model.recovery import Breaker
 from serve_app.options import GenerationOptions
 from tests.model.generation.models import answer, prompts, reference, running, tiny, tokens_of
 
@@ -76,7 +76,7 @@ async def test_a_poisoned_prompt_fails_alone(wrong: Any) -> None:
 async def test_no_memory_is_told_as_overload() -> None:
     assert all(
         isinstance(e, OverloadedError)
-        for e in await outcomes(Poisoned(tiny("llama"), out_of_memory), healthy_prompts())
+        for e in await outcomes(Poisoned(tiny("llama"), out_of_memory), healthy_prompts()[: Breaker.SUSPECT_AFTER])
     )
 
 
@@ -87,18 +87,59 @@ async def test_a_step_that_fails_ends_those_who_took_part_with_an_error() -> Non
         assert engine.active == 0
 
 
-async def test_a_replica_whose_steps_keep_failing_says_so_and_answers_nobody() -> None:
-    told: list[str] = []
-    async with running(Poisoned(tiny("llama"), raise_in_steps), on_broken=lambda: told.append("broken")) as engine:
-        for prompt in healthy_prompts()[:GIVE_UP_AFTER]:
-            with pytest.raises(ServeAppError):
-                await asyncio.wait_for(answer(engine, prompt, OPTIONS), 60)
-        engine._thread.join(10)
-        with pytest.raises(UnavailableError):
+def raise_always(ids: torch.Tensor, output: Any) -> Any:
+    raise RuntimeError("nothing works")
+
+
+def nan_always(ids: torch.Tensor, output: Any) -> Any:
+    output.logits[:] = float("nan")
+    return output
+
+
+def nan_in_steps(ids: torch.Tensor, output: Any) -> Any:
+    return nan_always(ids, output) if ids.shape[1] == 1 else output
+
+
+@pytest.mark.parametrize("wrong", [raise_in_steps, raise_always, nan_always, nan_in_steps])
+async def test_a_replica_where_everything_fails_says_so(wrong: Any) -> None:
+    prompt = healthy_prompts()[0]
+    async with running(Poisoned(tiny("llama"), wrong)) as engine:
+        await fail(engine, prompt, Breaker.SUSPECT_AFTER, ModelFailureError)
+        engine.check()
+        await fail(engine, prompt, Breaker.GIVE_UP_AFTER - 1, UnavailableError)
+        with pytest.raises(UnavailableError, match="fails for any input"):
             engine.check()
         with pytest.raises(UnavailableError):
-            await asyncio.wait_for(answer(engine, healthy_prompts()[0], OPTIONS), 60)
-    assert told == ["broken"]
+            await asyncio.wait_for(answer(engine, prompt, OPTIONS), 60)
+
+
+async def test_a_replica_goes_on_where_a_probe_tells_that_the_prompts_were_at_fault() -> None:
+    model, healthy = tiny("llama"), healthy_prompts()[0]
+    async with running(Poisoned(model, raise_at_poison)) as engine:
+        for _ in range(4 * Breaker.GIVE_UP_AFTER):
+            await fail(engine, (7, POISON, 8), 1, ModelFailureError)
+            engine.check()
+        assert tokens_of(await answer(engine, healthy, OPTIONS)) == reference(model, healthy, OPTIONS)
+
+
+async def test_a_replica_works_again_before_it_is_given_up() -> None:
+    model, healthy, working = tiny("llama"), healthy_prompts()[0], []
+
+    def at_first(ids: torch.Tensor, output: Any) -> Any:
+        return output if working else raise_always(ids, output)
+
+    async with running(Poisoned(model, at_first)) as engine:
+        await fail(engine, healthy, Breaker.SUSPECT_AFTER, ModelFailureError)
+        await fail(engine, healthy, 1, UnavailableError)
+        working.append(True)
+        assert tokens_of(await answer(engine, healthy, OPTIONS)) == reference(model, healthy, OPTIONS)
+        engine.check()
+
+
+async def fail(engine: StepEngine, prompt: tuple[int, ...], times: int, error: type[ServeAppError]) -> None:
+    for _ in range(times):
+        with pytest.raises(error):
+            await asyncio.wait_for(answer(engine, prompt, OPTIONS), 60)
 
 
 def lose_device(*_: Any, **__: Any) -> Any:
@@ -115,7 +156,7 @@ async def test_a_lost_device_ends_the_replica_wherever_it_shows(place: str, monk
         if place == "choose":
             monkeypatch.setattr(Sampler, "choose", lose_device)
         elif place == "advance":
-            monkeypatch.setattr(BeamSearch, "advance", lose_device)
+            monkeypatch.setattr("serve_app.model.generation.engine.advance", lose_device)
         elif place == "whole answer":
             monkeypatch.setattr(engine._whole, "_generate", lose_device)
         else:

@@ -1,4 +1,5 @@
-# make serve     install what is missing and serve serve_config.yaml on 127.0.0.1:8000 (Ctrl-C stops everything)
+# make serve     install what is missing and serve serve_config.yaml on 127.0.0.1:8000 (Ctrl-C stops everything);
+#                make serve MODEL=<source> serves another model instead: a directory, or <org>/<name> on the Hub
 # make test      ruff, mypy and every test, in two lanes: make test TEST_ARGS="-k gate"
 # make fuzz      send 20,000 odd requests to a server of every task: make fuzz FUZZ_ARGS="--seed 7"
 # make examples  make a tiny model of every task and serve deploy/examples/all-tasks.yaml
@@ -11,6 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= serve_config.yaml
+MODEL ?=
 BENCH_ARGS ?=
 SOAK_SECONDS ?= 900
 SOAK_ARGS ?=
@@ -25,7 +27,12 @@ install = $(bin)/python -m pip install --constraint constraints.txt
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed-serve
+ifneq ($(MODEL),)
+	$(bin)/serve-app init --force --output $(VENV)/serve_config.yaml $(MODEL)
+	exec $(bin)/serve-app serve $(VENV)/serve_config.yaml
+else
 	exec $(bin)/serve-app serve $(CONFIG)
+endif
 
 examples: $(VENV)/.installed-serve
 	$(bin)/python deploy/examples/make_tiny_models.py

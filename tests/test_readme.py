@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from serve_app import errors
 from serve_app.cli.check import check_file
 from serve_app.ingress.statuses import STATUSES
+from tests.hub.models import write_tiny_bert
 from tests.live import ROOT, Live, models_of
 from tests.reference import MINILM, cosines, minilm_embeddings, minilm_folder
 
@@ -151,8 +152,18 @@ def test_the_commit_of_a_model_is_printed() -> None:
         hub.shutdown()
 
 
+def test_a_configuration_for_models_of_ones_own_is_written(tmp_path: Path) -> None:
+    made, init, served = blocks("example")["init"].text.splitlines()
+    assert (made.split()[:2], served.split()[:2]) == (["make", "serve"], ["serve-app", "serve"])
+    sources = [write_tiny_bert(tmp_path / "a"), write_tiny_bert(tmp_path / "b")]
+    for source in sources:
+        init = init.replace("<source>", f"{source} --task embedding" if source == sources[-1] else str(source), 1)
+    run(Block("example", "init", "sh", init.replace("mine.yaml", str(tmp_path / "mine.yaml"))))
+    assert [str(finding) for finding in check_file(tmp_path / "mine.yaml") if finding.is_error] == []
+
+
 def test_nothing_is_shown_that_is_not_run() -> None:
-    assert blocks("example").keys() == {*CHECKS, "pin"}
+    assert blocks("example").keys() == {*CHECKS, "pin", "init"}
     unmarked = [block for block in BLOCKS if block.kind is None]
     assert [block.text.split()[:2] for block in unmarked] == [["make", "serve"]]
 

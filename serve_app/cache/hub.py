@@ -54,6 +54,11 @@ class Hub:
             raw = self._call(Path(home), operation="list_files", repo_id=repo_id, revision=revision)
         return tuple(ModelFile(**file) for file in raw)
 
+    def commit_of(self, repo_id: str, revision: str) -> str:
+        """The commit, 40 hex digits, that a branch or tag points to now. Raises as `list_files`."""
+        with tempfile.TemporaryDirectory() as home:
+            return str(self._call(Path(home), operation="commit_of", repo_id=repo_id, revision=revision))
+
     def download(self, repo_id: str, revision: str, files: Sequence[ModelFile], into: Path) -> None:
         """Put `files` below `into`, unverified. Raises as `list_files`, and DiskFullError."""
         paths = [file.path for file in files]

@@ -49,6 +49,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def commit_of(repo_id: str, revision: str) -> str | None:
+    """The commit that a branch or tag points to."""
+    return HfApi().model_info(repo_id, revision=revision).sha
+
+
 def list_files(repo_id: str, revision: str) -> list[dict[str, Any]]:
     """Every file of the repository at that commit, with what the Hub knows of its content."""
     entries = HfApi().list_repo_tree(repo_id, revision=revision, recursive=True)
@@ -70,7 +75,11 @@ def download(repo_id: str, revision: str, paths: list[str], into: str) -> None:
     snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_dir=into)
 
 
-_OPERATIONS: dict[str, Callable[..., Any]] = {"list_files": list_files, "download": download}
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "commit_of": commit_of,
+    "list_files": list_files,
+    "download": download,
+}
 
 
 def explain(error: BaseException, repo_id: str, revision: str) -> CacheError:

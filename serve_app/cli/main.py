@@ -6,11 +6,14 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from serve_app.cli.home import settle_home
 from serve_app.errors import ServeAppError
 
 COMMANDS = {
+    "init": ("serve_app.cli.init", "write a serve_config.yaml for these models, that fits this machine or its GPUs"),
     "serve": ("serve_app.cli.serve", "check a serve_config.yaml, run it with `serve run`, and say when it is ready"),
     "check": ("serve_app.cli.check", "check a serve_config.yaml in seconds, without starting anything"),
     "deploy": ("serve_app.cli.deploy", "put an edited serve_config.yaml into force on a running server, and watch it"),
@@ -46,7 +49,15 @@ def _dispatch(arguments: list[str]) -> int:
         if name == chosen:
             importlib.import_module(module).add_arguments(subparser)
     args = parser.parse_args(arguments)
-    return int(importlib.import_module(COMMANDS[args.command][0]).run(args) or 0)
+    command = importlib.import_module(COMMANDS[args.command][0])
+    with ExitStack() as stack:
+        for name in ("config", "serve"):  # files that commands read
+            path = getattr(args, name, None)
+            if isinstance(path, Path):
+                from serve_app.cli.init import complete
+
+                setattr(args, name, stack.enter_context(complete(path)))
+        return int(command.run(args) or 0)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class LocalHub:
 
     def __init__(self, *, address: str = "127.0.0.1") -> None:
         self.repositories: dict[str, dict[str, Path]] = {}
+        self.branches: dict[tuple[str, str], str] = {}
         self.required_token: str | None = None
         self.seen: list[Seen] = []
         self.bytes_sent = 0
@@ -79,6 +80,10 @@ class LocalHub:
         revision = revision or hashlib.sha1(f"{repo}{folder}".encode()).hexdigest()
         self.repositories.setdefault(repo, {})[revision] = folder
         return revision
+
+    def point(self, branch: str, repo: str, revision: str) -> None:
+        """The branch of `repo` is that commit now."""
+        self.branches[repo, branch] = revision
 
     def fail(self, fault: Fault) -> None:
         with self._lock:
@@ -172,17 +177,21 @@ class _Answers(BaseHTTPRequestHandler):
             if match is None:
                 continue
             commits = self.hub.repositories.get(match["repo"])
+            revision = self._commit(match)
             if commits is None:
                 self._refuse(404, {"X-Error-Code": "RepoNotFound"})
-            elif match["revision"] not in commits:
+            elif revision not in commits:
                 self._refuse(404, {"X-Error-Code": "RevisionNotFound"})
             else:
-                answer(match, commits[match["revision"]], fault)
+                answer(match, commits[revision], fault)
             return
         self._refuse(404, {})
 
+    def _commit(self, match: re.Match[str]) -> str:
+        return self.hub.branches.get((match["repo"], match["revision"]), match["revision"])
+
     def _info(self, match: re.Match[str], folder: Path, fault: Fault | None) -> None:
-        self._json({"id": match["repo"], "sha": match["revision"], "siblings": []})
+        self._json({"id": match["repo"], "sha": self._commit(match), "siblings": []})
 
     def _tree(self, match: re.Match[str], folder: Path, fault: Fault | None) -> None:
         self._json([_entry(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()])

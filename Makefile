@@ -52,7 +52,7 @@ bench: $(VENV)/.installed-serve
 	$(bin)/serve-app bench --serve $(CONFIG) $(BENCH_ARGS)
 
 soak: $(VENV)/.installed-serve
-	$(bin)/serve-app bench --serve $(CONFIG) --soak $(SOAK_SECONDS) --texts 4096 $(SOAK_ARGS)
+	$(bin)/serve-app bench --serve $(CONFIG) --soak $(SOAK_SECONDS) --texts 24576 $(SOAK_ARGS)
 
 $(bin)/python:
 	$(PYTHON) -m venv $(VENV)

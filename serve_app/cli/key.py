@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import get_args
 
 from serve_app.errors import ConfigError
 from serve_app.ingress.keys import ROLES, Key, digest_of, new_key, read_keys
+from serve_app.types import Priority
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,12 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--role", action="append", choices=ROLES, help="what it may ask, may be repeated (inference)")
     parser.add_argument("--requests-per-minute", type=int, help="quota in each ingress replica")
     parser.add_argument("--tokens-per-minute", type=int, help="quota in each ingress replica")
+    parser.add_argument(
+        "--priority", choices=get_args(Priority), default="interactive", help="bulk: its requests let others go first"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     secret = new_key()
     roles = frozenset(args.role or ["inference"])
-    key = Key(args.name, digest_of(secret.encode()), roles, args.requests_per_minute, args.tokens_per_minute)
+    quotas = args.requests_per_minute, args.tokens_per_minute
+    key = Key(args.name, digest_of(secret.encode()), roles, *quotas, args.priority)
     try:
         read_keys(key.line, "key")
     except ConfigError as error:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from serve_app.errors import OverloadedError, bounded_wait_s
-from serve_app.types import Chat, ModelCard, TextInput, TokenizeRequest
+from serve_app.ingress.asked import room_for
+from serve_app.types import Chat, ModelCard, Priority, TextInput, TokenizeRequest
 
 MEMORY_S = 10.0
 """Seconds of work after which a measured speed counts for 1/e."""
@@ -43,15 +44,16 @@ class Backlog:
         return self._done / self._busy_s if self._busy_s > 0 else 0.0
 
     @contextmanager
-    def admitted(self, tokens: int) -> Iterator[None]:
+    def admitted(self, tokens: int, priority: Priority = "interactive") -> Iterator[None]:
         """The block is the request's time here; if it ends well, its tokens count as done.
 
         Raises OverloadedError if the request does not fit. One that never could fit is taken when there is no other.
         """
-        if self._tokens and self._tokens + tokens > self.max_tokens:
+        room = room_for(priority, self.max_tokens)
+        if self._tokens and self._tokens + tokens > room:
             raise OverloadedError(
                 f"{self._tokens} tokens wait for this model here, and with the {tokens} of this request they would be "
-                f"more than {self.max_tokens}; come back later",
+                f"more than {room}; come back later",
                 retry_after_s=self.wait_s(),
             )
         self._look()

@@ -145,7 +145,7 @@ class Coalescer:
         What a version took with it that is gone is for the caller, who knows how to begin with another.
         """
         if not item.losses:
-            async with self._gate.admitted(_characters(item.work.tokenize)) as item.group:
+            async with self._gate.admitted(_characters(item.work.tokenize), item.work.priority) as item.group:
                 outcome: Outcome = await self._share(item)
             if not is_lost(outcome):
                 return outcome

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from serve_app.config import MOST_QUESTIONS
 from serve_app.ingress.access import Account, Guard
 from serve_app.ingress.access_log import log_request
+from serve_app.ingress.asked import PRIORITY, TIMEOUT, asked_priority, asked_timeout_s, room_for
 from serve_app.ingress.counting import count
-from serve_app.ingress.deadlines import TIMEOUT, asked_timeout_s
 from serve_app.ingress.keys import Role
 from serve_app.ingress.places import Places
 from serve_app.ingress.reach import check_host
@@ -82,10 +82,15 @@ class Door:
             self._admit_inference(visit)
 
     def _admit_inference(self, visit: Visit) -> None:
-        """With its own deadline, and counted for its key."""
+        """With its own deadline and priority, and counted for its key."""
         if TIMEOUT in visit.headers:
             visit.timeout_s = asked_timeout_s(visit.headers[TIMEOUT], visit.timeout_s)
-        self._place(visit, self._requests, visit.settings.max_concurrent_requests, "requests are under way")
+        if PRIORITY in visit.headers:
+            visit.priority = asked_priority(visit.headers[PRIORITY])
+        if visit.account is not None and visit.account.key.priority == "bulk":
+            visit.priority = "bulk"
+        most = room_for(visit.priority, visit.settings.max_concurrent_requests)
+        self._place(visit, self._requests, most, "requests are under way")
         if visit.account is not None:
             visit.account.enter()
 

@@ -10,20 +10,29 @@ Half of the slots keep the replicas busy, the other half what they will compute 
 next requests come in one by one, some milliseconds apart. The first to come would take the free slot alone, and its
 call would cost as much as one with all of them, only to wait at a busy replica. So while half of the slots are taken,
 a group goes when it has an even share of what is outstanding, or after a fraction of the time that a batch takes.
+
+Bulk requests go when no others wait, and every fourth group is one of theirs while others do. Their groups are their
+own, since a group is answered as one, and they leave a slot to the others, who would else wait for the end of a batch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from serve_app.types import Priority
+
 HOLD_SHARE = 0.2
 """Of a batch's usual time, from being let go to its last answer: so long may a small group be held for more to come."""
 MOST_HOLD_S = 0.05
+BULK_EVERY = 4
+"""So many groups are let go until one is of bulk requests, while others wait all the time."""
+
 _SMOOTHING = 0.2
 """Weight of the newest batch in the usual time."""
 
@@ -39,8 +48,12 @@ class GateLimits:
 
 @dataclass(eq=False, slots=True)
 class Group:
-    """Requests that were let go together. It takes more until its batch starts, and ends with its last request."""
+    """Requests of one priority that were let go together.
 
+    It takes more until its batch starts, and ends with its last request.
+    """
+
+    priority: Priority = "interactive"
     requests: int = 0
     characters: int = 0
     unfinished: int = 0
@@ -51,53 +64,67 @@ class Group:
 @dataclass(eq=False, slots=True)
 class _Waiter:
     characters: int
+    priority: Priority
     since: float = field(default_factory=time.monotonic)
     admitted: asyncio.Future[Group] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
+class _Queue:
+    """What waits of one priority, and what is outstanding: waiting or let go, and not finished."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Waiter] = deque()
+        self.waiting_characters = 0
+        self.outstanding_characters = 0
+        self.groups = 0
+
+
 class Gate:
-    """First in, first out. All methods belong to one event loop."""
+    """First in, first out among requests of one priority. All methods belong to one event loop."""
 
     def __init__(self, limits: GateLimits) -> None:
         self._limits = limits
-        self._waiting: deque[_Waiter] = deque()
-        self._groups = 0
+        self._queues: dict[Priority, _Queue] = {"interactive": _Queue(), "bulk": _Queue()}
         self._forming: Group | None = None
-        self._outstanding_characters = 0
-        self._waiting_characters = 0
         self._usual_s = 0.0
         self._alarm: asyncio.TimerHandle | None = None
+        self._turns = itertools.count(1)
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return sum(len(queue.waiting) for queue in self._queues.values())
+
+    @property
+    def _groups(self) -> int:
+        return sum(queue.groups for queue in self._queues.values())
 
     def set_limits(self, limits: GateLimits) -> None:
         self._limits = limits
         self._release()
 
     @asynccontextmanager
-    async def admitted(self, characters: int) -> AsyncIterator[Group]:
+    async def admitted(self, characters: int, priority: Priority = "interactive") -> AsyncIterator[Group]:
         """Wait for a place; the block is the request's time in its batch. `characters` weighs it."""
-        self._outstanding_characters += characters
+        queue = self._queues[priority]
+        queue.outstanding_characters += characters
         try:
-            group = await self._enter(characters)
+            group = await self._enter(characters, priority)
         except BaseException:
-            self._outstanding_characters -= characters
+            queue.outstanding_characters -= characters
             raise
         try:
             yield group
         finally:
-            self._outstanding_characters -= characters
+            queue.outstanding_characters -= characters
             self._leave(group)
 
-    async def _enter(self, characters: int) -> Group:
-        if not self._waiting and (group := self._open_group(characters)) is not None:
+    async def _enter(self, characters: int, priority: Priority) -> Group:
+        if not self._goes_before(priority) and (group := self._open_group(characters, priority)) is not None:
             _join(group, characters)
             return group
-        waiter = _Waiter(characters)
-        self._waiting.append(waiter)
-        self._waiting_characters += characters
+        waiter, queue = _Waiter(characters, priority), self._queues[priority]
+        queue.waiting.append(waiter)
+        queue.waiting_characters += characters
         self._release()
         try:
             return await waiter.admitted
@@ -105,24 +132,39 @@ class Gate:
             self._give_up(waiter)
             raise
 
+    def _goes_before(self, priority: Priority) -> bool:
+        """Whether a request waits that goes before one of this priority."""
+        return bool(self._queues["interactive"].waiting or (priority == "bulk" and self._queues["bulk"].waiting))
+
     def _give_up(self, waiter: _Waiter) -> None:
         """The caller left: while it waited, or in the moment between being let go and going."""
+        queue = self._queues[waiter.priority]
         if waiter.admitted.done() and not waiter.admitted.cancelled():
             self._leave(waiter.admitted.result())
-        elif waiter in self._waiting:
-            self._waiting.remove(waiter)
-            self._waiting_characters -= waiter.characters
+        elif waiter in queue.waiting:
+            queue.waiting.remove(waiter)
+            queue.waiting_characters -= waiter.characters
 
-    def _open_group(self, characters: int) -> Group | None:
+    def _open_group(self, characters: int, priority: Priority) -> Group | None:
         """The group that is forming, if this request fits it; else a new one, if a slot is free."""
         forming = self._forming
         if forming is not None and not forming.sealed:
-            return forming if self._fits(forming, characters) else None
-        if self._groups >= self._limits.max_groups or (self._busy() and characters < self._share()):
+            return forming if forming.priority == priority and self._fits(forming, characters) else None
+        if not self._has_slot(priority) or (self._busy() and characters < self._share(priority)):
             return None
-        self._groups += 1
-        self._forming = Group()
-        return self._forming
+        return self._begin(priority)
+
+    def _begin(self, priority: Priority) -> Group:
+        self._queues[priority].groups += 1
+        self._forming = group = Group(priority)
+        return group
+
+    def _has_slot(self, priority: Priority) -> bool:
+        """Whether a slot is free for another group. One is left to interactive requests, if there are two."""
+        most = self._limits.max_groups
+        if priority == "bulk" and self._queues["bulk"].groups >= max(1, most - 1):
+            return False
+        return self._groups < most
 
     def _busy(self) -> bool:
         """Whether so many groups are under way that one more would only wait for a replica."""
@@ -133,17 +175,17 @@ class Gate:
         limits = self._limits
         return (
             group.requests < limits.max_requests
-            and group.characters < self._share()
+            and group.characters < self._share(group.priority)
             and group.characters + characters <= limits.max_characters
         )
 
-    def _share(self) -> int:
+    def _share(self, priority: Priority) -> int:
         """Characters for one group: an even part of all that is outstanding, so that replicas stay evenly loaded.
 
         The parts are one for each busy replica, and one that gathers meanwhile.
         """
         parts = min(self._limits.max_groups, -(-self._limits.max_groups // 2) + 1)
-        even = -(-self._outstanding_characters // parts)
+        even = -(-self._queues[priority].outstanding_characters // parts)
         return min(self._limits.max_characters, even)
 
     def seal(self, group: Group) -> None:
@@ -156,7 +198,7 @@ class Gate:
         group.unfinished -= 1
         if group.unfinished == 0:
             group.sealed = True
-            self._groups -= 1
+            self._queues[group.priority].groups -= 1
             self._usual_s += _SMOOTHING * (time.monotonic() - group.opened - self._usual_s)
             self._release()
 
@@ -164,21 +206,32 @@ class Gate:
         """Let waiters go into a free slot, oldest first, unless it is worth while to wait for more."""
         if self._forming is not None and not self._forming.sealed:
             return
-        while self._waiting and self._groups < self._limits.max_groups and not self._holds_on():
-            self._groups += 1
-            self._forming = group = Group()
+        while (priority := self._next()) is not None:
+            group = self._begin(priority)
             self._admit(group)
             if group.unfinished:
                 return
             group.sealed = True
-            self._groups -= 1
+            self._queues[priority].groups -= 1
 
-    def _holds_on(self) -> bool:
+    def _next(self) -> Priority | None:
+        """Whose group goes now, if one does."""
+        ready: list[Priority] = [
+            priority
+            for priority, queue in self._queues.items()
+            if queue.waiting and self._has_slot(priority) and not self._holds_on(priority)
+        ]
+        if len(ready) > 1 and next(self._turns) % BULK_EVERY == 0:
+            return "bulk"
+        return ready[0] if ready else None
+
+    def _holds_on(self, priority: Priority) -> bool:
         """Whether what waits is too little for a call of its own as yet; then it will be looked at again in time."""
-        enough = self._waiting_characters >= self._share() or len(self._waiting) >= self._limits.max_requests
+        queue, limits = self._queues[priority], self._limits
+        enough = queue.waiting_characters >= self._share(priority) or len(queue.waiting) >= limits.max_requests
         if enough or not self._busy():
             return False
-        left_s = self._waiting[0].since + min(HOLD_SHARE * self._usual_s, MOST_HOLD_S) - time.monotonic()
+        left_s = queue.waiting[0].since + min(HOLD_SHARE * self._usual_s, MOST_HOLD_S) - time.monotonic()
         if left_s <= 0:
             return False
         if self._alarm is None:
@@ -190,9 +243,10 @@ class Gate:
         self._release()
 
     def _admit(self, group: Group) -> None:
-        while self._waiting and (not group.requests or self._fits(group, self._waiting[0].characters)):
-            waiter = self._waiting.popleft()
-            self._waiting_characters -= waiter.characters
+        queue = self._queues[group.priority]
+        while queue.waiting and (not group.requests or self._fits(group, queue.waiting[0].characters)):
+            waiter = queue.waiting.popleft()
+            queue.waiting_characters -= waiter.characters
             if not waiter.admitted.done():
                 _join(group, waiter.characters)
                 waiter.admitted.set_result(group)

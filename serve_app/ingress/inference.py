@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from serve_app.errors import MalformedRequestError, ModelNotFoundError, UnavailableError
+from serve_app.ingress.asked import TIMEOUT
 from serve_app.ingress.body import parse_body, read_body
-from serve_app.ingress.deadlines import TIMEOUT
 from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.exchange import Exchange, Header, Reply, while_connected
 from serve_app.ingress.limits import check_limits, check_stream
@@ -74,7 +74,7 @@ async def measured(visit: Visit, request: Request, wait: Wait) -> tuple[Answer, 
     characters = check_limits(request, visit.settings)
     await reserve(visit, request)
     timeout_s = visit.time_left_s
-    visit.answer = computed = await wait(visit.service.answer(in_time(visit, request)), timeout_s)
+    visit.answer = computed = await wait(visit.service.answer(as_asked(visit, request)), timeout_s)
     compute_type = visit.service.compute_type(request.model)
     total_s = time.perf_counter() - visit.started
     return computed, cost_headers(compute_type, characters, computed, total_s)
@@ -93,7 +93,7 @@ async def stream(
     compute_type = exchange.service.compute_type(request.model)
     headers = ((b"x-compute-type", compute_type.encode()), (b"x-compute-characters", b"%d" % characters))
     await reserve(exchange, request)
-    timed = in_time(exchange, request)
+    timed = as_asked(exchange, request)
     return await stream_reply(exchange, timed, dialect, lambda pieces: write(body, request, pieces), headers)
 
 
@@ -112,9 +112,12 @@ async def reserve(visit: Visit, request: Request) -> None:
         visit.reserve(await visit.service.estimate(request))
 
 
-def in_time(visit: Visit, request: Request) -> Request:
-    """`request`, told how much time the client has left for it; unchanged where the client asked for none."""
-    return replace(request, timeout_s=visit.time_left_s) if TIMEOUT in visit.headers else request
+def as_asked(visit: Visit, request: Request) -> Request:
+    """`request` with its priority, and told how much time the client has left for it, where the client asked."""
+    timeout_s = visit.time_left_s if TIMEOUT in visit.headers else request.timeout_s
+    if timeout_s == request.timeout_s and visit.priority == request.priority:
+        return request
+    return replace(request, timeout_s=timeout_s, priority=visit.priority)
 
 
 def choose_model(exchange: Exchange, asked: str | None) -> str:

@@ -3,6 +3,9 @@
 One key a line; `#` starts a comment:
 
     <name> sha256:<64 hex digits> [roles=inference,metrics,admin] [requests_per_minute=600] [tokens_per_minute=100000]
+        [priority=bulk]
+
+With `priority=bulk` every request of the key waits while interactive ones are there.
 
 Keys are made here, with 256 random bits, so a plain SHA-256 of one tells nothing about it.
 """
@@ -23,6 +26,7 @@ from typing import Literal, TypeAlias, cast, get_args
 
 from serve_app.config import ApiKeysConfig
 from serve_app.errors import ConfigError
+from serve_app.types import Priority
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +51,15 @@ class Key:
     roles: frozenset[Role] = frozenset({"inference"})
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    priority: Priority = "interactive"
 
     @property
     def line(self) -> str:
         """As it stands in the file."""
         parts = [self.name, f"sha256:{self.digest.hex()}", f"roles={','.join(sorted(self.roles))}"]
         parts += [f"{quota}={value}" for quota in _QUOTAS if (value := getattr(self, quota)) is not None]
+        if self.priority != "interactive":
+            parts.append(f"priority={self.priority}")
         return " ".join(parts)
 
 
@@ -94,14 +101,17 @@ def _read_key(words: list[str]) -> Key:
     options = [word.partition("=") for word in rest[1:]]
     roles: frozenset[Role] = frozenset({"inference"})
     quotas: dict[str, int] = {}
+    priority: Priority = "interactive"
     for option, _, value in options:
         if option == "roles":
             roles = _read_roles(value)
         elif option in _QUOTAS:
             quotas[option] = _read_quota(option, value)
+        elif option == "priority":
+            priority = _read_priority(value)
         else:
-            raise ValueError(f"options are roles, {' and '.join(_QUOTAS)}, written as option=value")
-    return Key(name, bytes.fromhex(found[1]), roles, quotas.get(_QUOTAS[0]), quotas.get(_QUOTAS[1]))
+            raise ValueError(f"options are roles, {', '.join(_QUOTAS)} and priority, written as option=value")
+    return Key(name, bytes.fromhex(found[1]), roles, quotas.get(_QUOTAS[0]), quotas.get(_QUOTAS[1]), priority)
 
 
 def _read_roles(value: str) -> frozenset[Role]:
@@ -109,6 +119,12 @@ def _read_roles(value: str) -> frozenset[Role]:
     if not set(roles) <= set(ROLES):
         raise ValueError(f"roles are {', '.join(ROLES)}")
     return frozenset(cast("list[Role]", roles))
+
+
+def _read_priority(value: str) -> Priority:
+    if value not in get_args(Priority):
+        raise ValueError(f"priority is {' or '.join(get_args(Priority))}")
+    return cast("Priority", value)
 
 
 def _read_quota(option: str, value: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import TypeAdapter
 
 from serve_app import __version__
-from serve_app.ingress.deadlines import TIMEOUT
+from serve_app.ingress.asked import TIMEOUT
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.routes import Route
 

@@ -318,7 +318,7 @@ class ServedModel:
         task = TASKS[request.task]
         vocabulary = await self._vocabulary(known) if task.needs_vocabulary else None
         work = await self._work(task, request, card, known.version, vocabulary)
-        with self._backlog.admitted(tokens_in(work.tokenize, card)), request.usage.computing():
+        with self._backlog.admitted(tokens_in(work.tokenize, card), request.priority), request.usage.computing():
             computed = await self._coalescer.compute(work, deadline - time.monotonic(), losses)
         request.usage.tokens += computed.tokens
         output = await self._output(task, request, card, computed.features, vocabulary)
@@ -349,7 +349,7 @@ class ServedModel:
     ) -> Answer:
         check_generated(request, card, self._settings.max_answer_bytes)
         echoes = await self._echoes(request, known)
-        with self._backlog.admitted(_tokens_to_generate(request, card)), request.usage.computing():
+        with self._backlog.admitted(_tokens_to_generate(request, card), request.priority), request.usage.computing():
             left_s = deadline - time.monotonic()
             return await self._generating.answer(request, card, known.version.fingerprint, left_s, echoes, losses)
 
@@ -364,7 +364,7 @@ class ServedModel:
         echoes = await self._echoes(request, known)
         left_s, fingerprint = deadline - time.monotonic(), known.version.fingerprint
         answer = self._generating.stream(request, card, fingerprint, left_s, echoes[0] if echoes else "", losses)
-        with self._backlog.admitted(_tokens_to_generate(request, card)), request.usage.computing():
+        with self._backlog.admitted(_tokens_to_generate(request, card), request.priority), request.usage.computing():
             async with aclosing(answer) as pieces:
                 async for piece in pieces:
                     request.usage.is_uncertain = not request.usage.tokens  # each token is counted as it comes

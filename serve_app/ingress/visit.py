@@ -12,7 +12,7 @@ from serve_app.errors import DeadlineExceededError, ServeAppError, ServerError
 from serve_app.ingress.access import Account
 from serve_app.ingress.places import Places
 from serve_app.ingress.service import Service
-from serve_app.types import Answer, Request, Usage
+from serve_app.types import Answer, Priority, Request, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class Visit:
     settings: IngressSettings
     timeout_s: float = 0.0
     """Seconds that the request may take from its arrival on: the client's own, never more than the server's."""
+    priority: Priority = "interactive"
     account: Account | None = None
     """Of the API key, where keys are on."""
     usage: Usage = field(default_factory=Usage)

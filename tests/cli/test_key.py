@@ -7,10 +7,12 @@ from serve_app.ingress.keys import digest_of, read_keys
 
 
 def test_a_new_key_is_printed_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["key", "new", "alice", "--role", "metrics", "--role", "admin", "--requests-per-minute", "600"]) == 0
+    quotas = ["--requests-per-minute", "600", "--priority", "bulk"]
+    assert main(["key", "new", "alice", "--role", "metrics", "--role", "admin", *quotas]) == 0
     _, secret, _, _, line = capsys.readouterr().out.splitlines()
     (key,) = read_keys(line, "list")
     assert (key.name, key.roles, key.requests_per_minute) == ("alice", {"admin", "metrics"}, 600)
+    assert key.priority == "bulk"
     assert key.digest == digest_of(secret.encode())
 
 

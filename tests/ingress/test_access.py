@@ -151,6 +151,15 @@ async def test_requests_beyond_the_quota_are_429_until_time_has_passed(service: 
     assert [await guarded.status() for _ in range(2)] == [200, 429]
 
 
+async def test_requests_of_a_bulk_key_let_others_go_first_whatever_they_ask(
+    service: FakeService, tmp_path: Path
+) -> None:
+    guarded = Guarded(service, tmp_path / "keys", line("alice", SECRET, "priority=bulk"), line("bob", "b"))
+    for headers in (ALICE, {**ALICE, "x-priority": "interactive"}, {"x-api-key": "b"}):
+        assert await guarded.status(headers=headers) == 200
+    assert [request.priority for request in service.requests] == ["bulk", "bulk", "interactive"]
+
+
 async def test_tokens_are_counted_when_they_are_known_and_debts_are_paid_first(
     service: FakeService, tmp_path: Path
 ) -> None:

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from serve_app.ingress.gate import MOST_HOLD_S, Gate, GateLimits, Group
+from serve_app.ingress.gate import BULK_EVERY, MOST_HOLD_S, Gate, GateLimits, Group
+from serve_app.types import Priority
 
 WIDE = GateLimits(max_groups=2, max_requests=100, max_characters=10_000)
 
@@ -15,16 +16,18 @@ class Batches:
     def __init__(self, limits: GateLimits) -> None:
         self.gate = Gate(limits)
         self.groups: list[Group] = []
+        self.let_go: list[tuple[Group, Priority]] = []
         self._done: dict[int, asyncio.Event] = {}
         self.tasks: list[asyncio.Task[None]] = []
 
-    def send(self, characters: int = 10) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(self._hold(characters))
+    def send(self, characters: int = 10, priority: Priority = "interactive") -> asyncio.Task[None]:
+        task = asyncio.ensure_future(self._hold(characters, priority))
         self.tasks.append(task)
         return task
 
-    async def _hold(self, characters: int) -> None:
-        async with self.gate.admitted(characters) as group:
+    async def _hold(self, characters: int, priority: Priority) -> None:
+        async with self.gate.admitted(characters, priority) as group:
+            self.let_go.append((group, priority))
             if group not in self.groups:
                 self.groups.append(group)
             await self._done.setdefault(id(group), asyncio.Event()).wait()
@@ -250,3 +253,57 @@ async def test_one_that_leaves_while_it_waits_for_others_weighs_nothing_any_more
     batches.send(30)
     await batches.settle()
     assert batches.gate.waiting == 1, "30 of 230 characters are no even share"
+
+
+FOUR = GateLimits(max_groups=4, max_requests=10, max_characters=10_000)
+
+
+async def sent_one_by_one(batches: Batches, count: int, priority: Priority) -> None:
+    for _ in range(count):
+        batches.send(priority=priority)
+        await batches.start()
+
+
+@pytest.mark.parametrize("batches", [FOUR], indirect=True)
+async def test_an_interactive_request_goes_at_once_however_many_bulk_ones_there_are(batches: Batches):
+    await sent_one_by_one(batches, 20, "bulk")
+    bulk = len(batches.groups)
+    assert bulk == FOUR.max_groups - 1
+    batches.send(priority="interactive")
+    await batches.start()
+    assert [group.priority for group in batches.groups[bulk:]] == ["interactive"]
+
+
+@pytest.mark.parametrize("batches", [FOUR], indirect=True)
+async def test_a_group_has_requests_of_one_priority(batches: Batches):
+    for _ in range(3):
+        batches.send(priority="bulk")
+        batches.send(priority="interactive")
+    while not all(task.done() for task in batches.tasks):
+        await batches.start()
+        await batches.finish(batches.groups[-1])
+    kinds = [(group.priority, priority) for group, priority in batches.let_go]
+    assert sorted(kinds) == 3 * [("bulk", "bulk")] + 3 * [("interactive", "interactive")]
+
+
+@pytest.mark.parametrize("batches", [GateLimits(max_groups=1, max_requests=1, max_characters=100)], indirect=True)
+async def test_interactive_requests_go_first_and_bulk_ones_are_not_starved(batches: Batches):
+    batches.send()
+    await batches.start()
+    for _ in range(2 * BULK_EVERY):
+        batches.send(priority="bulk")
+        batches.send(priority="interactive")
+    for _ in range(4 * BULK_EVERY):
+        await batches.finish(batches.groups[-1])
+        await batches.start()
+    gone = [group.priority for group in batches.groups[1:]]
+    assert gone[: 2 * BULK_EVERY] == 2 * (["interactive"] * (BULK_EVERY - 1) + ["bulk"])
+    assert (gone.count("interactive"), gone.count("bulk")) == (2 * BULK_EVERY, 2 * BULK_EVERY)
+
+
+@pytest.mark.parametrize("batches", [GateLimits(max_groups=1, max_requests=1, max_characters=100)], indirect=True)
+async def test_bulk_requests_alone_have_every_slot_they_need(batches: Batches):
+    await sent_one_by_one(batches, 2, "bulk")
+    assert len(batches.groups) == 1
+    await batches.finish(batches.groups[0])
+    assert len(batches.groups) == 2

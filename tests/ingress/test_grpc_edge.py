@@ -106,6 +106,15 @@ async def test_a_clients_own_deadline_holds(service: FakeService) -> None:
     assert context.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_a_clients_priority_is_told(service: FakeService) -> None:
+    context = Context(**{"x-priority": "bulk"})
+    await infer(service, context)
+    assert (context.code, service.requests[-1].priority) == (grpc.StatusCode.OK, "bulk")
+    context = Context(**{"x-priority": "high"})
+    await infer(service, context)
+    assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
 @pytest.fixture
 def guard(tmp_path: Path) -> Guard:
     (tmp_path / "keys").write_text(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from serve_app.config import ApiKeysConfig, IngressConfig, parse
 from serve_app.errors import ConfigError
 from serve_app.ingress.keys import LOOK_AGAIN_S, Key, KeyRing, digest_of, new_key, presented_keys, read_keys
+from serve_app.types import Priority
 
 HEX = "a" * 64
 
@@ -38,8 +40,9 @@ def test_a_list_has_a_key_a_line_comments_and_empty_lines() -> None:
 
 @pytest.mark.parametrize("roles", [{"inference"}, {"admin", "metrics"}])
 def test_a_key_is_read_as_it_was_written(roles: set[str]) -> None:
-    key = Key("alice", digest_of(b"x"), frozenset(roles), 600, None)  # type: ignore[arg-type]
-    assert read_keys(key.line, "list") == (key,)
+    for priority in get_args(Priority):
+        key = Key("alice", digest_of(b"x"), frozenset(roles), 600, None, priority)  # type: ignore[arg-type]
+        assert read_keys(key.line, "list") == (key,)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,7 @@ def test_a_key_is_read_as_it_was_written(roles: set[str]) -> None:
         (f"a sha256:{HEX} roles=", "line 1: roles are"),
         (f"a sha256:{HEX} requests_per_minute=0", "line 1: requests_per_minute is"),
         (f"a sha256:{HEX} tokens_per_minute=1e5", "line 1: tokens_per_minute is"),
+        (f"a sha256:{HEX} priority=secret", "line 1: priority is interactive or bulk"),
         (f"a sha256:{HEX} my-secret-key", "line 1: options are"),
     ],
 )

@@ -53,6 +53,9 @@ IDLE_AFTER_S = 1.0
 LOGITS_AT_ONCE = 1 << 22
 """Of rows of beams that are looked through together, which takes some 12 bytes of memory each."""
 
+BULK_EVERY = 4
+"""So many answers are begun until one is of a bulk request, while others wait all the time."""
+
 BEAMS_BY_STEPS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
@@ -131,6 +134,7 @@ class StepEngine:
         self._by_steps = by_steps
         self.limits = limits
         self._waiting: dict[str, deque[Answering]] = {"interactive": deque(), "bulk": deque()}
+        self._admitted = 0
         self._filling: deque[Sequence] = deque()
         self._sequences: list[Sequence] = []
         self._owners: list[Sequence] = []
@@ -350,6 +354,7 @@ class StepEngine:
         while (answering := self._next()) is not None:
             with self._changed:
                 self._waiting[answering.job.priority].popleft()
+            self._admitted += 1
             try:
                 self._make_way(answering)
                 if answering.by_steps:
@@ -363,9 +368,12 @@ class StepEngine:
                 self._suspect(error)
 
     def _next(self) -> Answering | None:
-        """The oldest that waits, if there is room for it."""
+        """The oldest that waits, if there is room for it; of bulk answers one in four, while others wait."""
         with self._changed:
-            first = next((queue[0] for queue in self._waiting.values() if queue), None)
+            interactive, bulk = self._waiting["interactive"], self._waiting["bulk"]
+            is_turn_of_bulk = bulk and (not interactive or self._admitted % BULK_EVERY == BULK_EVERY - 1)
+            queue = bulk if is_turn_of_bulk else interactive
+            first = queue[0] if queue else None
         if first is None or self.active + self._whole.active >= self.limits.max_sequences:
             return None
         if not first.by_steps and self._whole.active >= MOST_AT_ONCE:

@@ -28,7 +28,7 @@ from serve_app.errors import (
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.exchange import Header
-from serve_app.ingress.inference import attach, in_time, measured, reserve
+from serve_app.ingress.inference import as_asked, attach, measured, reserve
 from serve_app.ingress.limits import check_stream
 from serve_app.ingress.places import Places
 from serve_app.ingress.protocols.open_inference import messages
@@ -205,7 +205,7 @@ class OpenInference:
     async def _pieces(self, visit: Visit, request: Request) -> AsyncGenerator[Sequence[OutputTensor], None]:
         """`finish_reason` is empty but in the last piece."""
         await _within(reserve(visit, request), visit.time_left_s)
-        pieces: Any = self._service.stream(in_time(visit, request))
+        pieces: Any = self._service.stream(as_asked(visit, request))
         async with aclosing(pieces):
             while (piece := await _within(anext(pieces, None), visit.time_left_s)) is not None:
                 visit.truncated += piece.truncated

@@ -1,4 +1,4 @@
-"""A client may give its request less time than the server would, and never more."""
+"""A client may give its request less time than the server would, and never more, and let others go first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serve_app.errors import MalformedRequestError
-from serve_app.ingress.deadlines import asked_timeout_s
+from serve_app.ingress.asked import asked_priority, asked_timeout_s, room_for
 from tests.ingress.edge import FakeService, client_of, edge_app, served
 from tests.ingress.test_body import Connection
 
@@ -68,3 +68,33 @@ async def test_the_bodys_way_here_counts(service: FakeService) -> None:
         response = await connection.response()
     assert response.status == 504
     assert json.loads(response.body)["code"] == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("value", [b"", b"high", b"Bulk", b"bulk ", b"\xff"])
+def test_any_other_priority_is_refused_without_repeating_it(value: bytes) -> None:
+    with pytest.raises(MalformedRequestError, match=r"x-priority must be interactive or bulk$"):
+        asked_priority(value)
+
+
+async def test_the_service_is_told_the_priority(service: FakeService) -> None:
+    async with client_of(service) as client:
+        await client.post("/embed", json=GOOD)
+        await client.post("/embed", json=GOOD, headers={"x-priority": "bulk"})
+        await client.post("/embed", json=GOOD, headers={"x-priority": "interactive"})
+    assert [request.priority for request in service.requests] == ["interactive", "bulk", "interactive"]
+
+
+async def test_bulk_requests_leave_places_to_interactive_ones(service: FakeService) -> None:
+    assert (room_for("interactive", 8), room_for("bulk", 8), room_for("bulk", 1)) == (8, 6, 1)
+    service.go.clear()
+    async with client_of(service, max_concurrent_requests=8) as client:
+        bulk = [
+            asyncio.ensure_future(client.post("/embed", json=GOOD, headers={"x-priority": "bulk"})) for _ in range(8)
+        ]
+        done, _ = await asyncio.wait(bulk, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+        while len(done) < 2:
+            done, _ = await asyncio.wait(bulk, timeout=0.1)
+        others = [asyncio.ensure_future(client.post("/embed", json=GOOD)) for _ in range(2)]
+        service.go.set()
+        assert [one.status_code for one in await asyncio.gather(*others)] == [200, 200]
+        assert sorted(one.status_code for one in await asyncio.gather(*bulk)) == [200] * 6 + [429] * 2

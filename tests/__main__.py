@@ -1,7 +1,7 @@
 """Every test, in two lanes side by side: `python -m tests [pytest's options]`.
 
 Tests with a cluster wait more than they compute, so the others run beside them, and there is one cluster at a time.
-What the cluster's lane says is shown when both have ended. Every process computes with one thread, unless
+What the cluster's lane says is shown when both have ended, and of each lane its twenty slowest tests. Every process computes with one thread, unless
 OMP_NUM_THREADS says otherwise: with one for each core, each waits for cores that the other lane has.
 """
 
@@ -18,7 +18,8 @@ NO_TESTS = 5
 
 
 def start(lane: str, options: list[str], output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "pytest", "-m", lane, *options], stdout=output, stderr=output)
+    command = [sys.executable, "-m", "pytest", "-m", lane, "--durations=20", "--durations-min=1", *options]
+    return subprocess.Popen(command, stdout=output, stderr=output)
 
 
 def main(options: list[str]) -> int:

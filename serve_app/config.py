@@ -409,9 +409,9 @@ class IngressSettings(_Frozen):
     )
     any_model_name: bool = Field(
         True,
-        description="While one model is served: it answers a request whose body names a model that is not known here, "
-        "as Text Embeddings Inference and Text Generation Inference do. `false`: 404. Names in paths must always be "
-        "right, and with several models those in bodies too.",
+        description="Where the path names the model, or only one is served: it answers a request whose body names a "
+        "model that is not known here, as Text Embeddings Inference and Text Generation Inference do. `false`: 404. "
+        "Names in paths must always be right.",
     )
     allowed_hosts: tuple[HostName, ...] = Field(
         (),

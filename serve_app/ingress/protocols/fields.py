@@ -40,8 +40,9 @@ class InferenceBody(Body, ABC):
 
     model: str | None = Field(
         None,
-        description="Name of the model, or one of its aliases. May be left out where the path names it; where only one "
-        "is served any name will do, unless the server is configured otherwise (`any_model_name`).",
+        description="Name of the model, or one of its aliases. May be left out where the path names it, where only one "
+        "is served, and where only one answers the task. In the first two cases any name that is not another served "
+        "model's will do, unless the server is configured otherwise (`any_model_name`).",
     )
 
     @property

@@ -230,11 +230,6 @@ SIMILARITY_SCHEMA: dict[str, Any] = {
 }
 
 Texts = Annotated[tuple[str, ...], PlainValidator(read_texts), WithJsonSchema(TEXTS_SCHEMA)]
-AnyTexts = Annotated[
-    tuple[str, ...],
-    PlainValidator(read_any_texts),
-    WithJsonSchema(items_schema({"type": "string"})),
-]
 Inputs = Annotated[tuple[TextInput, ...], PlainValidator(read_inputs), WithJsonSchema(INPUTS_SCHEMA)]
 Similarity = Annotated[SimilarityInputs, PlainValidator(read_similarity), WithJsonSchema(SIMILARITY_SCHEMA)]
 InputsOrSimilarity = Annotated[

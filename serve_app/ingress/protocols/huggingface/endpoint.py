@@ -41,7 +41,7 @@ from serve_app.ingress.protocols.huggingface.spans import (
     SpanBody,
     TokenClassificationBody,
 )
-from serve_app.ingress.protocols.ranks import Rank
+from serve_app.ingress.protocols.ranks import Rank, RerankList
 from serve_app.ingress.protocols.sparse import SparseEntry
 from serve_app.ingress.routes import COMPUTE_FAILURES, Route
 from serve_app.ingress.streaming import Events
@@ -87,6 +87,7 @@ AnyAnswer: TypeAlias = (
     | PipelineLabelsBody
     | list[PipelineLabelsBody]
     | list[Rank]
+    | RerankList
     | list[list[EntityBody]]
     | list[EntityBody]
     | list[list[list[FillBody]]]

@@ -131,7 +131,7 @@ class RerankList(BaseModel):
 
 
 def write_ranks(body: RankFields, request: Request, answer: Answer) -> bytes:
-    """`[{index, score, text?}]` of `texts`, best first, equal ones in their order; of `documents` as `write_results`."""
+    """`[{index, score, text?}]` of `texts`, best first, equal ones in order; of `documents` as `write_results`."""
     if body.texts is None:
         return write_results(body, request, answer)
     ranks: list[dict[str, Any]] = [{"index": index, "score": score} for index, score in _best(body, answer)]

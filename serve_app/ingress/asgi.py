@@ -76,6 +76,7 @@ class App:
             service=self._service,
             settings=settings,
             timeout_s=settings.request_timeout_s,
+            bodies=self._door.bodies,
             scope=scope,
             receive=receive,
         )

@@ -365,7 +365,16 @@ class IngressSettings(_Frozen):
         description="Seconds until an unanswered request gets 504, its body's arrival included; also the most that a "
         "client may ask for with the header `x-request-timeout-ms`.",
     )
-    max_body_bytes: PositiveInt = Field(2_000_000, description="Largest request body; beyond it 413 while reading.")
+    max_body_bytes: PositiveInt = Field(
+        10_000_000,
+        description="Largest request body; beyond it 413 while reading. The default holds 2,048 texts "
+        "(`max_client_batch_size`) of 4,000 characters, as splitters of texts cut them, if most are of ASCII.",
+    )
+    max_bodies_bytes: PositiveInt = Field(
+        2_000_000_000,
+        description="Bytes of the bodies of all requests that one ingress replica has at a time, which is what their "
+        "texts take of its memory; beyond it 429. At least `max_body_bytes`.",
+    )
     body_timeout_s: PositiveFloat = Field(30.0, description="Seconds a client may take to send its body; then 408.")
     write_timeout_s: PositiveFloat = Field(
         30.0,
@@ -409,9 +418,9 @@ class IngressSettings(_Frozen):
     )
     any_model_name: bool = Field(
         True,
-        description="While one model is served: it answers a request whose body names a model that is not known here, "
-        "as Text Embeddings Inference and Text Generation Inference do. `false`: 404. Names in paths must always be "
-        "right, and with several models those in bodies too.",
+        description="Where the path names the model, or only one is served: it answers a request whose body names a "
+        "model that is not known here, as Text Embeddings Inference and Text Generation Inference do. `false`: 404. "
+        "Names in paths must always be right.",
     )
     allowed_hosts: tuple[HostName, ...] = Field(
         (),
@@ -435,6 +444,14 @@ class IngressSettings(_Frozen):
         description="Characters after which a coalesced batch is closed (about 4 to a token), so that one "
         "batch does not fill one model replica while another is idle.",
     )
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> IngressSettings:
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_bodies_bytes ({self.max_bodies_bytes}) is below max_body_bytes ({self.max_body_bytes}); raise it"
+            )
+        return self
 
     @property
     def needed_slots(self) -> int:

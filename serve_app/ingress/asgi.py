@@ -17,7 +17,7 @@ from serve_app.ingress.protocols import huggingface, open_inference, openai, tei
 from serve_app.ingress.refusals import dialect_of, error_reply
 from serve_app.ingress.routes import Route, RouteTable, route_path
 from serve_app.ingress.service import Service, SettingsRef
-from serve_app.ingress.writing import Writer, part, write_whole
+from serve_app.ingress.writing import Writer, part, unchunked, write_whole
 from serve_app.timeouts import within
 
 _LINGER_S = 2.0
@@ -65,7 +65,7 @@ class App:
         exchange = self._exchange(scope, receive)
         with contextlib.suppress(ClientDisconnectedError), self._door.visited(exchange):
             reply = await self._reply(exchange)
-            await self._answer(exchange, reply, Writer(exchange, send))
+            await self._answer(exchange, reply, Writer(exchange, unchunked(scope, send)))
 
     def _exchange(self, scope: Scope, receive: Receive) -> Exchange:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -76,6 +76,7 @@ class App:
             service=self._service,
             settings=settings,
             timeout_s=settings.request_timeout_s,
+            bodies=self._door.bodies,
             scope=scope,
             receive=receive,
         )

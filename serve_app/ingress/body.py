@@ -17,6 +17,9 @@ from serve_app.timeouts import within
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
+_LARGE_BYTES = 1_000_000
+"""Of a larger body the look at its nesting and its parsing are two turns of the event loop."""
+
 _JSON_HINTS = (
     ("hex escape", r"a \u escape is half of a surrogate pair or cut short; send whole characters"),
     ("unicode code point", "it is not valid UTF-8"),
@@ -30,12 +33,12 @@ async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
     """The whole body; `media` is a content type that it may have beside JSON's, and then it is not looked into.
 
     Raises UnsupportedMediaError, BodyTooLargeError (before reading where Content-Length tells, else as soon as the
-    limit is passed), BodyTimeoutError, DeadlineExceededError, MalformedRequestError (nested too deeply, or too many
-    parts) or ClientDisconnectedError.
+    limit is passed), OverloadedError (too many bytes of bodies are under way), BodyTimeoutError, DeadlineExceededError,
+    MalformedRequestError (nested too deeply, or too many parts) or ClientDisconnectedError.
     """
     _check_media(exchange, media)
     settings = exchange.settings
-    _check_declared_length(exchange.headers.get(b"content-length"), settings.max_body_bytes)
+    exchange.hold(_declared_length(exchange.headers.get(b"content-length"), settings.max_body_bytes))
     try:
         timeout_s = min(settings.body_timeout_s, exchange.time_left_s)
         raw = await within(_collect(exchange, settings.max_body_bytes), timeout_s)
@@ -47,6 +50,8 @@ async def read_body(exchange: Exchange, media: bytes | None = None) -> bytes:
         ) from None
     if media is None:
         check_nesting(raw, settings)
+        if len(raw) > _LARGE_BYTES:
+            await asyncio.sleep(0)
     return raw
 
 
@@ -61,6 +66,7 @@ async def _collect(exchange: Exchange, limit: int) -> bytes:
         size += len(chunk)
         if size > limit:
             raise _too_large(limit)
+        exchange.hold(size)
         chunks.append(chunk)
         if not message.get("more_body", False):
             exchange.body_read = True
@@ -85,9 +91,12 @@ def _is_json(media: bytes) -> bool:
     )
 
 
-def _check_declared_length(declared: bytes | None, limit: int) -> None:
-    if declared is not None and declared.isdigit() and int(declared[:20]) > limit:
+def _declared_length(declared: bytes | None, limit: int) -> int:
+    """0 where it is not told. Raises BodyTooLargeError."""
+    length = int(declared[:20]) if declared is not None and declared.isdigit() else 0
+    if length > limit:
         raise _too_large(limit)
+    return length
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from serve_app.config import IngressSettings
 from serve_app.errors import MalformedRequestError
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-"""Also one that does not end, so that the search never goes back: it takes a time that is linear in the body."""
-
 _PARTS_OF_AN_INPUT = 4
 _FURTHER_PARTS = 2**15
 
 _BRACKETS = b"[]{}"
-_NOT_BRACKETS = bytes(set(range(256)) - set(_BRACKETS))
+_IS_BRACKET = np.isin(np.arange(256), np.frombuffer(_BRACKETS, np.uint8))
 _STEPS = bytes.maketrans(_BRACKETS, b"\x01\xff\x01\xff")
 """Up and down, as int8."""
 
@@ -50,8 +45,15 @@ def depth_of(raw: bytes) -> int:
 
 
 def _brackets(raw: bytes) -> bytes:
-    """Those outside of strings."""
-    return _STRING.sub(b"", raw).translate(None, _NOT_BRACKETS)
+    """Those outside of strings.
+
+    A backslash outside of a string is no JSON, and ends the parser's work, whatever is made of it here.
+    """
+    if b"\\" in raw:
+        raw = raw.replace(rb"\\", b"").replace(rb"\"", b"")
+    codes = np.frombuffer(raw, np.uint8)
+    is_in_string = np.bitwise_xor.accumulate(codes == ord('"'))
+    return codes[_IS_BRACKET[codes] & ~is_in_string].tobytes()
 
 
 def _depth(brackets: bytes) -> int:

@@ -41,6 +41,7 @@ class Door:
         self.local_only = False
         """Whether HTTP is for this machine alone. Without keys, requests must then name it in `Host`."""
         self._metrics = metrics
+        self.bodies = Places()
         self._requests, self._questions = Places(), Places()
 
     @contextmanager
@@ -57,10 +58,13 @@ class Door:
                 log_request(visit)
 
     def leave(self, visit: Visit) -> None:
-        """Its place is free; it may be told before the end, of a request that does nothing any more."""
+        """Its places are free; it may be told before the end, of a request that does nothing any more."""
         if visit.place is not None:
             visit.place.leave(time.perf_counter() - visit.started)
             visit.place = None
+        if visit.held_bytes:
+            self.bodies.leave(time.perf_counter() - visit.started, visit.held_bytes)
+            visit.held_bytes = 0
 
     def account(self, headers: Mapping[bytes, bytes], role: Role | None) -> Account | None:
         """That of the key for `role`; None where no key is asked. Raises UnauthorizedError or ForbiddenError."""

@@ -8,17 +8,18 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from serve_app.errors import MalformedRequestError, ModelNotFoundError, UnavailableError
+from serve_app.errors import InvalidInputError, MalformedRequestError, ModelNotFoundError, UnavailableError
 from serve_app.ingress.asked import TIMEOUT
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.dialect import Dialect
 from serve_app.ingress.exchange import Exchange, Header, Reply, while_connected
 from serve_app.ingress.limits import check_limits, check_stream
 from serve_app.ingress.protocols.fields import InferenceBody
-from serve_app.ingress.service import served_name
+from serve_app.ingress.service import Service, served_name
 from serve_app.ingress.streaming import Events, stream_reply
 from serve_app.ingress.visit import Visit
 from serve_app.outputs import GeneratedPiece
+from serve_app.tasks.registry import ANSWERED_BY
 from serve_app.types import Answer, Request, Version
 
 BodyT = TypeVar("BodyT", bound=InferenceBody)
@@ -34,8 +35,7 @@ class Inference(Generic[BodyT]):
 
     async def __call__(self, exchange: Exchange) -> Reply:
         body = parse_body(self.body, await read_body(exchange), exchange.settings)
-        request = body.to_request(exchange.id, choose_model(exchange, body.model))
-        return await answer(exchange, body, request, self.write)
+        return await answer(exchange, body, await addressed(exchange, body), self.write)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,25 @@ class Streaming(Generic[BodyT]):
 
     async def __call__(self, exchange: Exchange) -> Reply:
         body = parse_body(self.body, await read_body(exchange), exchange.settings)
-        request = body.to_request(exchange.id, choose_model(exchange, body.model))
+        request = await addressed(exchange, body)
         if body.streams:
             return await stream(exchange, body, request, self.write_stream, self.dialect)
         return await answer(exchange, body, request, self.write)
+
+
+async def addressed(exchange: Exchange, body: InferenceBody) -> Request:
+    """`body` as a request to the model that the path names, or the body, or that alone answers its task.
+
+    Raises what `choose_model` and `_model_for` raise, what the body raises, and ClientDisconnectedError.
+    """
+    model, models = _named_model(exchange, body.model), exchange.service.models
+    if model is None and len(models) > 1:
+        request = body.to_request(exchange.id, "")
+        chosen = _model_for(request.task, exchange.service)
+        exchange.model = await while_connected(exchange.receive, chosen, exchange.time_left_s)
+        return replace(request, model=exchange.model)
+    exchange.model = model or _only_model(models)
+    return body.to_request(exchange.id, exchange.model)
 
 
 async def answer(
@@ -123,32 +138,31 @@ def as_asked(visit: Visit, request: Request) -> Request:
 def choose_model(exchange: Exchange, asked: str | None) -> str:
     """The model that the path names, or the body, or the only one, under the name it is served under.
 
-    Raises ModelNotFoundError if it is not served or the path and the body differ, MalformedRequestError if nothing
-    names one of several.
+    Raises ModelNotFoundError if it is not served or the path and the body name two that are, MalformedRequestError if
+    nothing names one of several.
     """
-    exchange.model = _chosen_model(exchange, asked)
+    exchange.model = _named_model(exchange, asked) or _only_model(exchange.service.models)
     return exchange.model
 
 
-def _chosen_model(exchange: Exchange, asked: str | None) -> str:
-    in_path = None if exchange.path_model is None else served_name(exchange.path_model, exchange.service)
-    in_body = None if asked is None else _named_in_body(exchange, asked)
-    chosen = in_path or in_body
-    if chosen is None:
-        return _only_model(exchange.service.models)
-    if in_body not in (None, chosen):
-        raise ModelNotFoundError(
-            f"this path is of model {chosen}, and `model` in the body names another; make them agree"
-        )
-    return chosen
+def _named_model(exchange: Exchange, asked: str | None) -> str | None:
+    """The model that the path names, or `asked`, which is the body's; None where neither names one.
 
-
-def _named_in_body(exchange: Exchange, asked: str) -> str:
-    """Raises ModelNotFoundError."""
+    Raises ModelNotFoundError.
+    """
     service = exchange.service
-    if len(service.models) == 1 and exchange.settings.any_model_name:
-        return service.models[0]
-    return served_name(asked, service)
+    in_path = None if exchange.path_model is None else served_name(exchange.path_model, service)
+    if asked is None:
+        return in_path
+    is_plain = in_path is not None or len(service.models) == 1
+    if is_plain and exchange.settings.any_model_name and service.aliases.get(asked, asked) not in service.models:
+        return in_path or service.models[0]
+    in_body = served_name(asked, service)
+    if in_path not in (None, in_body):
+        raise ModelNotFoundError(
+            f"this path is of model {in_path}, and `model` in the body names another that is served; make them agree"
+        )
+    return in_body
 
 
 def _only_model(models: Sequence[str]) -> str:
@@ -157,9 +171,31 @@ def _only_model(models: Sequence[str]) -> str:
         return models[0]
     if not models:
         raise UnavailableError("no model is deployed yet", retry_after_s=1.0)
-    raise MalformedRequestError(
-        f"several models are served: {', '.join(models)}. Name one in `model`, or post to /models/<name>/…"
-    )
+    raise _unnamed("several models are served", models)
+
+
+async def _model_for(task: str, service: Service) -> str:
+    """The only one of several models that is served for `task`, or else the only one that answers it.
+
+    Raises MalformedRequestError if several do, InvalidInputError if none does, UnavailableError while one of those
+    that have not started yet may be it.
+    """
+    started = [name for name in service.models if service.has_version(name)]
+    tasks = {name: (await service.card(name)).task for name in started}
+    able = [name for name in started if tasks[name] == task]
+    able = able or [name for name in started if task in ANSWERED_BY[tasks[name]]]
+    if len(able) == 1:
+        return able[0]
+    if able:
+        raise _unnamed("several models answer this", able)
+    if len(started) < len(service.models):
+        raise UnavailableError("no model that has started answers this, and not all have", retry_after_s=1.0)
+    told = ", ".join(f"{name} ({tasks[name]})" for name in started)
+    raise InvalidInputError(f"this asks for {task}, and no model here answers that; there is: {told}")
+
+
+def _unnamed(why: str, models: Sequence[str]) -> MalformedRequestError:
+    return MalformedRequestError(f"{why}: {', '.join(models)}. Name one in `model`, or post to /models/<name>/…")
 
 
 def cost_headers(compute_type: str, characters: int, answer: Answer, total_s: float) -> tuple[Header, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from serve_app.config import IngressSettings
 from serve_app.errors import BatchTooLargeError, InputTooLongError, InvalidInputError
 from serve_app.options import RerankOptions, ZeroShotOptions
@@ -41,7 +43,8 @@ def characters_of(value: TextInput) -> int:
     """Characters of a text, of both texts of a pair or of a conversation; a token id counts as one."""
     if isinstance(value, str | Chat):
         return len(value)
-    return sum(len(part) if isinstance(part, str) else 1 for part in value)
+    first = value[0]
+    return len(value) if isinstance(first, int) else len(first) + len(cast(str, value[1]))
 
 
 def _check_count(count: int, settings: IngressSettings, what: str) -> None:

@@ -1,4 +1,4 @@
-"""How many requests of one kind may be under way in an ingress replica at a time."""
+"""How many requests of one kind, or bytes of them, may be under way in an ingress replica at a time."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Places:
         self._taken = 0
         self._pace = Pace()
 
-    def take(self, most: int, what: str) -> None:
-        """Raises OverloadedError where `most` of them, which `what` names, are under way."""
-        if self._taken >= most:
-            wait_s = self._pace.wait_s(self._taken, most)
+    def take(self, most: int, what: str, places: int = 1) -> None:
+        """Raises OverloadedError where more than `most` of them, which `what` names, would be under way."""
+        if self._taken + places > most:
+            wait_s = self._pace.wait_s(max(self._taken, 1), most)
             raise OverloadedError(f"{most} {what} here; come back later", retry_after_s=wait_s)
-        self._taken += 1
+        self._taken += places
 
-    def leave(self, after_s: float) -> None:
-        """A place that was taken `after_s` seconds ago is free."""
-        self._taken -= 1
+    def leave(self, after_s: float, places: int = 1) -> None:
+        """Places that were taken `after_s` seconds ago are free."""
+        self._taken -= places
         self._pace.took(after_s)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +25,7 @@ from serve_app.errors import (
 )
 from serve_app.ingress.exchange import JSON, Header
 from serve_app.ingress.refusals import dialect_of, error_reply
+from serve_app.ingress.writing import unchunked
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class _Sender:
     """Passes messages on as they come, and puts an envelope in the place of a reply that is not the application's."""
 
     send: Send
+    server: Any
+    """What the server has of the response, where it lets it be seen; else None."""
     path: str
     request_id: bytes
     started: bool = False
@@ -85,7 +89,7 @@ class _Sender:
 
         Does nothing with servers that do not let the transport be seen, as uvicorn does.
         """
-        transport = getattr(getattr(self.send, "__self__", None), "transport", None)
+        transport = getattr(self.server, "transport", None)
         abort = getattr(transport, "abort", None)
         if abort is not None:
             abort()
@@ -99,7 +103,7 @@ async def enveloped(app: ASGIApp, scope: Scope, receive: Receive, send: Send, re
     if scope["type"] != "http" or scope["path"].startswith(_PATHS_OF_SERVE):
         await app(scope, receive, send)
         return
-    sender = _Sender(send, scope["path"], request_id)
+    sender = _Sender(unchunked(scope, send), getattr(send, "__self__", None), scope["path"], request_id)
     try:
         await app(scope, receive, sender)
     except RequestError as error:

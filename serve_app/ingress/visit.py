@@ -44,6 +44,10 @@ class Visit:
     """Revision of the model that makes an answer in pieces, once it is known."""
     place: Places | None = None
     """Where it is counted while it is under way."""
+    bodies: Places | None = None
+    """Where the bytes of its body are counted as long; None: nowhere."""
+    held_bytes: int = 0
+    """As many of them as are counted."""
     route: tuple[str, str] | None = None
     """Method and path of the route that was found, as the table has them; of a gRPC call "gRPC" and its method."""
     is_counted: bool = True
@@ -63,6 +67,13 @@ class Visit:
     @property
     def time_left_s(self) -> float:
         return max(0.0, self.timeout_s - (time.perf_counter() - self.started))
+
+    def hold(self, size: int) -> None:
+        """Count its body as one of `size` bytes, unless more are counted. Raises OverloadedError."""
+        if self.bodies is not None and size > self.held_bytes:
+            most = self.settings.max_bodies_bytes
+            self.bodies.take(most, "bytes of bodies are the most at a time", size - self.held_bytes)
+            self.held_bytes = size
 
     def reserve(self, tokens: int) -> None:
         """Charge an estimate to the account, if there is one. Raises QuotaExceededError."""

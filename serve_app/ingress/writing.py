@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import Any
 
-from starlette.types import Message, Send
+from starlette.types import Message, Scope, Send
 
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
 from serve_app.timeouts import within
@@ -46,6 +47,30 @@ class Writer:
         most_s = exchange.settings.write_timeout_s
         passed_s = time.perf_counter() - exchange.started
         return min(most_s, max(0.0, exchange.timeout_s + most_s - passed_s))
+
+
+def unchunked(scope: Scope, send: Send) -> Send:
+    """`send`, but that a client of HTTP/1.0, which knows no chunks, gets an answer without a length until it is closed.
+
+    Uvicorn's usual server writes such an answer in chunks to every client, and HAProxy passes them on. There is no
+    setting for it, so its response is told that it has no chunks, and the length of each part before it comes.
+    """
+    response: Any = getattr(send, "__self__", None)
+    if scope.get("http_version") != "1.0" or not hasattr(response, "expected_content_length"):
+        return send
+    has_length = True
+
+    async def sent(message: Message) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not has_length:
+                response.chunked_encoding = response.keep_alive = False
+        elif not has_length:
+            response.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return sent
 
 
 def part(body: bytes, *, more: bool) -> Message:

@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from serve_app.config import IngressSettings
 from serve_app.ingress.door import Door
-from serve_app.ingress.protocols.open_inference import messages
+from serve_app.ingress.protocols.open_inference import health, messages
 from serve_app.ingress.protocols.open_inference.grpc import OpenInference, OpenInferenceMethods, add_to_server
 from serve_app.ingress.service import SettingsRef
 from tests.clients.answers import TEXTS, assert_same, plain
@@ -31,6 +31,10 @@ from tests.live import Live
 
 Client: TypeAlias = Any
 """Its two kinds have the same methods, and no common class that has them."""
+
+
+MESSAGES = [("grpc.max_receive_message_length", 2**28)]
+"""As serve_config.yaml has it."""
 
 
 class Servicer(OpenInferenceMethods):
@@ -44,7 +48,7 @@ def grpc_edge(task: str = "embedding") -> Iterator[str]:
     ready: queue.Queue[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = queue.Queue()
 
     async def serve() -> None:
-        server, ended = grpc.aio.server(), asyncio.Event()
+        server, ended = grpc.aio.server(options=MESSAGES), asyncio.Event()
         add_to_server(Servicer(FakeService(task=task)), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -186,7 +190,7 @@ def test_refusals_are_the_clients_own_errors(client: Client, package: Any, model
     with pytest.raises(InferenceServerException, match="dimensions"):
         client.infer(model, [texts(package, "text", ["a"])], parameters={"dimensions": 100_000})
     with pytest.raises(InferenceServerException, match="larger than the"):
-        client.infer(model, [texts(package, "text", ["a" * 2_500_000])])
+        client.infer(model, [texts(package, "text", ["a" * 10_500_000])])
     assert client.infer(model, [texts(package, "text", ["a"])]).as_numpy("embedding").shape[0] == 1
 
 
@@ -229,6 +233,22 @@ async def test_a_grpc_stream_answers_each_request(grpc_address: str, model: str)
         answers = [answer async for answer in client.stream_infer(requests())]
     assert [error is None for _, error in answers] == [True, False, True]
     assert [result.get_response().id for result, error in answers if error is None] == ["0", "2"]
+
+
+def test_grpcs_own_health_service_answers_beside_it(grpc_address: str, model: str) -> None:
+    """With HAProxy and Serve between, where the application runs; of `grpcio-health-checking`, see test_others.py."""
+    with grpc.insecure_channel(grpc_address) as channel:
+        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        for name in ("", model):
+            asked = health.HealthCheckRequest(service=name).SerializeToString()
+            watched = watch(asked, timeout=60)
+            for told in (check(asked, timeout=60), next(watched)):
+                assert health.HealthCheckResponse.FromString(told).status == health.SERVING
+            watched.cancel()
+        with pytest.raises(grpc.RpcError) as refused:
+            check(health.HealthCheckRequest(service="absent").SerializeToString(), timeout=60)
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_generated_text_comes_in_pieces() -> None:

@@ -21,6 +21,9 @@ from tests.inprocess import Running
 MOST_UNITS = 8
 """Of one turn of the event loop, which reads bodies of 2 MB and writes answers of 64 MiB."""
 
+MOST_UNITS_OF_READING = 20
+"""Of one that reads a body of 10 MB, the most there is by default."""
+
 MOST_MB = 400
 """All tiers are in this process, and numbers cross between them as copies."""
 
@@ -93,6 +96,11 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "a penalty without numbers": ("text-generation", generating(repetition_penalty=1e-300)),
 }
 
+LARGEST: dict[str, tuple[str, Any]] = {
+    "of texts": ("embedding/embed", {"inputs": ['"[word] ' * 450] * 2048, "dimensions": 100_000}),
+    "of token ids": ("embedding/embed", {"inputs": [[12345] * 780] * 2048, "dimensions": 100_000}),
+}
+
 
 @pytest.fixture
 def client(application: Running) -> Iterator[httpx.Client]:
@@ -100,12 +108,14 @@ def client(application: Running) -> Iterator[httpx.Client]:
         yield client
 
 
-def bearable(application: Running, client: httpx.Client, path: str, body: Any) -> httpx.Response:
+def bearable(
+    application: Running, client: httpx.Client, path: str, body: Any, most_units: int = MOST_UNITS
+) -> httpx.Response:
     """The answer, which cost no more than may be."""
     unit = unit_s()
     with watched(application.loop) as spent:
         answer = client.post(f"/models/{path}", json=body)
-    assert spent.turn_s <= MOST_UNITS * unit
+    assert spent.turn_s <= most_units * unit
     assert spent.grew_mb <= MOST_MB
     assert len(answer.content) <= MOST_BYTES
     return answer
@@ -122,6 +132,13 @@ def test_a_request_that_asks_for_too_much_is_told_so(application: Running, clien
     answer = bearable(application, client, *REFUSED[name])
     assert answer.status_code in (400, 422), answer.text[:500]
     assert any(digit in answer.json()["error"] for digit in "123456789")
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_the_largest_body_is_read_in_bounded_time(application: Running, client: httpx.Client, name: str) -> None:
+    path, body = LARGEST[name]
+    answer = bearable(application, client, path, body, MOST_UNITS_OF_READING)
+    assert answer.status_code == 422, answer.text[:500]
 
 
 def test_a_turn_that_takes_long_is_noticed(application: Running) -> None:

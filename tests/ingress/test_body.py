@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.config import IngressSettings, parse
+from serve_app.errors import ConfigError
 from tests.ingress.edge import FakeService, client_of, edge_app, served
 
 GOOD = b'{"inputs":"a"}'
@@ -54,6 +56,57 @@ class Connection:
 
     async def is_closed_by_the_server(self) -> bool:
         return await asyncio.wait_for(self.reader.read(), 20) == b""
+
+
+LARGE = b'{"inputs":"%s"}' % (b"a" * 585)
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["declared", "chunked"])
+async def test_bodies_that_are_too_much_together_are_refused_and_have_their_place_later(
+    service: FakeService, is_chunked: bool
+) -> None:
+    """A declared length counts before the body comes; in chunks, what has come."""
+    service.go.clear()
+    app = edge_app(service, max_body_bytes=1000, max_bodies_bytes=1000)
+    async with served(app) as address:
+        first = await Connection.open(address)
+        if is_chunked:
+            await first.head("transfer-encoding: chunked")
+            await first.chunk(LARGE)
+            await first.chunk(b"")
+            await asyncio.wait_for(service.started.wait(), 20)
+        else:
+            await first.head(f"content-length: {len(LARGE)}")
+            await asyncio.sleep(0.1)
+        second = await Connection.open(address)
+        await second.head(f"content-length: {len(LARGE)}")
+        await second.send(LARGE)
+        refused = await second.response()
+        assert (refused.status, json.loads(refused.body)["code"]) == (429, "overloaded")
+        assert "1000 bytes of bodies" in refused.body.decode()
+        small = await Connection.open(address)
+        await small.head(f"content-length: {len(GOOD)}")
+        await small.send(GOOD)
+        service.go.set()
+        assert (await small.response()).status == 200
+        if not is_chunked:
+            await first.send(LARGE)
+        assert (await first.response()).status == 200
+        again = await Connection.open(address)
+        await again.head(f"content-length: {len(LARGE)}")
+        await again.send(LARGE)
+        assert (await again.response()).status == 200
+
+
+def test_one_body_must_fit_beside_none() -> None:
+    with pytest.raises(ConfigError, match="raise it"):
+        parse(IngressSettings, {"max_bodies_bytes": 1000}, "user_config")
+
+
+def test_a_body_holds_the_most_texts_as_splitters_cut_them() -> None:
+    settings = IngressSettings()
+    body = json.dumps({"inputs": ["a" * 4000] * settings.max_client_batch_size})
+    assert len(body) <= settings.max_body_bytes
 
 
 async def test_a_body_in_pieces_is_put_together(service: FakeService) -> None:

@@ -46,3 +46,13 @@ def test_no_more_are_under_way_than_there_are_places() -> None:
     assert refused.value.retry_after_s == 1.0
     places.leave(after_s=0.5)
     places.take(2, "requests are under way")
+
+
+def test_what_takes_several_places_is_refused_where_there_are_fewer() -> None:
+    places = Places()
+    places.take(10, "bytes are under way", 7)
+    with pytest.raises(OverloadedError, match="10 bytes are under way"):
+        places.take(10, "bytes are under way", 4)
+    places.take(10, "bytes are under way", 3)
+    places.leave(0.5, 7)
+    places.take(10, "bytes are under way", 7)

@@ -82,6 +82,34 @@ async def test_zero_shot_takes_its_options_and_labels_with_commas() -> None:
     assert len(answer) == 2
 
 
+OBJECTS = [{"label": "x", "score": 0.5}, {"label": "y", "score": 0.5}]
+PIPELINES = {"sequence": "a", "labels": ["x", "y"], "scores": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("client", "one"),
+    [
+        ("unknown/None; hf_hub/0.23.4; python/3.11.7", PIPELINES),
+        ("unknown/None; hf_hub/1.1.4; python/3.11.7", PIPELINES),
+        ("unknown/None; hf_hub/1.1.5; python/3.11.7", OBJECTS),
+        ("unknown/None; hf_hub/2.4.0; python/3.11.7", OBJECTS),
+        ("unknown/None; hf_hub/0.30.0.dev0; python/3.11.7", PIPELINES),
+        ("@huggingface/inference/4.4.0 Node.js/22", [PIPELINES]),
+        ("@huggingface/inference/4.5.0 Node.js/22", OBJECTS),
+        ("nothf_hub/0.1", OBJECTS),
+        ("hf_hub/", OBJECTS),
+        ("curl/8.5.0", OBJECTS),
+    ],
+)
+async def test_zero_shot_is_answered_in_the_shape_that_the_version_of_the_client_reads(client: str, one: Any) -> None:
+    body = {"inputs": "a", "parameters": {"candidate_labels": ["x", "y"]}}
+    async with client_of(FakeService(task="zero-shot-classification")) as asks:
+        answer = await asks.post("/", json=body, headers={"user-agent": client})
+        several = await asks.post("/", json={**body, "inputs": ["a"]}, headers={"user-agent": client})
+    assert answer.json() == one
+    assert several.json() == (one if one == [PIPELINES] else [one])
+
+
 @pytest.mark.parametrize(
     ("parameters", "status"),
     [

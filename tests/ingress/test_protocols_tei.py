@@ -271,10 +271,43 @@ async def test_a_query_or_a_document_may_be_empty_but_not_both(client: httpx.Asy
             assert "empty_input" in response.text
 
 
-async def test_rerank_tells_where_documents_go(client: httpx.AsyncClient) -> None:
-    response = await client.post("/rerank", json={"query": "q", "documents": ["a"]})
+async def test_rerank_takes_documents_and_answers_as_v1_rerank_does(
+    client: httpx.AsyncClient, service: FakeService
+) -> None:
+    """As vLLM and Infinity do, for whose clients (LiteLLM has both) `/rerank` is the path."""
+    service.task = "rerank"
+    body = {"query": "q", "documents": ["a", {"text": "b"}, "c"], "top_n": 2, "return_documents": True}
+    told = await post(client, "/v1/rerank", body)
+    assert [each["document"] for each in told["results"]] == [{"text": "c"}, {"text": "b"}]
+    for path in ("/rerank", "/models/tiny/rerank", "/"):
+        answer = await post(client, path, body)
+        assert answer.keys() == told.keys()
+        assert answer["results"] == told["results"]
+    assert {request.inputs for request in service.requests} == {("q", "a", "b", "c")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, "`texts` is missing"),
+        ({"texts": ["a"], "documents": ["a"]}, "send either"),
+        ({"documents": [1]}, "`documents[0]` is a number"),
+        ({"documents": []}, "`documents` is empty"),
+        ({"documents": None}, "`documents` is null"),
+    ],
+    ids=repr,
+)
+async def test_rerank_refuses_what_is_neither_or_both(
+    client: httpx.AsyncClient, fields: dict[str, Any], told: str
+) -> None:
+    response = await client.post("/rerank", json={"query": "q", **fields})
     assert response.status_code == 400
-    assert "/v1/rerank" in response.json()["error"]
+    assert told in response.json()["error"]
+
+
+async def test_rerank_tells_only_the_best_where_so_many_are_wanted(client: httpx.AsyncClient) -> None:
+    answer = await post(client, "/rerank", {"query": "q", "texts": ["a", "b", "c"], "top_n": 1, "return_text": True})
+    assert answer == [{"index": 2, "score": 0.25, "text": "c"}]
 
 
 async def test_the_root_of_a_model_that_reranks_takes_what_rerank_takes(
@@ -285,8 +318,6 @@ async def test_the_root_of_a_model_that_reranks_takes_what_rerank_takes(
     for path in ("/", "/models/tiny"):
         assert await post(client, path, body) == await post(client, "/rerank", body)
     assert await post(client, "/", {"inputs": {"source_sentence": "q", "sentences": ["a", "b"]}}) == [0.0, 0.125]
-    hint = await client.post("/", json={"query": "q", "documents": ["a"]})
-    assert (hint.status_code, "/v1/rerank" in hint.json()["error"]) == (400, True)
 
 
 async def test_other_paths_of_teis_lead_to_the_same(client: httpx.AsyncClient) -> None:

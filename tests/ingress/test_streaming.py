@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
+from starlette.types import ASGIApp
 
 from serve_app import errors
+from serve_app.ingress.front import Front
 from tests.ingress import edge
 from tests.ingress.edge import WORDS, FakeService, client_of, edge_app, served
 
@@ -40,6 +43,41 @@ async def test_a_stream_is_of_events_that_nobody_holds_back(client: httpx.AsyncC
     assert response.headers["x-request-id"]
     assert "content-length" not in response.headers
     assert len(events(response.text)) >= len(WORDS) + 1
+
+
+@pytest.mark.parametrize("wrap", [lambda app: app, Front], ids=["alone", "as behind Serve"])
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_client_of_http_1_0_gets_a_stream_piece_by_piece_until_it_is_closed(
+    service: FakeService, path: str, wrap: Callable[[ASGIApp], ASGIApp]
+) -> None:
+    """It knows no chunks."""
+    service.go.clear()
+    body = json.dumps(STREAMS[path]).encode()
+    async with served(wrap(edge_app(service))) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        head = f"POST {path} HTTP/1.0\r\nconnection: keep-alive\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        answered = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)).lower()
+        first = await asyncio.wait_for(reader.readuntil(b"\n\n"), 20)
+        service.go.set()
+        rest = await asyncio.wait_for(reader.read(), 20)
+        writer.close()
+    assert b"transfer-encoding" not in answered
+    assert b"content-length" not in answered
+    assert b"connection: close" in answered
+    text = "".join(str(each) for each in told(events((first + rest).decode())))
+    assert all(word in text for word in WORDS)
+
+
+async def test_a_client_of_http_1_0_gets_a_whole_answer_with_its_length(service: FakeService) -> None:
+    async with served(Front(edge_app(service))) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b'POST /v1/completions HTTP/1.0\r\ncontent-length: 14\r\n\r\n{"prompt":"a"}')
+        answer = await asyncio.wait_for(reader.read(), 20)
+        writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-length: %d" % len(body) in head.lower()
+    assert json.loads(body)["choices"][0]["text"] == "".join(WORDS)
 
 
 @pytest.mark.parametrize("path", STREAMS)

@@ -40,8 +40,9 @@ class InferenceBody(Body, ABC):
 
     model: str | None = Field(
         None,
-        description="Name of the model, or one of its aliases. May be left out where the path names it; where only one "
-        "is served any name will do, unless the server is configured otherwise (`any_model_name`).",
+        description="Name of the model, or one of its aliases. May be left out where the path names it, where only one "
+        "is served, and where only one answers the task. In the first two cases any name that is not another served "
+        "model's will do, unless the server is configured otherwise (`any_model_name`).",
     )
 
     @property
@@ -229,11 +230,6 @@ SIMILARITY_SCHEMA: dict[str, Any] = {
 }
 
 Texts = Annotated[tuple[str, ...], PlainValidator(read_texts), WithJsonSchema(TEXTS_SCHEMA)]
-AnyTexts = Annotated[
-    tuple[str, ...],
-    PlainValidator(read_any_texts),
-    WithJsonSchema(items_schema({"type": "string"})),
-]
 Inputs = Annotated[tuple[TextInput, ...], PlainValidator(read_inputs), WithJsonSchema(INPUTS_SCHEMA)]
 Similarity = Annotated[SimilarityInputs, PlainValidator(read_similarity), WithJsonSchema(SIMILARITY_SCHEMA)]
 InputsOrSimilarity = Annotated[

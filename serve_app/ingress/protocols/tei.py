@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 import numpy as np
-from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from serve_app.errors import EmptyInputError, MalformedRequestError
 from serve_app.ingress.dialect import Dialect
@@ -34,7 +34,7 @@ from serve_app.ingress.protocols.fields import (
     items_schema,
     text,
 )
-from serve_app.ingress.protocols.ranks import Rank, RankFields, write_ranks
+from serve_app.ingress.protocols.ranks import Rank, RankFields, RerankList, ranked, write_ranks
 from serve_app.ingress.protocols.sparse import SparseEntry, sparse_entries
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.options import (
@@ -180,7 +180,9 @@ class PredictBody(LongTextFields, InferenceBody):
 class RerankBody(RankFields):
     """A query, and texts to put in order by their relevance to it."""
 
-    model_config = documented(query="What is Deep Learning?", texts=["Deep Learning is…", "A cheese."])
+    model_config = ConfigDict(
+        json_schema_extra=ranked(query="What is Deep Learning?", texts=["Deep Learning is…", "A cheese."])
+    )
 
 
 class Prediction(BaseModel):
@@ -223,7 +225,7 @@ def routes() -> tuple[Route, ...]:
             "Classify texts",
             list[Prediction] | list[list[Prediction]],
         ),
-        ("/rerank", Inference(RerankBody, write_ranks), "Order texts by relevance", list[Rank]),
+        ("/rerank", Inference(RerankBody, write_ranks), "Order texts by relevance", list[Rank] | RerankList),
     )
     computed = (
         Route("POST", place + path, endpoint, DIALECT, summary, answer, endpoint.body, failures=COMPUTE_FAILURES)

@@ -6,7 +6,8 @@ sentence to the first one (the order is the client's), and anything else for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
@@ -36,6 +37,14 @@ class LabelScoreBody(BaseModel):
 
     label: str
     score: float
+
+
+class PipelineLabelsBody(BaseModel):
+    """Candidate labels as transformers' pipeline tells them, best first; for clients that read no other shape."""
+
+    sequence: str
+    labels: list[str]
+    scores: list[float]
 
 
 def label_scores(scores: Sequence[LabelScore]) -> list[dict[str, str | float]]:
@@ -157,6 +166,44 @@ class ClassificationBody(LongTextFields, TaskBody):
             return encode(answer.output)
         found = [label_scores(scores) for scores in cast("Sequence[Sequence[LabelScore]]", answer.output)]
         return self.inputs.encode(found) if request.task == "zero-shot-classification" else encode(found)
+
+
+_CLIENT = re.compile(rb"(?:^|[ ;])(hf_hub|@huggingface/inference)/(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?")
+_READS_OBJECTS_SINCE = {b"hf_hub": (1, 1, 5), b"@huggingface/inference": (4, 5, 0)}
+"""The first version of each client, by its name in `user-agent`, that reads `[{label, score}]` of a zero-shot
+classification. Those before it read the pipeline's shape, `@huggingface/inference` in a list even of one text."""
+
+
+def zero_shot_writer(
+    headers: Mapping[bytes, bytes],
+) -> Callable[[ClassificationBody, Request, Answer], bytes]:
+    """How the answer of a zero-shot classification is written for the client that sent `headers`."""
+    found = _CLIENT.search(headers.get(b"user-agent", b""))
+    if found is None:
+        return ClassificationBody.write
+    name, *version = found.groups(b"0")
+    if tuple(map(int, version)) >= _READS_OBJECTS_SINCE[name]:
+        return ClassificationBody.write
+    return write_pipeline_labels if name == b"hf_hub" else write_listed_pipeline_labels
+
+
+def write_pipeline_labels(body: ClassificationBody, request: Request, answer: Answer) -> bytes:
+    """`{sequence, labels, scores}`, best first, in a list where `inputs` is one."""
+    assert isinstance(body.inputs, Several)
+    return body.inputs.encode(_pipeline_labels(request, answer))
+
+
+def write_listed_pipeline_labels(body: ClassificationBody, request: Request, answer: Answer) -> bytes:
+    """`[{sequence, labels, scores}]`."""
+    return encode(_pipeline_labels(request, answer))
+
+
+def _pipeline_labels(request: Request, answer: Answer) -> list[dict[str, Any]]:
+    found = cast("Sequence[Sequence[LabelScore]]", answer.output)
+    return [
+        {"sequence": text, "labels": [each.label for each in scores], "scores": [each.score for each in scores]}
+        for text, scores in zip(request.inputs, found, strict=True)
+    ]
 
 
 def _zero_shot(inputs: Several, chosen: ClassificationParameters, labels: tuple[str, ...]) -> ZeroShotOptions:

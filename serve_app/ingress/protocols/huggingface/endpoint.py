@@ -12,7 +12,12 @@ from serve_app.ingress.exchange import Exchange, Reply, while_connected
 from serve_app.ingress.inference import answer, choose_model, stream
 from serve_app.ingress.protocols.fields import Body
 from serve_app.ingress.protocols.huggingface.body import TaskBody
-from serve_app.ingress.protocols.huggingface.classification import ClassificationBody, LabelScoreBody
+from serve_app.ingress.protocols.huggingface.classification import (
+    ClassificationBody,
+    LabelScoreBody,
+    PipelineLabelsBody,
+    zero_shot_writer,
+)
 from serve_app.ingress.protocols.huggingface.dialect import DIALECT
 from serve_app.ingress.protocols.huggingface.dialect import GENERATING as GENERATING_DIALECT
 from serve_app.ingress.protocols.huggingface.features import FeatureBody, SparseBody
@@ -36,7 +41,7 @@ from serve_app.ingress.protocols.huggingface.spans import (
     SpanBody,
     TokenClassificationBody,
 )
-from serve_app.ingress.protocols.ranks import Rank
+from serve_app.ingress.protocols.ranks import Rank, RerankList
 from serve_app.ingress.protocols.sparse import SparseEntry
 from serve_app.ingress.routes import COMPUTE_FAILURES, Route
 from serve_app.ingress.streaming import Events
@@ -79,7 +84,10 @@ AnyAnswer: TypeAlias = (
     | list[list[SparseEntry]]
     | list[list[LabelScoreBody]]
     | list[LabelScoreBody]
+    | PipelineLabelsBody
+    | list[PipelineLabelsBody]
     | list[Rank]
+    | RerankList
     | list[list[EntityBody]]
     | list[EntityBody]
     | list[list[list[FillBody]]]
@@ -114,6 +122,8 @@ async def ask(exchange: Exchange) -> Reply:
     request = body.to_request(exchange.id, choose_model(exchange, body.model))
     if body.streams:
         return await stream(exchange, body, request, _write_stream, dialect)
+    if isinstance(body, ClassificationBody) and request.task == "zero-shot-classification":
+        return await answer(exchange, body, request, zero_shot_writer(exchange.headers))
     return await answer(exchange, body, request, _write)
 
 

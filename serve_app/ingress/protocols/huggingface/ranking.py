@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve_app.ingress.protocols.fields import Body, documented
+from pydantic import ConfigDict
+
+from serve_app.ingress.protocols.fields import Body
 from serve_app.ingress.protocols.huggingface.body import TaskBody
-from serve_app.ingress.protocols.ranks import RankFields, write_ranks
+from serve_app.ingress.protocols.ranks import RankFields, ranked, write_ranks
 from serve_app.types import Answer, Request
 
 
@@ -19,8 +21,10 @@ class QueryBody(Body):
 class RankingBody(RankFields, TaskBody):
     """A query, and texts to put in order by their relevance to it."""
 
-    model_config = documented(query="What is Deep Learning?", texts=["Deep Learning is…", "A cheese."])
+    model_config = ConfigDict(
+        json_schema_extra=ranked(query="What is Deep Learning?", texts=["Deep Learning is…", "A cheese."])
+    )
 
     def write(self, request: Request, answer: Answer) -> bytes:
-        """`[{index, score, text?}]`, best first."""
+        """`[{index, score, text?}]`, best first; of `documents` as at /v1/rerank."""
         return write_ranks(self, request, answer)

@@ -1,6 +1,6 @@
-"""The Open Inference Protocol v2 over gRPC: `inference.GRPCInferenceService` on the ingress.
+"""The Open Inference Protocol v2 over gRPC, `inference.GRPCInferenceService`, and gRPC's own health service.
 
-Serve finds the methods of the service on the ingress class by their names, and runs the gRPC server itself, because
+Serve finds the methods of the services on the ingress class by their names, and runs the gRPC server itself, because
 `grpc_options.grpc_servicer_functions` names `add_to_server`.
 """
 
@@ -23,15 +23,17 @@ from serve_app.errors import (
     BodyTooLargeError,
     DeadlineExceededError,
     MalformedRequestError,
+    ModelNotFoundError,
     ServeAppError,
 )
 from serve_app.ingress.door import Door, request_id_of
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.exchange import Header
 from serve_app.ingress.inference import as_asked, attach, measured, reserve
+from serve_app.ingress.keys import Role
 from serve_app.ingress.limits import check_stream
 from serve_app.ingress.places import Places
-from serve_app.ingress.protocols.open_inference import messages
+from serve_app.ingress.protocols.open_inference import health, messages
 from serve_app.ingress.protocols.open_inference.call import (
     EXTENSIONS,
     VERSION,
@@ -74,6 +76,12 @@ _CODES: Mapping[int, grpc.StatusCode] = {
 _INFERENCE = frozenset({"ModelInfer", "ModelStreamInfer"})
 """Methods whose requests metrics count."""
 
+_SERVER = frozenset({"", messages.SERVICE, health.SERVICE})
+"""Names by which the health service is asked about all of the server; others are names of models."""
+
+WATCH_S = 5.0
+"""Seconds between two looks at what somebody watches."""
+
 _CONTENTS = {
     "INT8": "int_contents",
     "INT16": "int_contents",
@@ -104,7 +112,7 @@ class OpenInference:
             check_peer(context.peer())
 
     @contextlib.contextmanager
-    def visit(self, method: str, headers: Mapping[bytes, bytes]) -> Iterator[Visit]:
+    def visit(self, method: str, headers: Mapping[bytes, bytes], service: str = messages.SERVICE) -> Iterator[Visit]:
         """The block is the call, or one request of a stream."""
         settings = self._settings.current
         visit = Visit(
@@ -113,7 +121,8 @@ class OpenInference:
             service=self._service,
             settings=settings,
             timeout_s=settings.request_timeout_s,
-            route=("gRPC", f"/{messages.SERVICE}/{method}"),
+            bodies=self._door.bodies,
+            route=("gRPC", f"/{service}/{method}"),
             is_counted=method in _INFERENCE,
         )
         with self._door.visited(visit):
@@ -141,6 +150,35 @@ class OpenInference:
         except ServeAppError:
             return False
         return True
+
+    async def health(self, visit: Visit, asked: Any) -> Any:
+        """Raises ModelNotFoundError."""
+        self._door.admit(visit, None, "question")
+        return health.HealthCheckResponse(status=await self._health(asked.service, visit.time_left_s))
+
+    async def watch(self, asked: Any) -> AsyncGenerator[Any, None]:
+        """The health now, and again whenever it has changed. A model that is not served may come."""
+        told = None
+        while True:
+            try:
+                status = await self._health(asked.service, self._settings.current.request_timeout_s)
+            except ModelNotFoundError:
+                status = health.SERVICE_UNKNOWN
+            if status != told:
+                yield health.HealthCheckResponse(status=status)
+            told = status
+            await asyncio.sleep(WATCH_S)
+
+    async def _health(self, name: str, timeout_s: float) -> int:
+        """Of the server, or of one model. Raises ModelNotFoundError."""
+        try:
+            model = None if name in _SERVER else served_name(name, self._service)
+            await _within(self._service.ready(model), timeout_s)
+        except ModelNotFoundError:
+            raise
+        except ServeAppError:
+            return int(health.NOT_SERVING)
+        return int(health.SERVING)
 
     async def model_metadata(self, visit: Visit, asked: Any) -> Any:
         self._door.admit(visit, "inference", "question")
@@ -170,7 +208,14 @@ class OpenInference:
                 yield _response(asked, request, wanted)
 
     @contextlib.contextmanager
-    def opened(self, context: Any, headers: Mapping[bytes, bytes]) -> Iterator[None]:
+    def opened(
+        self,
+        context: Any,
+        headers: Mapping[bytes, bytes],
+        method: str = "ModelStreamInfer",
+        role: Role | None = "inference",
+        service: str = messages.SERVICE,
+    ) -> Iterator[None]:
         """The block is a stream, which has a place as long as it is open.
 
         Raises ForbiddenError, UnauthorizedError or OverloadedError before anything of the stream is read; it is then
@@ -178,10 +223,10 @@ class OpenInference:
         """
         try:
             self.check(context)
-            self._door.account(headers, "inference")
+            self._door.account(headers, role)
             self._streams.take(self._settings.current.max_concurrent_requests, "streams are open")
         except ServeAppError as error:
-            with self.visit("ModelStreamInfer", headers) as refused:
+            with self.visit(method, headers, service) as refused:
                 refused.status = kind_of(refused.expected(error)).status
             raise
         opened = time.perf_counter()
@@ -196,11 +241,13 @@ class OpenInference:
         Raises DeadlineExceededError, or UnavailableError when the replica stops.
         """
         incoming = _requests_in_time(stream, self._settings.current.stream_idle_timeout_s)
-        if self._draining is not None:
-            incoming = self._draining.until_stopping(incoming)
-        async with aclosing(incoming):
-            async for request in incoming:
+        async with aclosing(self.until_stopping(incoming)) as requests:
+            async for request in requests:
                 yield request
+
+    def until_stopping(self, parts: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """`parts`; raises UnavailableError when the replica stops."""
+        return parts if self._draining is None else self._draining.until_stopping(parts)
 
     async def _pieces(self, visit: Visit, request: Request) -> AsyncGenerator[Sequence[OutputTensor], None]:
         """`finish_reason` is empty but in the last piece."""
@@ -213,8 +260,10 @@ class OpenInference:
 
     async def _read(self, visit: Visit, asked: Any) -> tuple[Call, Request]:
         most = visit.settings.max_body_bytes
-        if asked.ByteSize() > most:
+        size = asked.ByteSize()
+        if size > most:
             raise BodyTooLargeError(f"the message is larger than the {most} bytes that one request may have; split it")
+        visit.hold(size)
         check_version(asked.model_version)
         for described in (*asked.inputs, *asked.outputs):
             refuse_extensions(_parameters(described.parameters))
@@ -291,9 +340,22 @@ class OpenInferenceMethods:
                             async for response in responses:
                                 yield response
         except ServeAppError as error:
-            grpc_context.set_code(code_of(error))
-            grpc_context.set_details(error.message)
-            grpc_context.set_trailing_metadata([("x-request-id", request_id_of(headers)), *_come_back(error)])
+            _end(grpc_context, error, headers)
+
+    async def Check(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
+        return await self._called("Check", self.open_inference.health, request, grpc_context, health.SERVICE)
+
+    async def Watch(self, request: Any, grpc_context: Any) -> AsyncGenerator[Any, None]:  # noqa: N802
+        """Holds a stream's place as long as it is open, and asks for no key, as `Check` does."""
+        headers = _headers(grpc_context)
+        try:
+            with self.open_inference.opened(grpc_context, headers, "Watch", None, health.SERVICE):
+                watched = self.open_inference.watch(_readable(request))
+                async with aclosing(self.open_inference.until_stopping(watched)) as responses:
+                    async for response in responses:
+                        yield response
+        except ServeAppError as error:
+            _end(grpc_context, error, headers)
 
     async def _streamed(self, request: Any, headers: Mapping[bytes, bytes], context: Any) -> AsyncGenerator[Any, None]:
         """The responses to one request of a stream."""
@@ -311,9 +373,11 @@ class OpenInferenceMethods:
                 failed = messages.ModelInferResponse(**told)
                 yield messages.ModelStreamInferResponse(error_message=error.message, infer_response=failed)
 
-    async def _called(self, method: str, work: Method, request: Any, context: Any) -> Any:
+    async def _called(
+        self, method: str, work: Method, request: Any, context: Any, service: str = messages.SERVICE
+    ) -> Any:
         """The method's response, or an empty one beside the error's status: Serve would log each that is raised."""
-        with self.open_inference.visit(method, _headers(context)) as visit:
+        with self.open_inference.visit(method, _headers(context), service) as visit:
             try:
                 self.open_inference.check(context)
                 answered = await work(visit, _readable(request))
@@ -339,7 +403,15 @@ _ANSWERS = {
     "ServerMetadata": messages.ServerMetadataResponse,
     "ModelMetadata": messages.ModelMetadataResponse,
     "ModelInfer": messages.ModelInferResponse,
+    "Check": health.HealthCheckResponse,
 }
+
+
+def _end(context: Any, error: ServeAppError, headers: Mapping[bytes, bytes]) -> None:
+    """Tell the client why its stream ends."""
+    context.set_code(code_of(error))
+    context.set_details(error.message)
+    context.set_trailing_metadata([("x-request-id", request_id_of(headers)), *_come_back(error)])
 
 
 def _headers(context: Any) -> Mapping[bytes, bytes]:
@@ -419,7 +491,9 @@ class Unreadable:
 def _readable(request: Any) -> Any:
     """Raises MalformedRequestError."""
     if isinstance(request, Unreadable):
-        raise MalformedRequestError("the bytes are no message of this method; send what open_inference.proto says")
+        raise MalformedRequestError(
+            "the bytes are no message of this method; send what open_inference.proto or health.proto says"
+        )
     return request
 
 
@@ -434,7 +508,7 @@ def _reader(message: Any) -> Callable[[bytes], Any]:
 
 
 def add_to_server(servicer: Any, server: Any) -> None:
-    """What `grpc_options.grpc_servicer_functions` names: register the service's methods on a gRPC server."""
+    """What `grpc_options.grpc_servicer_functions` names: register the services' methods on a gRPC server."""
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name), _reader(asked), _serialize)
         for name, asked in _UNARY.items()
@@ -443,6 +517,12 @@ def add_to_server(servicer: Any, server: Any) -> None:
         servicer.ModelStreamInfer, _reader(messages.ModelInferRequest), _serialize
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(messages.SERVICE, handlers),))
+    read = _reader(health.HealthCheckRequest)
+    handlers = {
+        "Check": grpc.unary_unary_rpc_method_handler(servicer.Check, read, _serialize),
+        "Watch": grpc.unary_stream_rpc_method_handler(servicer.Watch, read, _serialize),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(health.SERVICE, handlers),))
     _describe()
 
 
@@ -452,6 +532,9 @@ def _serialize(message: Any) -> bytes:
 
 
 def _describe() -> None:
-    """Let Serve's reflection tell the service to tools such as grpcurl; it looks into the process-wide pool."""
+    """Let Serve's reflection tell the service to tools such as grpcurl; it looks into the process-wide pool.
+
+    The health service is not told: then `grpcio-health-checking`, which describes more of it, could not be imported.
+    """
     with contextlib.suppress(TypeError):  # tritonclient in the same process has described it already
         descriptor_pool.Default().AddSerializedFile(messages.FILE.SerializeToString())

@@ -2,107 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, cast
-
-from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
-
-from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
-from serve_app.ingress.protocols.fields import (
-    InferenceBody,
-    any_text,
-    check_query,
-    documented,
-    items_schema,
-    some_list,
-)
+from serve_app.ingress.protocols.fields import check_query, documented
 from serve_app.ingress.protocols.openai.dialect import DIALECT
+from serve_app.ingress.protocols.ranks import Documents, QueryFields, RerankList, write_results
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.options import RerankOptions
-from serve_app.outputs import FloatArray
-from serve_app.types import Answer, Request
+from serve_app.types import Request
 
 
-def read_documents(value: Any, info: ValidationInfo) -> tuple[str, ...]:
-    """A list of texts, or of objects with a `text`. Raises EmptyInputError or MalformedRequestError."""
-    name = info.field_name or "documents"
-    return tuple(_document(item, f"{name}[{index}]") for index, item in enumerate(some_list(value, name, info)))
-
-
-def _document(value: Any, where: str) -> str:
-    return any_text(value.get("text"), f"{where}.text") if type(value) is dict else any_text(value, where)
-
-
-_TEXT = {"type": "string"}
-_OBJECT = {"type": "object", "properties": {"text": _TEXT}, "required": ["text"]}
-
-Documents = Annotated[
-    tuple[str, ...],
-    PlainValidator(read_documents),
-    WithJsonSchema(items_schema({"anyOf": [_TEXT, _OBJECT]})),
-]
-
-
-class RerankBody(InferenceBody):
+class RerankDocumentsBody(QueryFields):
     """A query, and documents to put in order by their relevance to it."""
 
     model_config = documented(query="What is Deep Learning?", documents=["Deep Learning is…", "A cheese."], top_n=1)
 
-    query: str = Field(description="May be empty where no document is.")
     documents: Documents
-    top_n: int | None = Field(None, ge=1, description="Only so many documents, the best; all where it is left out.")
-    return_documents: bool | None = Field(None, description="Answer with the documents too.")
 
     def to_request(self, request_id: str, model: str) -> Request:
         check_query(self.query, self.documents, "documents")
         return Request(request_id, model, "rerank", (self.query, *self.documents), RerankOptions())
 
 
-class Document(BaseModel):
-    """A document as it was sent."""
-
-    text: str
-
-
-class RerankResult(BaseModel):
-    """A document's place among `documents`, and its relevance."""
-
-    index: int
-    relevance_score: float
-    document: Document | None = None
-
-
-class RerankUsage(BaseModel):
-    """Tokens computed, special tokens included."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class RerankList(BaseModel):
-    """The documents, best first; equal ones in the order in which they were sent."""
-
-    id: str
-    model: str
-    results: list[RerankResult]
-    usage: RerankUsage
-
-
-def write_ranks(body: RerankBody, request: Request, answer: Answer) -> bytes:
-    scores = cast(FloatArray, answer.output).tolist()
-    best = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
-    results = [_result(body, index, scores[index]) for index in best]
-    usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
-    return encode({"id": f"rerank-{request.id}", "model": request.model, "results": results, "usage": usage})
-
-
-def _result(body: RerankBody, index: int, score: float) -> dict[str, Any]:
-    result: dict[str, Any] = {"index": index, "relevance_score": score}
-    return {**result, "document": {"text": body.documents[index]}} if body.return_documents else result
-
-
 def routes() -> tuple[Route, ...]:
-    endpoint: Inference[RerankBody] = Inference(RerankBody, write_ranks)
+    endpoint: Inference[RerankDocumentsBody] = Inference(RerankDocumentsBody, write_results)
     return tuple(
         Route(
             "POST",
@@ -111,7 +33,7 @@ def routes() -> tuple[Route, ...]:
             DIALECT,
             "Order documents by relevance",
             answer=RerankList,
-            body=RerankBody,
+            body=RerankDocumentsBody,
             failures=COMPUTE_FAILURES,
         )
         for place in ANY_MODEL

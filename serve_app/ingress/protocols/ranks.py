@@ -10,7 +10,7 @@ from serve_app.errors import MalformedRequestError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.protocols.fields import AnyTexts, InferenceBody, LongTextFields, check_query
 from serve_app.options import RerankOptions
-from serve_app.outputs import FloatArray
+from serve_app.outputs import Ranking
 from serve_app.types import Answer, Request
 
 
@@ -43,10 +43,11 @@ class Rank(BaseModel):
 
 
 def write_ranks(body: RankFields, request: Request, answer: Answer) -> bytes:
-    """`[{index, score, text?}]`, best first; equal ones in the order of `texts`."""
-    scores = cast(FloatArray, answer.output)
-    ranks: list[dict[str, Any]] = [{"index": i, "score": score} for i, score in enumerate(scores.tolist())]
+    """`[{index, score, text?}]`, best first; those that the model finds equally good in the order of `texts`."""
+    ranking = cast(Ranking, answer.output)
+    scores = ranking.scores.tolist()
+    ranks: list[dict[str, Any]] = [{"index": i, "score": scores[i]} for i in ranking.order]
     if body.return_text:
-        for rank, document in zip(ranks, body.texts, strict=True):
-            rank["text"] = document
-    return encode(sorted(ranks, key=lambda rank: -rank["score"]))
+        for rank in ranks:
+            rank["text"] = body.texts[rank["index"]]
+    return encode(ranks)

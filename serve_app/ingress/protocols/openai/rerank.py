@@ -19,7 +19,7 @@ from serve_app.ingress.protocols.fields import (
 from serve_app.ingress.protocols.openai.dialect import DIALECT
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.options import RerankOptions
-from serve_app.outputs import FloatArray
+from serve_app.outputs import Ranking
 from serve_app.types import Answer, Request
 
 
@@ -89,9 +89,9 @@ class RerankList(BaseModel):
 
 
 def write_ranks(body: RerankBody, request: Request, answer: Answer) -> bytes:
-    scores = cast(FloatArray, answer.output).tolist()
-    best = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
-    results = [_result(body, index, scores[index]) for index in best]
+    ranking = cast(Ranking, answer.output)
+    scores = ranking.scores.tolist()
+    results = [_result(body, index, scores[index]) for index in ranking.order[: body.top_n]]
     usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
     return encode({"id": f"rerank-{request.id}", "model": request.model, "results": results, "usage": usage})
 

@@ -114,6 +114,10 @@ def tokenizer_of(family: str, **keys: Any) -> Any:
     return getattr(transformers, _TOKENIZERS[family])(vocab=vocabulary, **kind)
 
 
+_LOUD = 2.0
+"""Scale of the embeddings of token types, so that a wrong type moves every answer by more than a rounding error."""
+
+
 @functools.cache
 def family(name: str, auto_class: str, limit: int = LIMIT, side: str | None = None, **config: Any) -> Family:
     """One model of each kind; `config` may hold tuples for lists, `side` is the tokenizer's."""
@@ -137,9 +141,9 @@ def family(name: str, auto_class: str, limit: int = LIMIT, side: str | None = No
     own = AutoConfig.for_model(name, **sizes, **config)
     model = getattr(transformers, auto_class).from_config(own, dtype=torch.float32).eval()
     with torch.no_grad():
-        for weight in model.parameters():
+        for key, weight in model.named_parameters():
             if weight.dim() > 1:
-                weight.normal_(0.0, 0.25)
+                weight.normal_(0.0, _LOUD if "token_type" in key else 0.25)
     model.save_pretrained(folder)
     return saved(folder, model, max_input_tokens=limit)
 

@@ -129,6 +129,11 @@ class ModelConfig(_Frozen):
     allow_pickle: bool = Field(
         False, description="Take pickled weights (*.bin) where there are no others. They can run code when read."
     )
+    ignore_auto_map: bool = Field(
+        False,
+        description="Serve a model whose files name code of their own (`auto_map`) by transformers' own classes. That "
+        "code is never run; without this such a model is refused, because its answers may be other ones.",
+    )
     task: TaskName | None = Field(
         None,
         description="What the model is served for; by default what `architectures` in its config.json say.",

@@ -56,6 +56,18 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Ranking:
+    """How well each document answers a query.
+
+    `scores` (n,) float32 are in the order of the documents. `order` (n,) holds indices, the best document's first; it
+    tells apart what a function has squashed into equal scores.
+    """
+
+    scores: FloatArray
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SparseVector:
     """`indices` (k,) int32 ascending, `values` (k,) float32."""
 
@@ -115,8 +127,9 @@ TaskOutput: TypeAlias = (
     | tuple[tuple[tuple[Fill, ...], ...], ...]
     | tuple[tuple[Span, ...], ...]
     | tuple[Generated, ...]
+    | Ranking
 )
-"""By task: embedding (n, d), similarity and rerank (n - 1,): an array. token-embedding: an array (tokens, d) for each
-input. sparse-embedding: vectors. text-classification, zero-shot-classification: for each input its labels, best first.
-token-classification: for each input its entities. fill-mask: for each input, for each mask, the fills.
-question-answering: for each input its spans, best first. Generating tasks: for each input its text."""
+"""By task: embedding (n, d) and similarity (n - 1,): an array. rerank: a ranking of n - 1 documents. token-embedding:
+an array (tokens, d) for each input. sparse-embedding: vectors. text-classification, zero-shot-classification: for each
+input its labels, best first. token-classification: for each input its entities. fill-mask: for each input, for each
+mask, the fills. question-answering: for each input its spans, best first. Generating tasks: for each input its text."""

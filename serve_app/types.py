@@ -49,6 +49,9 @@ Priority: TypeAlias = Literal["interactive", "bulk"]
 LongTexts: TypeAlias = Literal["truncate", "error", "windows"]
 """What becomes of a text that is longer than the model takes: cut, refused, or read in overlapping windows."""
 
+Activation: TypeAlias = Literal["identity", "sigmoid", "tanh"]
+"""What a cross-encoder makes its scores with, of its logits."""
+
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
@@ -468,6 +471,10 @@ class ModelCard:
     """Of a classifier, from its config: regression, single_label_classification, multi_label_classification."""
     default_function: str | None = None
     """`function_to_apply` of the model's config."""
+    activation: Activation = "sigmoid"
+    """Of a model with one label, for reranking."""
+    padding_side: Side = "right"
+    """The tokenizer's; of one that pads on the left, question answering reads the context first."""
     mask_token_id: int | None = None
     cls_token_id: int | None = None
     can_chat: bool = False

@@ -1,8 +1,9 @@
 """Every test, in two lanes side by side: `python -m tests [pytest's options]`.
 
 Tests with a cluster wait more than they compute, so the others run beside them, and there is one cluster at a time.
-What the cluster's lane says is shown when both have ended, and of each lane its twenty slowest tests. Every process computes with one thread, unless
-OMP_NUM_THREADS says otherwise: with one for each core, each waits for cores that the other lane has.
+What the cluster's lane says is shown when both have ended, and of each lane its twenty slowest tests. Every process
+computes with one thread, unless OMP_NUM_THREADS says otherwise: with one for each core, each waits for cores that the
+other lane has.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import pytest
 import serve_app
 from serve_app.errors import ServeAppError
 from serve_app.model.generation.loader import load_decoder
+from serve_app.tasks.stock_tokenizer import read_stock_tokenizer
 from serve_app.tokenizer.chat import ChatTemplate
-from serve_app.tokenizer.loader import load
 
 PACKAGE = Path(serve_app.__file__).parent
 LOADS = ("from_pretrained", "from_config")
@@ -67,7 +67,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "read", [load, load_decoder, lambda folder: ChatTemplate(folder).load()], ids=["tokenize", "decode", "chat"]
+    "read",
+    [read_stock_tokenizer, load_decoder, lambda folder: ChatTemplate(folder).load()],
+    ids=["tokenize", "decode", "chat"],
 )
 def test_code_of_a_tokenizer_is_not_run_whatever_somebody_answers_to_transformers(
     folder: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]

@@ -13,10 +13,16 @@ from serve_app.cache.manifest import Manifest, ModelFile, content_hash, hash_fil
 from serve_app.cache.selection import needed_files
 from serve_app.cache.store import expand
 from serve_app.config import ModelConfig, source_kind
-from serve_app.errors import SourceNotFoundError
+from serve_app.errors import IncompleteModelError, SourceNotFoundError
 
 _RULE = 1
 """Raise it when `selection` takes other files than before: copies made by the old rule are then completed."""
+
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+_MOST_POINTER_BYTES = 1024
+"""By the specification of Git LFS pointers are shorter."""
 
 
 def selection_of(model: ModelConfig) -> str:
@@ -39,8 +45,27 @@ def resolve(model: ModelConfig, hub: Hub) -> Manifest:
 
 
 def files_in(folder: Path, model: ModelConfig) -> list[str]:
-    """The files of `folder` that `model` needs, with `/`. Raises IncompleteModelError."""
-    return _needed(model, sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+    """The files of `folder` that `model` needs, with `/`. Raises IncompleteModelError, also if one has no content."""
+    there = (path for path in folder.rglob("*") if path.is_file() or (path.is_symlink() and not path.exists()))
+    files = _needed(model, sorted(path.relative_to(folder).as_posix() for path in there))
+    for path in files:
+        _check_has_content(folder, path)
+    return files
+
+
+def _check_has_content(folder: Path, path: str) -> None:
+    """Raises IncompleteModelError where a link or a note of Git LFS stands in the place of the file."""
+    full = folder / path
+    if not full.exists():
+        raise IncompleteModelError(
+            f"{folder}: {path} is a link to {full.readlink()}, which is not there. Copy the files themselves "
+            "(cp -rL, rsync -L), or mount what the link leads to at the same place"
+        )
+    if full.stat().st_size <= _MOST_POINTER_BYTES and full.read_bytes().startswith(_LFS_POINTER):
+        raise IncompleteModelError(
+            f"{folder}: {path} is a pointer of Git LFS, not the file itself; fetch the files (git lfs install && git "
+            "lfs pull), or download the model with `hf download`"
+        )
 
 
 def _resolve_hub(model: ModelConfig, hub: Hub) -> Manifest:

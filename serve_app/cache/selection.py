@@ -44,6 +44,11 @@ def needed_files(
         kept = sorted(set(kept) - _second_copies(kept))
     else:
         kept = sorted(path for path in paths if _matches(path, patterns))
+    if any(path.rpartition("/")[2] == "adapter_config.json" for path in kept):
+        raise IncompleteModelError(
+            f"{source} has an adapter (adapter_config.json), which changes the model and is not applied. Merge it "
+            "(merge_and_unload) and save the whole model, or set `files` to all but it if the model without it is meant"
+        )
     if not {"config.json", "0_Transformer/config.json"} & set(kept):
         raise IncompleteModelError(f"{source} is no Transformers model: config.json is not among its files")
     pickles = _pickled_weights(paths if patterns is None else kept, kept)

@@ -54,10 +54,15 @@ class Accepted:
 def accept(loaded: LoadedModel) -> Accepted:
     """Try the fastest way first; changes `loaded.module` in place. Logs a warning where a family in PACKED fails.
 
-    Raises what torch raises, or ConfigError, where even the stock model cannot run.
+    Raises ConfigError where even the stock model cannot run, and what torch raises about the device.
     """
     with loaded.precision.computing(loaded.device):
-        return _accept(loaded)
+        try:
+            return _accept(loaded)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except REFUSALS as failure:
+            raise _cannot_be_tried(loaded, failure) from failure
 
 
 def _accept(loaded: LoadedModel) -> Accepted:
@@ -150,10 +155,14 @@ def _alone(loaded: LoadedModel, probes: TokenBatch) -> Tensor:
     try:
         return _answers_of(one_by_one, Finished(), loaded.task)(probes)
     except (AssertionError, *REFUSALS) as failure:
-        raise ConfigError(
-            f"{loaded.model_type} cannot be tried for {loaded.task}: on random texts the stock model raises "
-            f"{type(failure).__name__}: {failure}"
-        ) from failure
+        raise _cannot_be_tried(loaded, failure) from failure
+
+
+def _cannot_be_tried(loaded: LoadedModel, failure: BaseException) -> ConfigError:
+    return ConfigError(
+        f"{loaded.model_type} cannot be served for {loaded.task}: on random texts of 1 to some 50 tokens transformers' "
+        f"own model raises {type(failure).__name__}: {failure}. Serve a model of another family"
+    )
 
 
 def _answers_of(forward: Forward, head: OwnHead, task: str) -> Answer:

@@ -27,6 +27,7 @@ from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.model.bucketing import LAST_TOKEN
 from serve_app.model.precision import Precision, pick_precision
 from serve_app.tasks.card import read_card, transformer_folder
+from serve_app.tasks.stock_tokenizer import load_stock_tokenizer
 
 _CLASSES: Mapping[str, Any] = {
     "text-classification": AutoModelForSequenceClassification,
@@ -89,7 +90,8 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
     model = _read_weights(transformer_folder(path), config, card.task, precision.weights)
     put_on(device, model, config)
     module = model if card.task == "embedding" else model.base_model
-    if card.task == "fill-mask" and not _is_known(card.mask_token_id, module):
+    mask_token_id = load_stock_tokenizer(path).mask_token_id if card.task == "fill-mask" else None
+    if card.task == "fill-mask" and not _is_known(mask_token_id, module):
         raise ConfigError(f"models.{config.name}.task: fill-mask needs a mask token that tokenizer and model both have")
     return LoadedModel(
         module=module,
@@ -105,7 +107,7 @@ def load(path: Path, config: ModelConfig, max_input_tokens: int) -> LoadedModel:
         num_threads=config.num_threads,
         task=card.task,
         model=None if card.task == "embedding" else model,
-        mask_token_id=card.mask_token_id,
+        mask_token_id=mask_token_id,
         decoder_start=_decoder_start(module),
     )
 
@@ -136,7 +138,7 @@ def _is_known(token: int | None, module: Any) -> TypeGuard[int]:
 
 def _decoder_start(module: Any) -> int | None:
     """What the stock model puts first where it reads a text with its decoder; None without a decoder."""
-    if not hasattr(module, "decoder"):
+    if not (module.config.is_encoder_decoder and hasattr(module, "decoder")):
         return None
     return LAST_TOKEN if module.config.model_type == "mbart" else int(module.config.decoder_start_token_id)
 

@@ -29,6 +29,9 @@ NEEDED: Mapping[TaskName, tuple[str, ...]] = {
 }
 """How the names of the classes end that a task needs; `embedding` takes the base model of any."""
 
+_OTHER_INPUTS = ("vision_config", "audio_config", "speech_config", "image_config", "video_config")
+"""Parts of a config.json that read something else than text."""
+
 _OF_ONE_CLASS: tuple[TaskName, ...] = ("token-classification", "fill-mask", "question-answering", "text-generation")
 
 
@@ -58,6 +61,17 @@ def check_task(config: ModelConfig, task: TaskName, model: Mapping[str, Any]) ->
         f"says {', '.join(architectures)}, which is for {task_of(architectures, len(labels_of(model)))}. "
         "Set the task to that or leave it out"
     )
+
+
+def check_reads_text(where: str, model: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a model that reads images or sound beside texts, whatever it is to be served for."""
+    parts = [key for key in _OTHER_INPUTS if isinstance(model.get(key), dict)]
+    if parts:
+        named = ", ".join(architectures_of(model)) or str(model.get("model_type"))
+        raise ConfigError(
+            f"{where}: {named} is a multimodal model (config.json has {', '.join(parts)}), which is not supported for "
+            "any task. Serve a model of the same family that reads texts alone"
+        )
 
 
 def architectures_of(model: Mapping[str, Any]) -> tuple[str, ...]:

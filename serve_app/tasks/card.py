@@ -8,23 +8,31 @@ task is configured, it is `embedding` for what sentence-transformers made, else 
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 from serve_app.config import GENERATING_TASKS, ModelConfig, TaskName
-from serve_app.errors import ConfigError, IncompleteModelError
-from serve_app.paths import check_relative
-from serve_app.tasks.architectures import architectures_of, check_task, labels_of, task_of
-from serve_app.tasks.special_tokens import SpecialTokens, has_chat_template
+from serve_app.errors import ConfigError
+from serve_app.tasks.architectures import architectures_of, check_reads_text, check_task, labels_of, task_of
+from serve_app.tasks.json_files import Json, read_object
+from serve_app.tasks.sentence_files import (
+    Chain,
+    activation_of,
+    check_chain,
+    options_of,
+    read_chain,
+    task_of_chain,
+    transformer_folder,
+)
 from serve_app.types import GenerationDefaults, ModelCard, Side
+
+__all__ = ["has_chat_template", "read_card", "transformer_folder"]
 
 logger = logging.getLogger(__name__)
 
 Pooling: TypeAlias = Literal["mean", "cls", "lasttoken"]
-Json: TypeAlias = Mapping[str, Any]
 
 _POOLINGS = ("mean", "cls", "lasttoken")
 _POOLING_FLAGS = {
@@ -35,10 +43,6 @@ _POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_SENTENCE_CONFIGS = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
 _OFFSET_POSITIONS = frozenset(
     {
         "camembert",
@@ -63,26 +67,37 @@ _RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
 _POOLED_TASKS = ("embedding",)
 _CLASSIFYING_TASKS = ("text-classification", "rerank", "zero-shot-classification", "token-classification")
 
-_MODULES = frozenset({"Transformer", "MLMTransformer", "Pooling", "Normalize", "SpladePooling"})
+_OF_SEQUENCES = ("text-classification", "rerank", "zero-shot-classification")
+
+ADAPTER = (
+    "adapter_config.json is among its files: an adapter changes the model, and is not applied. Merge it "
+    "(merge_and_unload) and save the whole model, or leave adapter_config.json out if the model without it is meant"
+)
 
 _NO_LIMIT = 1_000_000
 """Tokenizers without a limit write `model_max_length` as 1e30."""
 
 
 def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
-    """Read the model files under `path`.
+    """Read the model files under `path`, but for what only transformers' tokenizer knows (`stock_tokenizer`).
 
     Raises IncompleteModelError where `config.json` is missing or a file is no JSON object, and ConfigError where the
-    model needs what is not supported (a Dense module, another pooling), has no head for its task, or its longest input
-    is not known.
+    model needs what is not supported (a Dense module, another pooling, an adapter, code of its own), has no head for
+    its task, or its longest input is not known.
     """
-    modules = _modules(path)
+    where = f"models.{config.name}"
+    chain = read_chain(path)
     folder = transformer_folder(path)
-    model = _json(folder / "config.json", required=True)
+    model = read_object(folder / "config.json", required=True)
+    _check_whole({path, folder}, where)
+    check_reads_text(where, model)
+    if not config.ignore_auto_map:
+        _check_own_code(folder, model, where)
     prompts, default_prompt_name = _prompts(path, config)
     max_input_tokens = _max_input_tokens(folder, model, config)
-    task = _task(path, modules, model, config)
-    special = SpecialTokens(folder)
+    task = _task(path, chain, model, config)
+    labels = labels_of(model) if task in _CLASSIFYING_TASKS else ()
+    scores = task in _OF_SEQUENCES and len(labels) == 1
     return ModelCard(
         name=config.name,
         source=config.source,
@@ -91,16 +106,15 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
         model_type=str(model.get("model_type", "")),
         max_input_tokens=max_input_tokens,
         hidden_size=_hidden_size(model, config),
-        pooling=config.pooling or (_pooling(path, modules, prompts, config) if task in _POOLED_TASKS else "mean"),
-        normalize="Normalize" in modules if config.normalize is None else config.normalize,
+        pooling=config.pooling or (_pooling(path, chain, prompts, config) if task in _POOLED_TASKS else "mean"),
+        normalize="Normalize" in chain.classes if config.normalize is None else config.normalize,
         long_texts=config.long_texts,
         truncation_side=config.truncation_side or _truncation_side(folder),
         stride=max_input_tokens // 8 if config.stride is None else config.stride,
-        labels=labels_of(model) if task in _CLASSIFYING_TASKS else (),
+        labels=labels,
         problem_type=model.get("problem_type"),
         default_function=model.get("function_to_apply"),
-        mask_token_id=special.id_of("mask_token"),
-        cls_token_id=special.id_of("cls_token"),
+        activation=activation_of(path, chain, model, where) if scores else "sigmoid",
         can_chat=has_chat_template(folder),
         task_prefixes=_task_prefixes(model),
         prompts=prompts,
@@ -110,10 +124,38 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
     )
 
 
+def _check_whole(folders: Iterable[Path], where: str) -> None:
+    """Raises ConfigError where the weights are a part of the model only."""
+    if any((folder / "adapter_config.json").exists() for folder in folders):
+        raise ConfigError(f"{where}: {ADAPTER}")
+
+
+def _check_own_code(folder: Path, model: Json, where: str) -> None:
+    """Raises ConfigError where model or tokenizer are to be computed by code of the repository.
+
+    Where transformers has a class for the same `model_type` it would take that one without a word.
+    """
+    for name, told in (
+        ("config.json", model),
+        ("tokenizer_config.json", read_object(folder / "tokenizer_config.json")),
+    ):
+        if told.get("auto_map"):
+            raise ConfigError(
+                f"{where}: {name} names code of the repository (auto_map), which is never run. Take a model that needs "
+                "none, or set ignore_auto_map: true if transformers' own classes are known to give the same answers"
+            )
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer comes with a template for conversations."""
+    template = read_object(folder / "tokenizer_config.json").get("chat_template")
+    return (folder / "chat_template.jinja").is_file() or bool(template)
+
+
 def _generation_defaults(folder: Path, model: Json) -> GenerationDefaults:
     """Of `generation_config.json`, else of config.json, where older models have them."""
     file = folder / "generation_config.json"
-    told = _json(file) if file.exists() else model
+    told = read_object(file) if file.exists() else model
     found = {name: told.get(name) for name in ("max_new_tokens", "max_length", "num_beams")}
     numbers = {name: value for name, value in found.items() if type(value) is int and value > 0}
     return GenerationDefaults(**numbers)
@@ -127,60 +169,51 @@ def _task_prefixes(model: Json) -> Mapping[str, str]:
     return {str(task): str(own["prefix"]) for task, own in tasks.items() if isinstance(own, dict) and own.get("prefix")}
 
 
-def transformer_folder(path: Path) -> Path:
-    """The folder of the weights, `config.json` and the tokenizer: `path`, or the one `modules.json` names below it."""
-    modules = _modules(path)
-    return path / (modules.get("Transformer") or modules.get("MLMTransformer") or "")
-
-
-def _task(path: Path, modules: Mapping[str, str], model: Json, config: ModelConfig) -> TaskName:
+def _task(path: Path, chain: Chain, model: Json, config: ModelConfig) -> TaskName:
+    labels = len(labels_of(model))
     if config.task is not None:
         check_task(config, config.task, model)
         task: TaskName = config.task
-    elif modules:
-        task = "sparse-embedding" if "SpladePooling" in modules else "embedding"
-        logger.info("models.%s.task: %s, as modules.json says", config.name, task)
+    elif chain.modules:
+        task = task_of_chain(chain, labels)
+        logger.info("models.%s.task: %s, as a %s of sentence-transformers", config.name, task, chain.saved_by)
     else:
-        task = task_of(architectures_of(model), len(labels_of(model)))
+        task = task_of(architectures_of(model), labels)
         named = ", ".join(architectures_of(model)) or "no architecture"
         logger.info("models.%s.task: %s, because config.json names %s", config.name, task, named)
     if task in GENERATING_TASKS and config.long_texts == "windows":
         raise ConfigError(f"models.{config.name}.long_texts: windows is not for {task}, which reads a text at once")
-    if task == "sparse-embedding":
-        _check_splade(path, modules, config)
-    if task == "rerank" and len(labels_of(model)) != 1:
-        raise ConfigError(
-            f"models.{config.name}.task: rerank needs a model with one label, and this one has {len(labels_of(model))}"
-        )
+    if chain.modules:
+        _check_modules(path, chain, task, config)
+    if task == "rerank" and labels != 1:
+        raise ConfigError(f"models.{config.name}.task: rerank needs a model with one label, and this one has {labels}")
     return task
 
 
-def _check_splade(path: Path, modules: Mapping[str, str], config: ModelConfig) -> None:
-    pooling = _json(path / modules["SpladePooling"] / "config.json") if "SpladePooling" in modules else {}
+def _check_modules(path: Path, chain: Chain, task: TaskName, config: ModelConfig) -> None:
+    """Raises ConfigError where the modules do not make what the task answers with."""
+    where = f"models.{config.name}"
+    meant = task_of_chain(chain, 1 if task == "rerank" else 2)
+    if task in (meant, *(_OF_SEQUENCES if meant in _OF_SEQUENCES else ())):
+        check_chain(path, chain, where)
+    elif task in _POOLED_TASKS and config.pooling is None:
+        raise ConfigError(
+            f"{where}.task: {task} needs a Pooling module, and the model is a {chain.saved_by} of "
+            f"sentence-transformers, which is for {meant}; leave the task out, or set pooling too if the vectors of "
+            "its tokens are meant"
+        )
+    if task == "sparse-embedding" and "SpladePooling" in chain.classes:
+        _check_splade(path / (chain.folder_of("SpladePooling") or ""), where)
+
+
+def _check_splade(folder: Path, where: str) -> None:
+    pooling = read_object(folder / "config.json")
     asked = (pooling.get("pooling_strategy", "max"), pooling.get("activation_function", "relu"))
     if asked != ("max", "relu"):
         raise ConfigError(
-            f"models.{config.name}: SpladePooling with {' and '.join(map(str, asked))} is not supported; only the max "
+            f"{where}: SpladePooling with {' and '.join(map(str, asked))} is not supported; only the max "
             "over tokens of log(1 + relu(logits)) is"
         )
-
-
-def _modules(path: Path) -> dict[str, str]:
-    """Class name → folder of each module in `modules.json`; empty where there is none."""
-    file = path / "modules.json"
-    if not file.exists():
-        return {}
-    modules = {str(entry["type"]).rsplit(".", 1)[-1]: str(entry["path"]) for entry in _parse(file, list)}
-    for folder in filter(None, modules.values()):  # empty: the model's own
-        check_relative(folder)
-    unknown = sorted(set(modules) - _MODULES)
-    if unknown:
-        raise ConfigError(
-            f"{path.name}: modules.json has the module {', '.join(unknown)}, which is not supported: only Transformer, "
-            "Pooling (mean, cls, lasttoken), Normalize, MLMTransformer and SpladePooling are. Without it the "
-            "embeddings would be other ones."
-        )
-    return modules
 
 
 def _hidden_size(model: Json, config: ModelConfig) -> int:
@@ -190,8 +223,9 @@ def _hidden_size(model: Json, config: ModelConfig) -> int:
     raise ConfigError(f"models.{config.name}: config.json has no hidden_size, dim, d_model or n_embd")
 
 
-def _pooling(path: Path, modules: Mapping[str, str], prompts: Mapping[str, str], config: ModelConfig) -> Pooling:
-    pooling = _json(path / modules.get("Pooling", "1_Pooling") / "config.json", required="Pooling" in modules)
+def _pooling(path: Path, chain: Chain, prompts: Mapping[str, str], config: ModelConfig) -> Pooling:
+    folder = chain.folder_of("Pooling")
+    pooling = read_object(path / (folder or "1_Pooling") / "config.json", required=folder is not None)
     modes = pooling.get("pooling_mode") or [name for flag, name in _POOLING_FLAGS.items() if pooling.get(flag)]
     modes = [modes] if isinstance(modes, str) else list(modes) or ["mean"]
     if len(modes) != 1 or modes[0] not in _POOLINGS:
@@ -208,7 +242,7 @@ def _pooling(path: Path, modules: Mapping[str, str], prompts: Mapping[str, str],
 
 
 def _prompts(path: Path, config: ModelConfig) -> tuple[Mapping[str, str], str | None]:
-    stored = _json(path / "config_sentence_transformers.json")
+    stored = read_object(path / "config_sentence_transformers.json")
     prompts = config.prompts
     if prompts is None:
         prompts = {str(name): str(text or "") for name, text in (stored.get("prompts") or {}).items()}
@@ -249,36 +283,15 @@ def _positions(model: Json) -> int | None:
 
 
 def _max_seq_length(folder: Path) -> int | None:
-    for name in _SENTENCE_CONFIGS:
-        value = _json(folder / name).get("max_seq_length")
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    value = options_of(folder).get("max_seq_length")
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _truncation_side(folder: Path) -> Side | None:
-    side = _json(folder / "tokenizer_config.json").get("truncation_side")
+    side = read_object(folder / "tokenizer_config.json").get("truncation_side")
     return side if side in ("left", "right") else None
 
 
 def _tokenizer_limit(folder: Path) -> int | None:
-    value = _json(folder / "tokenizer_config.json").get("model_max_length")
+    value = read_object(folder / "tokenizer_config.json").get("model_max_length")
     return int(value) if isinstance(value, int | float) and 0 < value < _NO_LIMIT else None
-
-
-def _json(file: Path, required: bool = False) -> Json:
-    if not file.exists():
-        if required:
-            raise IncompleteModelError(f"{file.parent.name}/{file.name} is missing from the model's files")
-        return {}
-    return cast(Json, _parse(file, dict))
-
-
-def _parse(file: Path, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise IncompleteModelError(f"{file.parent.name}/{file.name} cannot be read as JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise IncompleteModelError(f"{file.parent.name}/{file.name} is not a JSON {kind.__name__}")
-    return value

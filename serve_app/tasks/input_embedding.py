@@ -6,13 +6,14 @@ the safetensors tell the shapes of the weights; config.json is what there is bes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from serve_app.tasks.json_files import read_object
 
 _TABLES = frozenset(
     {
@@ -43,10 +44,12 @@ def embedding_rows(folder: Path) -> int | None:
 
     Of several numbers it is the largest, so that nothing which the model knows is refused: a config may leave out rows
     that a family adds, or belong to another part of the model. What is too large, a model replica finds out itself.
+
+    Raises IncompleteModelError where a JSON file is broken.
     """
     tables = dict(_tables(folder))
     encoder = {name: rows for name, rows in tables.items() if "decoder" not in name.split(".")}
-    return max((*(encoder or tables).values(), *_configured(_read(folder / "config.json"))), default=None)
+    return max((*(encoder or tables).values(), *_configured(read_object(folder / "config.json"))), default=None)
 
 
 def _tables(folder: Path) -> Iterator[tuple[str, int]]:
@@ -69,7 +72,7 @@ def _weights(folder: Path) -> Iterable[Path]:
     whole = folder / "model.safetensors"
     if whole.is_file():
         return [whole]
-    parts = _read(folder / _INDEX).get("weight_map")
+    parts = read_object(folder / _INDEX).get("weight_map")
     return sorted({folder / str(file) for name, file in parts.items() if _is_table(name)}) if parts else []
 
 
@@ -82,11 +85,3 @@ def _configured(config: Mapping[str, Any]) -> Iterator[int]:
     for part in (config, *(config.get(name) for name in _PARTS)):
         if isinstance(part, dict):
             yield from (size for key in _SIZES if isinstance(size := part.get(key), int))
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):  # whoever needs the file tells of it
-        return {}
-    return value if isinstance(value, dict) else {}

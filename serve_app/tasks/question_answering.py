@@ -1,6 +1,7 @@
 """Extractive question answering, by the rules of the pipeline that transformers had up to version 4.57.
 
-Inputs are (question, context) pairs; a long context is read in windows, each with the question. In each window start
+Inputs are (question, context) pairs; a long context is read in windows, each with the question. The model reads the
+question first, or the context where its tokenizer pads on the left (XLNet, Llama). In each window start
 and end of an answer are softmaxes over the context's tokens and the first one, which stands for no answer. The score
 of a span is the product of both; the best spans are widened to words, and the scores of equal answers are added up.
 """
@@ -46,12 +47,13 @@ class QuestionAnswering:
         longest = min(card.max_input_tokens, options.max_seq_len or MAX_SEQ_LEN)
         _check(request, options)
         _check_products(options, longest)
+        context = _context_place(card)
         return TokenizeRequest(
-            inputs=request.inputs,
+            inputs=request.inputs if context else tuple(pair[::-1] for pair in pairs_of(request)),
             long_texts=_long_texts(request, card),
             truncation_side=truncation_side_of(request, card),
             stride=_stride(request, options, longest),
-            cut="only_second",
+            cut="only_second" if context else "only_first",
             max_tokens=longest,
             align=True,
         )
@@ -69,6 +71,11 @@ class QuestionAnswering:
             _answers(context, [_window(features, card, sequence) for sequence in sequences], options)
             for (_, context), sequences in zip(pairs_of(request), features.windows(), strict=True)
         )
+
+
+def _context_place(card: ModelCard) -> int:
+    """0 or 1: the text of a pair that is the context."""
+    return 0 if card.padding_side == "left" else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +133,15 @@ def _stride(request: Request, options: QuestionAnsweringOptions, longest: int) -
 def _window(features: Features, card: ModelCard, sequence: int) -> _Window:
     tokens = features.tokens.select(sequence, sequence + 1)
     assert tokens.alignment is not None
-    allowed = tokens.alignment.text_ids == 1
+    of_context = tokens.alignment.text_ids == _context_place(card)
+    allowed = of_context
     if card.cls_token_id is not None:
         allowed = allowed | (tokens.input_ids == card.cls_token_id)
     logits = features.of_sequence(sequence)
     start, end = (_softmax(np.where(allowed, logits[:, column], _MASKED)) for column in (0, 1))
     no_answer = float(start[0] * end[0])
     start[0] = end[0] = 0.0
-    words = np.where(tokens.alignment.text_ids == 1, tokens.alignment.word_ids, np.int32(-1))
+    words = np.where(of_context, tokens.alignment.word_ids, np.int32(-1))
     return _Window(start, end, no_answer, words, tokens.alignment.offsets)
 
 
@@ -159,7 +167,7 @@ def _answers(context: str, windows: list[_Window], options: QuestionAnsweringOpt
 
 
 def _best_spans(window: _Window, options: QuestionAnsweringOptions) -> tuple[Places, Places, FloatArray]:
-    """First and last tokens of spans and their scores, best first; more than are asked for, as words make some equal.
+    """First and last tokens of spans and their scores, best first.
 
     Spans are at most `max_answer_len` tokens, so a band of (k, max_answer_len) products holds all of them.
     """
@@ -167,7 +175,8 @@ def _best_spans(window: _Window, options: QuestionAnsweringOptions) -> tuple[Pla
     reach = min(options.max_answer_len, length)
     ends = np.lib.stride_tricks.sliding_window_view(np.pad(window.end, (0, reach - 1)), reach)
     scores = (window.start[:, None] * ends).ravel()
-    wanted = min(options.top_k * 2 + 10, len(scores))
+    most = options.top_k * 2 + 10 if options.align_to_words else options.top_k  # words make some of them equal
+    wanted = min(most, len(scores))
     chosen = np.argpartition(-scores, wanted - 1)[:wanted]
     chosen = chosen[np.lexsort((chosen, -scores[chosen]))]
     chosen = chosen[scores[chosen] > 0.0]  # which it is not where padding was, before or on a masked token

@@ -6,8 +6,9 @@ import numpy as np
 
 from serve_app.errors import EmptyInputError, InvalidInputError
 from serve_app.options import RerankOptions
-from serve_app.tasks.inputs import long_texts_of, options_of, stride_of, texts_of, truncation_side_of
-from serve_app.tasks.scores import sigmoid
+from serve_app.outputs import Ranking
+from serve_app.tasks.inputs import long_texts_of, options_of, prompt_of, stride_of, texts_of, truncation_side_of
+from serve_app.tasks.scores import ACTIVATIONS, best_first
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.types import Features, FloatArray, ModelCard, Request, TokenizeRequest
 
@@ -35,6 +36,7 @@ class Rerank:
             long_texts=long_texts,
             truncation_side=truncation_side_of(request, card),
             stride=stride_of(request, card),
+            prompt=prompt_of(None, card),
             cut="only_second" if long_texts == "windows" else "longest_first",
         )
 
@@ -43,8 +45,9 @@ class Rerank:
 
     def postprocess(
         self, request: Request, card: ModelCard, features: Features, vocabulary: Vocabulary | None
-    ) -> FloatArray:
-        """Scores (n - 1,) float32, of the documents in their order."""
+    ) -> Ranking:
+        """The documents by their logits, with the scores that the model's own activation makes of them."""
         starts = [sequences[0] for sequences in features.windows()]
         logits: FloatArray = np.maximum.reduceat(features.values[:, 0], starts)
-        return logits if options_of(request, RerankOptions).raw_scores else sigmoid(logits)
+        raw = options_of(request, RerankOptions).raw_scores
+        return Ranking(logits if raw else ACTIVATIONS[card.activation](logits), tuple(best_first(logits)))

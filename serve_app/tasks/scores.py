@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from serve_app.outputs import LabelScore
-from serve_app.types import FloatArray, ModelCard
+from serve_app.types import Activation, FloatArray, ModelCard
 
 Function: TypeAlias = Literal["sigmoid", "softmax", "none"]
+
+ACTIVATIONS: Mapping[Activation, Callable[[FloatArray], FloatArray]] = {
+    "identity": lambda logits: logits,
+    "sigmoid": lambda logits: sigmoid(logits),
+    "tanh": np.tanh,
+}
+"""All of them keep the order of what they are given."""
 
 
 def sigmoid(logits: FloatArray) -> FloatArray:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from serve_app.tasks.special_tokens import SpecialTokens
+from serve_app.tasks.stock_tokenizer import StockTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,15 +57,15 @@ class Vocabulary:
         )
 
     @staticmethod
-    def define(tokenizer: Tokenizer, special: SpecialTokens) -> str:
-        """All that `read` needs, as one text."""
+    def define(stock: StockTokenizer, model_ids: int | None) -> str:
+        """All that `read` needs, as one text; `stock` has a fast form."""
         parts = {
-            "tokenizer": tokenizer.to_str(),
-            "clean_up": special.cleans_up,
-            "unknown_id": special.id_of("unk_token"),
-            "pad_id": special.id_of("pad_token"),
-            "model_ids": special.model_ids,
-            "mask_id": special.id_of("mask_token"),
+            "tokenizer": stock.definition,
+            "clean_up": stock.cleans_up,
+            "unknown_id": stock.unk_token_id,
+            "pad_id": stock.pad_token_id,
+            "model_ids": model_ids,
+            "mask_id": stock.mask_token_id,
         }
         return json.dumps(parts)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import InvalidInputError
-from serve_app.tasks.special_tokens import has_chat_template
+from serve_app.tasks.card import has_chat_template
 from serve_app.types import Chat
 
 

@@ -14,15 +14,17 @@ from pathlib import Path
 
 from serve_app.cache.prewarm import Membership, ensure_local, replica_environment, version_here
 from serve_app.config import CacheConfig, ModelConfig
-from serve_app.errors import UnavailableError
+from serve_app.errors import ConfigError, UnavailableError
 from serve_app.logs import show_log
 from serve_app.metrics import ReplicaMetrics
 from serve_app.tasks import probe
 from serve_app.tasks.card import read_card
+from serve_app.tasks.stock_tokenizer import StockTokenizer, read_stock_tokenizer
 from serve_app.tokenizer.encoder import Encoder
-from serve_app.tokenizer.loader import slow_tokenizer
 from serve_app.tokenizer.slow import SlowEncoder
 from serve_app.types import Forget, ModelCard, TokenBatch, TokenizeCall, TokenizeRequest, VersionCall
+
+_OF_PAIRS = ("rerank", "question-answering", "zero-shot-classification")
 
 STUCK_AFTER_S = 300.0
 """Seconds for which a thread may tokenize one call: far more than the largest one takes on a busy machine."""
@@ -39,8 +41,11 @@ class TokenizerReplica:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         path = await ensure_local(model, cache)
         self._version = await version_here(path, model, cache)
-        self._card = await asyncio.to_thread(read_card, path, model, self._version.revision)
-        self._encoder = await asyncio.to_thread(encoder_of, path, self._card.max_input_tokens)
+        card = await asyncio.to_thread(read_card, path, model, self._version.revision)
+        stock = await asyncio.to_thread(read_stock_tokenizer, path)
+        self._card = stock.completed(card)
+        self._encoder = await asyncio.to_thread(encoder_of, path, card.max_input_tokens, stock.answering(card.task))
+        check_pairs(card, self._encoder)
         if self._card.can_chat and self._card.task == "text-generation":
             await asyncio.to_thread(self._encoder.load_chat_template)
         self._metrics = ReplicaMetrics()
@@ -113,7 +118,16 @@ class TokenizerReplica:
         return self._card
 
 
-def encoder_of(path: Path, max_input_tokens: int) -> Encoder | SlowEncoder:
-    """What encodes for the model in `path`. Raises IncompleteModelError if no tokenizer can be made, ConfigError."""
-    slow = slow_tokenizer(path)
-    return Encoder(path, max_input_tokens) if slow is None else SlowEncoder(path, slow, max_input_tokens)
+def encoder_of(path: Path, max_input_tokens: int, stock: StockTokenizer | None = None) -> Encoder | SlowEncoder:
+    """What encodes for the model in `path`; `stock` is what was read of its tokenizer already.
+
+    Raises IncompleteModelError if no tokenizer can be made, ConfigError if the limit leaves no room for a text.
+    """
+    stock = stock or read_stock_tokenizer(path)
+    return SlowEncoder(path, max_input_tokens) if stock.definition is None else Encoder(path, max_input_tokens, stock)
+
+
+def check_pairs(card: ModelCard, encoder: Encoder | SlowEncoder) -> None:
+    """Raises ConfigError if the task is about pairs, and the model cannot be given any."""
+    if card.task in _OF_PAIRS and isinstance(encoder, Encoder) and encoder.token_types.refusal is not None:
+        raise ConfigError(f"models.{card.name}.task: {card.task} is about pairs: {encoder.token_types.refusal}")

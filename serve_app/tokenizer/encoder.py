@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError
+from serve_app.errors import ConfigError, IncompleteModelError, InputTooLongError, InvalidInputError
 from serve_app.tasks.card import transformer_folder
-from serve_app.tasks.special_tokens import SpecialTokens
+from serve_app.tasks.input_embedding import embedding_rows
+from serve_app.tasks.stock_tokenizer import StockTokenizer, read_stock_tokenizer
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.bounded import BoundedTokenizer
 from serve_app.tokenizer.chat import ChatTemplate
 from serve_app.tokenizer.encoded import Encoded, Outcome, flatten, own_failure
 from serve_app.tokenizer.framed import FramedTokenizer, check_ids, prompted
 from serve_app.tokenizer.known_ids import KnownIds
-from serve_app.tokenizer.loader import load
+from serve_app.tokenizer.token_types import TokenTypes
 from serve_app.types import LongTexts, Side, TextInput, TextPair, TokenBatch, TokenIds, TokenizeRequest
 
 if TYPE_CHECKING:
@@ -30,26 +30,31 @@ __all__ = ["Encoded", "Encoder", "Outcome", "flatten"]
 class Encoder:
     """Encodes the requests of one call; may be used from several threads at once."""
 
-    def __init__(self, path: Path, max_input_tokens: int) -> None:
-        """Load the tokenizer of the model in `path`.
+    def __init__(self, path: Path, max_input_tokens: int, stock: StockTokenizer | None = None) -> None:
+        """Load the tokenizer of the model in `path`; `stock` is what was read of it already.
 
         Raises IncompleteModelError if no fast one can be made, ConfigError if the limit leaves no room for a text.
         """
+        from tokenizers import Tokenizer
+
         self.max_input_tokens = max_input_tokens
-        tokenizer, folder = load(path), transformer_folder(path)
+        stock, folder = stock or read_stock_tokenizer(path), transformer_folder(path)
+        if stock.definition is None:
+            raise IncompleteModelError(f"{folder.name}: transformers has its tokenizer in Python only")
+        tokenizer = Tokenizer.from_str(stock.definition)
         _check_room(tokenizer, max_input_tokens)
-        special = SpecialTokens(folder)
-        self.definition: str = Vocabulary.define(tokenizer, special)
-        self._drops_token_types = special.names_no_token_types
+        model_ids = embedding_rows(folder)
+        self.definition: str = Vocabulary.define(stock, model_ids)
+        self.token_types = TokenTypes(tokenizer, stock)
         self._chat = ChatTemplate(folder)
         self._vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
-        self._known = KnownIds(folder, tokenizer.get_vocab(with_added_tokens=True), special.model_ids)
+        self._known = KnownIds(folder, tokenizer.get_vocab(with_added_tokens=True), model_ids)
         self._whole = BoundedTokenizer(tokenizer, max_input_tokens, None)
         self._cutting = {
             "left": BoundedTokenizer(tokenizer, max_input_tokens, "left"),
             "right": BoundedTokenizer(tokenizer, max_input_tokens, "right"),
         }
-        self._framed = FramedTokenizer(tokenizer, max_input_tokens, self._chat)
+        self._framed = FramedTokenizer(tokenizer, max_input_tokens, self._chat, self.token_types)
 
     def load_chat_template(self) -> None:
         """Before the first conversation, which would have to wait for it."""
@@ -66,8 +71,7 @@ class Encoder:
             for index, outcome in zip(members, self._encode_alike([requests[i] for i in members]), strict=True):
                 outcomes[index] = outcome
         outcomes = self._known.checked(requests, outcomes)
-        batch = flatten(outcomes, time.perf_counter() - started)
-        return replace(batch, token_type_ids=None) if self._drops_token_types else batch
+        return flatten(outcomes, time.perf_counter() - started)
 
     def _is_plain(self, request: TokenizeRequest) -> bool:
         """Whether all can go in one call with other requests, which is the quickest."""
@@ -126,7 +130,8 @@ class Encoder:
         if not length:
             raise InvalidInputError(f"inputs[{index}]: has no tokens; send a text that is not empty")
         kept = self._tokenizer(request).kept(encoding)
-        return Encoded(kept.ids, kept.type_ids if isinstance(request.inputs[index], tuple) else None, kept.truncated)
+        types = self.token_types.of(request, index, kept.type_ids)
+        return Encoded(kept.ids, types, kept.truncated)
 
     def _given(self, request: TokenizeRequest, index: int, ids: TokenIds) -> Encoded:
         """Token ids that the client made, used as they are: no special tokens are added."""

@@ -16,6 +16,7 @@ from serve_app.errors import InputTooLongError, InvalidInputError
 from serve_app.tokenizer.chat import ChatTemplate
 from serve_app.tokenizer.encoded import Encoded
 from serve_app.tokenizer.seams import Seams, seams_of
+from serve_app.tokenizer.token_types import TokenTypes
 from serve_app.tokenizer.windows import Frame, Layout, Places, count_spans, frame_of, kept, target_of, windows
 from serve_app.types import Alignment, Chat, Int32Array, TextPair, TokenIds, TokenizeRequest
 
@@ -49,9 +50,12 @@ class Reading:
 class FramedTokenizer:
     """Never changed after construction, so that threads may share it."""
 
-    def __init__(self, tokenizer: Tokenizer, max_input_tokens: int, chat: ChatTemplate) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, max_input_tokens: int, chat: ChatTemplate, token_types: TokenTypes
+    ) -> None:
         """`tokenizer` neither truncates nor pads."""
         self._tokenizer = tokenizer
+        self._token_types = token_types
         self._chat = chat
         self._limit = max_input_tokens
         self._seams: Seams | None = seams_of(tokenizer)
@@ -170,16 +174,26 @@ class FramedTokenizer:
         if not layout.length:
             raise InvalidInputError(f"inputs[{index}]: has no tokens; send a text that is not empty")
         if layout.length <= limit:
-            return [_Columns.of(request, index, reading).all(truncated=False)]
+            return [self._columns(request, index, reading).all(truncated=False)]
         if request.long_texts == "error":
             raise _too_long(index, layout.length, reading.whole, limit)
         stride = self._check_other_text(request, index, layout, limit)
         if request.long_texts == "windows":
             self._count_windows(request, reading, limit, stride, windowed)
-        columns = _Columns.of(request, index, reading)
+        columns = self._columns(request, index, reading)
         if request.long_texts == "truncate":
             return [columns.take(kept(layout, limit, request.cut, request.truncation_side), truncated=True)]
         return [columns.take(places, truncated=False) for places in windows(layout, limit, request.cut, stride)]
+
+    def _columns(self, request: TokenizeRequest, index: int, reading: Reading) -> _Columns:
+        encoding = reading.encoding
+        types = self._token_types.of(request, index, encoding.type_ids)
+        return _Columns(
+            ids=np.array(encoding.ids, np.int32),
+            type_ids=None if types is None else np.array(types, np.int32),
+            alignment=_alignment(request, reading) if request.align else None,
+            index=index,
+        )
 
     def _check_other_text(self, request: TokenizeRequest, index: int, layout: Layout, limit: int) -> int:
         """Raises where the text that must stay whole leaves no room; else the stride, smaller where room is small."""
@@ -255,13 +269,6 @@ class _Columns:
     type_ids: Int32Array | None
     alignment: Alignment | None
     index: int
-
-    @classmethod
-    def of(cls, request: TokenizeRequest, index: int, reading: Reading) -> _Columns:
-        encoding = reading.encoding
-        type_ids = None if reading.layout.second is None else np.array(encoding.type_ids, np.int32)
-        alignment = _alignment(request, reading) if request.align else None
-        return cls(np.array(encoding.ids, np.int32), type_ids, alignment, index)
 
     def all(self, truncated: bool) -> Encoded:
         return Encoded(self.ids, self.type_ids, truncated, self.index, self.alignment)

@@ -13,7 +13,8 @@ from typing import Any
 
 from serve_app.errors import ConfigError, InputTooLongError, InvalidInputError
 from serve_app.tasks.card import transformer_folder
-from serve_app.tasks.special_tokens import SpecialTokens
+from serve_app.tasks.input_embedding import embedding_rows
+from serve_app.tasks.stock_tokenizer import load_stock_tokenizer
 from serve_app.tokenizer.chat import ChatTemplate
 from serve_app.tokenizer.encoded import Encoded, Outcome, flatten, own_failure
 from serve_app.tokenizer.framed import check_ids
@@ -27,15 +28,15 @@ class SlowEncoder:
     definition = ""
     """There is none: the vocabulary cannot be used without the tokenizer."""
 
-    def __init__(self, path: Path, tokenizer: Any, max_input_tokens: int) -> None:
-        """Raises ConfigError if the limit leaves no room for a text."""
+    def __init__(self, path: Path, max_input_tokens: int) -> None:
+        """Raises IncompleteModelError if no tokenizer can be made, ConfigError if the limit leaves no room."""
         self.max_input_tokens = max_input_tokens
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = load_stock_tokenizer(path)
         self._turn = threading.Lock()
         folder = transformer_folder(path)
         self._chat = ChatTemplate(folder)
-        self._known = KnownIds(folder, tokenizer.get_vocab(), SpecialTokens(folder).model_ids)
-        self._special = int(tokenizer.num_special_tokens_to_add())
+        self._known = KnownIds(folder, self._tokenizer.get_vocab(), embedding_rows(folder))
+        self._special = int(self._tokenizer.num_special_tokens_to_add())
         if max_input_tokens <= self._special:
             raise ConfigError(f"max_input_tokens: {max_input_tokens} leaves no room beside special tokens")
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from serve_app.cache.hub import Hub
+from serve_app.cache.node import warm_this_node
 from serve_app.cache.resolve import resolve, selection_of, source_folder
-from serve_app.config import ModelConfig
+from serve_app.config import CacheConfig, ModelConfig
 from serve_app.errors import IncompleteModelError, SourceNotFoundError
 from tests.hub.server import LocalHub
 
@@ -35,6 +37,36 @@ def test_directory_revision_changes_with_content_and_not_with_place(tiny_bert: P
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     assert resolve(ModelConfig(name="m", source=str(copy)), OFF).revision != first.revision
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 437955512\n"
+
+
+@pytest.mark.parametrize("mode", ["copy", "direct"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("fault", ["link", "pointer"])
+def test_a_file_without_its_content_is_told_before_anything_is_served(
+    fault: str, name: str, mode: Literal["copy", "direct"], tiny_bert: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    (folder / name).unlink()
+    if fault == "link":
+        (folder / name).symlink_to("../../blobs/1234")
+        told = rf"{name} is a link to \.\./\.\./blobs/1234, which is not there\. Copy the files"
+    else:
+        (folder / name).write_bytes(POINTER)
+        told = rf"{name} is a pointer of Git LFS, not the file itself; fetch the files"
+    model = ModelConfig(name="m", source=str(folder))
+    with pytest.raises(IncompleteModelError, match=told):
+        warm_this_node(model, CacheConfig(root=str(tmp_path / "cache"), directory_mode=mode))
+
+
+def test_what_is_not_needed_may_be_without_its_content(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    wanted = resolve(ModelConfig(name="m", source=str(tiny_bert)), OFF).files
+    (folder / "tf_model.h5").symlink_to("nowhere")
+    (folder / "flax_model.msgpack").write_bytes(POINTER)
+    assert resolve(ModelConfig(name="m", source=str(folder)), OFF).files == wanted
 
 
 def test_hub_files_come_with_size_and_hash(hub: LocalHub, tiny_model: ModelConfig, tiny_bert: Path) -> None:

@@ -85,6 +85,21 @@ def test_refuses_what_is_no_model() -> None:
         needed_files(["data.safetensors"], "x/y")
 
 
+@pytest.mark.parametrize(
+    "files", [["adapter_config.json", "adapter_model.safetensors"], ["0_Transformer/adapter_config.json"]]
+)
+def test_refuses_an_adapter_beside_a_model_or_alone_and_says_what_to_do(files: list[str]) -> None:
+    for base in ([], ["config.json", "model.safetensors"]):
+        with pytest.raises(IncompleteModelError, match=r"an adapter \(adapter_config\.json\).*merge_and_unload"):
+            needed_files([*base, *files], "x/y")
+
+
+def test_takes_the_base_model_alone_where_patterns_leave_the_adapter_out() -> None:
+    files = ["config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"]
+    chosen = ["config.json", "model.safetensors"]
+    assert needed_files(files, "x/y", chosen) == chosen
+
+
 def test_patterns_take_the_place_of_the_usual_choice() -> None:
     patterns = ["*.json", "onnx/model.onnx", "model.safetensors"]
     assert needed_files(MINILM, "x/y", patterns) == sorted(

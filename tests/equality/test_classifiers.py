@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.equality.matrix import TOGETHER, Models, ask, assert_same, attentions, configs, refusal, texts_of
+from tests.equality.matrix import TOGETHER, TOLERANCE, Models, ask, assert_same, attentions, configs, refusal, texts_of
 from tests.inprocess import served
 from tests.tasks.families import FAMILIES, LIMIT, TEXTS, family
 
@@ -90,6 +90,18 @@ def test_labels_of_pairs_are_the_pipelines(name: str, url: str, models: Models) 
     wanted = pipe(pairs, top_k=None)
     for got in ask(f"{url}/{name}-classes", [{"inputs": pairs}, {"inputs": [list(pair) for pair in PAIRS]}]):
         assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["classes", "nli", "rerank"])
+def test_a_wrong_token_type_moves_every_pairs_answer_far_beyond_the_tolerance(kind: str, models: Models) -> None:
+    given = models[f"bert-{kind}"]
+    function = torch.nn.Sigmoid() if kind == "rerank" else torch.nn.Softmax(-1)
+    for pair in PAIRS:
+        right = given.tokenizer(*([text] for text in pair), truncation=True, max_length=LIMIT, return_tensors="pt")
+        wrong = {**right, "token_type_ids": torch.zeros_like(right["token_type_ids"])}
+        with torch.inference_mode():
+            scores, others = (function(given.model(**inputs).logits) for inputs in (right, wrong))
+        assert float((scores - others).abs().max()) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -38,6 +38,7 @@ from serve_app.outputs import (
     Generated,
     GeneratedPiece,
     LabelScore,
+    Ranking,
     Span,
     SparseVector,
     TaskOutput,
@@ -101,7 +102,8 @@ def made_up(request: Request) -> TaskOutput:
     if isinstance(options, SparseEmbeddingOptions):
         return tuple(SparseVector(np.array([3, 70], np.int32), np.array([0.5, 1.5], np.float32)) for _ in inputs)
     if isinstance(options, RerankOptions):
-        return np.arange(len(inputs) - 1, dtype=np.float32) / 8
+        scores = np.arange(len(inputs) - 1, dtype=np.float32) / 8
+        return Ranking(scores, tuple(range(len(scores)))[::-1])
     if isinstance(options, ZeroShotOptions):
         return tuple(tuple(LabelScore(label, 0.5) for label in options.labels) for _ in inputs)
     if isinstance(options, ClassificationOptions):

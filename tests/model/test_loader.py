@@ -106,15 +106,19 @@ def test_model_that_brings_its_own_code_is_refused_without_running_it(tmp_path: 
     auto_map = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
     edit_config(tmp_path, model_type="homemade", auto_map=auto_map)
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        load(tmp_path, config(), 32)
+    for ignored, told in ((False, "never run"), (True, "cannot be loaded")):
+        with pytest.raises(ConfigError, match=told):
+            load(tmp_path, config(ignore_auto_map=ignored), 32)
     assert not (tmp_path / "ran").exists()
 
 
 def test_weights_in_the_folder_that_modules_json_names_are_loaded(tmp_path: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path / "0_Transformer")
-    modules = [{"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
+    chain = {"Transformer": "0_Transformer", "Pooling": "1_Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{name}"} for name, path in chain.items()]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text("{}")
     assert load(tmp_path, config(), 32).model_type == "bert"
 
 

@@ -101,8 +101,16 @@ def test_head_answers_as_the_stock_model_does_for_each_text_alone(task: str, mod
 
 
 def test_model_that_takes_texts_of_one_form_only_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"longformer cannot be tried for question-answering.*separator tokens"):
+    with pytest.raises(ConfigError, match=r"longformer cannot be served for question-answering.*separator tokens"):
         Runner(load_tiny_for("question-answering", "longformer", tmp_path))
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification", "question-answering"])
+def test_funnel_which_cannot_read_a_text_of_one_token_is_refused_with_the_reason(task: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=f"funnel cannot be served for {task}: .* RuntimeError: index .*another family"
+    ):
+        Runner(load_tiny_for(task, "funnel", tmp_path))
 
 
 def test_classifier_that_pools_over_all_tokens_is_packed_and_right(tmp_path: Path) -> None:

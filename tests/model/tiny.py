@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from serve_app.config import ModelConfig
@@ -90,6 +91,15 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "electra": {**_COMMON, "embedding_size": 16},
     "eurobert": {**_COMMON, **_GROUPED},
+    "funnel": {
+        "vocab_size": 97,
+        "block_sizes": [1, 1, 1],
+        "d_model": 32,
+        "n_head": 4,
+        "d_head": 8,
+        "d_inner": 48,
+        "max_position_embeddings": 64,
+    },
     "gpt_neo": {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -181,8 +191,9 @@ def load_tiny_for(
 ) -> LoadedModel:
     """The same with the head of a task; `keys` are of the model's own config."""
     tiny_model(model_type, task=task, **keys).save_pretrained(folder)
-    tokenizer = {"mask_token": "[MASK]", "added_tokens_decoder": {str(MASK): {"content": "[MASK]", "special": True}}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    words = {f"word{token}": token for token in range(97) if token != MASK} | {"[MASK]": MASK}
+    backend = Tokenizer(models.WordLevel(words, unk_token="word0"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]").save_pretrained(folder)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "max_input_tokens": MAX_INPUT_TOKENS, "task": task}
     model = ModelConfig(name=model_type, source="./tiny", **options)
     return load(folder, model, MAX_INPUT_TOKENS)

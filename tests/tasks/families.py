@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, processors
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+import transformers
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoTokenizer, pipeline
 
 from serve_app.config import ModelConfig
 from serve_app.outputs import TaskOutput
 from serve_app.tasks.card import read_card
 from serve_app.tasks.registry import TASKS
+from serve_app.tasks.stock_tokenizer import read_stock_tokenizer
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.encoder import Encoder
 from serve_app.types import Features, FloatArray, MaskArguments, ModelCard, Request, TokenBatch
@@ -25,6 +28,14 @@ from tests.tokenizer import kinds
 LIMIT = 48
 
 FAMILIES = ("bert", "distilbert", "roberta", "albert", "xlm-roberta")
+
+_TOKENIZERS = {
+    "bert": "BertTokenizer",
+    "distilbert": "DistilBertTokenizer",
+    "roberta": "RobertaTokenizer",
+    "albert": "AlbertTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Family:
     def _rows(self, one: TokenBatch, head: str, arguments: MaskArguments | None) -> FloatArray:
         """What the head leaves of one sequence, by the stock model alone."""
         inputs = {"input_ids": torch.from_numpy(one.input_ids.astype(np.int64))[None]}
-        if one.token_type_ids is not None and "token_type_ids" in self.tokenizer.model_input_names:
+        if one.token_type_ids is not None:
             inputs["token_type_ids"] = torch.from_numpy(one.token_type_ids.astype(np.int64))[None]
         with torch.inference_mode():
             out = self.model(**inputs)
@@ -83,48 +94,39 @@ class Family:
         return np.concatenate(rows)
 
 
-def tokenizer_of(family: str) -> Tokenizer:
-    """As families' own tokenizers are made, decoders and offsets included."""
+def tokenizer_of(family: str, **keys: Any) -> Any:
+    """Of the class that transformers has for the family, which saves what it needs and no more."""
+    kind = dict(keys)
     if family in ("bert", "distilbert"):
-        tokenizer = kinds.wordpiece(lowercase=family == "bert")
-        tokenizer.decoder = decoders.WordPiece()
-        return tokenizer
-    if family == "roberta":
-        tokenizer = kinds.byte_level()
-        ids = {token: tokenizer.token_to_id(token) for token in ("<s>", "</s>")}
-        tokenizer.post_processor = processors.RobertaProcessing(
-            ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True, add_prefix_space=False
-        )
-        tokenizer.decoder = decoders.ByteLevel()
-        return tokenizer
-    tokenizer = kinds.albert() if family == "albert" else kinds.xlm_roberta()
-    tokenizer.decoder = decoders.Metaspace()
-    return tokenizer
+        trained = kinds.wordpiece(lowercase=family == "bert")
+        kind["do_lower_case"] = family == "bert"
+    elif family == "roberta":
+        trained = kinds.byte_level()
+    else:
+        trained = kinds.albert() if family == "albert" else kinds.xlm_roberta()
+    model = json.loads(trained.to_str())["model"]
+    if "merges" in model:
+        kind["merges"] = [tuple(merge) for merge in model["merges"]]
+    if family == "albert":
+        kind |= {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+        kind["mask_token"] = AddedToken("<mask>", lstrip=True, special=True)
+    vocabulary = [tuple(piece) for piece in model["vocab"]] if model["type"] == "Unigram" else model["vocab"]
+    return getattr(transformers, _TOKENIZERS[family])(vocab=vocabulary, **kind)
+
+
+_LOUD = 2.0
+"""Scale of the embeddings of token types, so that a wrong type moves every answer by more than a rounding error."""
 
 
 @functools.cache
 def family(name: str, auto_class: str, limit: int = LIMIT, side: str | None = None, **config: Any) -> Family:
     """One model of each kind; `config` may hold tuples for lists, `side` is the tokenizer's."""
-    import transformers
-
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-    backend = tokenizer_of(name)
-    square = name in ("bert", "distilbert")
-    names = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]") if square else ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
-    roles = dict(zip(("unk_token", "cls_token", "sep_token", "pad_token", "mask_token"), names, strict=True))
-    typed = name in ("bert", "albert")
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=limit,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"]
-        if typed
-        else ["input_ids", "attention_mask"],
-        **roles,
-        **({} if side is None else {"truncation_side": side}),
-    ).save_pretrained(folder)
+    words = tokenizer_of(name, model_max_length=limit, **({} if side is None else {"truncation_side": side}))
+    words.save_pretrained(folder)
     sizes: dict[str, Any] = {
-        "vocab_size": backend.get_vocab_size(),
-        "pad_token_id": backend.token_to_id(names[3]),
+        "vocab_size": len(words),
+        "pad_token_id": words.pad_token_id,
         "max_position_embeddings": 128,
     }
     sizes |= (
@@ -139,13 +141,19 @@ def family(name: str, auto_class: str, limit: int = LIMIT, side: str | None = No
     own = AutoConfig.for_model(name, **sizes, **config)
     model = getattr(transformers, auto_class).from_config(own, dtype=torch.float32).eval()
     with torch.no_grad():
-        for weight in model.parameters():
+        for key, weight in model.named_parameters():
             if weight.dim() > 1:
-                weight.normal_(0.0, 0.25)
+                weight.normal_(0.0, _LOUD if "token_type" in key else 0.25)
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    card = read_card(folder, ModelConfig(name=name, source="./tiny", max_input_tokens=limit), "")
-    return Family(folder, model, tokenizer, Encoder(folder, limit), card)
+    return saved(folder, model, max_input_tokens=limit)
+
+
+def saved(folder: Path, model: Any, **configured: Any) -> Family:
+    """A model whose files lie in `folder`, read as a tokenizer replica reads it."""
+    stock = read_stock_tokenizer(folder)
+    card = stock.completed(read_card(folder, ModelConfig(name=folder.name, source="./tiny", **configured), ""))
+    encoder = Encoder(folder, card.max_input_tokens, stock.answering(card.task))
+    return Family(folder, model, AutoTokenizer.from_pretrained(str(folder)), encoder, card)
 
 
 def with_card(given: Family, **keys: Any) -> Family:

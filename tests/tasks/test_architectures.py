@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from serve_app.config import ModelConfig
-from serve_app.errors import ConfigError, IncompleteModelError
+from serve_app.errors import ConfigError
 from serve_app.tasks.card import read_card
-from serve_app.tasks.special_tokens import SpecialTokens
 from serve_app.types import ModelCard
-from tests.tokenizer.kinds import byte_level, save, wordpiece
 
 SENTENCE_MODULES = "sentence_transformers.models."
 
@@ -135,33 +131,13 @@ def test_labels_that_have_no_names_are_numbered_as_in_transformers(
     assert read.labels == tuple(f"LABEL_{i}" for i in range(labels))
 
 
-def test_special_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
-    named = {"mask_token": "[MASK]", "cls_token": "[CLS]", "unk_token": "[UNK]", "chat_template": "{{ messages }}"}
-    PreTrainedTokenizerFast(tokenizer_object=wordpiece(), **named).save_pretrained(tmp_path)
-    reference = AutoTokenizer.from_pretrained(str(tmp_path))
-    read = card(tmp_path)
-    assert (read.mask_token_id, read.cls_token_id) == (reference.mask_token_id, reference.cls_token_id)
-    assert read.can_chat
-    assert SpecialTokens(tmp_path).id_of("unk_token") == reference.unk_token_id
+MULTIMODAL = {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {}, "text_config": {}}
 
 
-def test_special_tokens_without_names_are_the_usual_ones(tmp_path: Path) -> None:
-    tokenizer: Tokenizer = byte_level()
-    save(tokenizer, tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    read = card(tmp_path, model_type="roberta")
-    assert (read.mask_token_id, read.cls_token_id) == (tokenizer.token_to_id("<mask>"), tokenizer.token_to_id("<s>"))
-    assert not read.can_chat
-
-
-def test_a_model_without_a_tokenizer_has_no_special_tokens(tmp_path: Path) -> None:
-    assert card(tmp_path).mask_token_id is None
-
-
-def test_a_broken_tokenizer_file_is_an_incomplete_model(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(IncompleteModelError, match=r"tokenizer\.json"):
-        card(tmp_path)
+@pytest.mark.parametrize("task", [None, "text-generation", "text2text-generation", "embedding"])
+def test_a_multimodal_model_is_refused_as_such_whatever_it_is_to_be_served_for(tmp_path: Path, task: Any) -> None:
+    with pytest.raises(ConfigError, match=r"Gemma3ForConditionalGeneration is a multimodal model .*vision_config"):
+        card(tmp_path, task=task, **MULTIMODAL)
 
 
 def test_relative_positions_limit_only_where_nothing_else_does(tmp_path: Path) -> None:

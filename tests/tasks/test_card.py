@@ -97,7 +97,7 @@ def test_bare_transformer_is_mean_pooled_and_not_normalized(tmp_path: Path) -> N
 
 def test_dense_module_is_refused_by_name(tmp_path: Path) -> None:
     dense = modules(("sentence_transformers.models.Transformer", ""), ("sentence_transformers.models.Dense", "2_Dense"))
-    with pytest.raises(ConfigError, match="Dense, which is not supported"):
+    with pytest.raises(ConfigError, match="Transformer → Dense, which is not supported"):
         read_card(write(tmp_path, {"modules.json": dense}), config(), "")
 
 
@@ -113,8 +113,12 @@ def test_modules_of_newer_sentence_transformers_are_known_by_their_class(tmp_pat
 
 
 def test_weights_in_a_folder_of_their_own_are_found(tmp_path: Path) -> None:
-    nested = modules(("sentence_transformers.models.Transformer", "0_Transformer"))
-    write(tmp_path, {"modules.json": nested, "0_Transformer/config.json": {**BERT, "hidden_size": 48}})
+    nested = modules(
+        ("sentence_transformers.models.Transformer", "0_Transformer"),
+        ("sentence_transformers.models.Pooling", "1_Pooling"),
+    )
+    weights = {"0_Transformer/config.json": {**BERT, "hidden_size": 48}}
+    write(tmp_path, {"modules.json": nested, "1_Pooling/config.json": {}, **weights})
     assert transformer_folder(tmp_path) == tmp_path / "0_Transformer"
     assert read_card(tmp_path, config(), "").hidden_size == 48
 
@@ -215,29 +219,6 @@ def test_windows_are_refused_where_the_files_say_that_the_model_generates(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("model_type", "tokenizer", "expected"),
-    [
-        ("roberta", {}, 0),
-        ("xlm-roberta", {}, 0),
-        ("llama", {}, None),
-        ("roberta", {"tokenizer_class": "PreTrainedTokenizerFast"}, None),
-        ("llama", {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>"}, None),
-        ("mistral", {"tokenizer_class": "RobertaTokenizer"}, 0),
-        ("llama", {"cls_token": "<s>"}, 0),
-    ],
-)
-def test_a_begin_token_is_a_cls_token_only_where_the_tokenizers_class_says_so(
-    tmp_path: Path, model_type: str, tokenizer: dict[str, Any], expected: int | None
-) -> None:
-    files = {
-        "config.json": {**BERT, "model_type": model_type},
-        "tokenizer.json": {"added_tokens": [{"id": 0, "content": "<s>"}]},
-        "tokenizer_config.json": {"model_max_length": 64, **tokenizer},
-    }
-    assert read_card(write(tmp_path, files), config(), "").cls_token_id == expected
-
-
-@pytest.mark.parametrize(
     ("own", "legacy"),
     [
         ({"max_length": 142, "num_beams": 4}, {}),
@@ -278,3 +259,133 @@ def test_a_module_outside_of_the_models_folder_is_refused(tmp_path: Path, path: 
             write(tmp_path, {"modules.json": named})
             with pytest.raises(IncompleteModelError, match="is no path of a file below a model's folder"):
                 read()
+
+
+SEQUENCES = {"config.json": {**BERT, "architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}}
+ONE_TRANSFORMER = modules(("sentence_transformers.base.modules.transformer.Transformer", ""))
+SAVED_BY = "config_sentence_transformers.json"
+
+
+@pytest.mark.parametrize(("labels", "task"), [(1, "rerank"), (3, "text-classification")])
+def test_a_cross_encoder_with_modules_is_no_embedder(tmp_path: Path, labels: int, task: str) -> None:
+    model = {**SEQUENCES["config.json"], "id2label": {str(i): f"LABEL_{i}" for i in range(labels)}}
+    files = {"config.json": model, "modules.json": ONE_TRANSFORMER, SAVED_BY: {"model_type": "CrossEncoder"}}
+    assert read_card(write(tmp_path, files), config(), "").task == task
+    with pytest.raises(ConfigError, match="embedding needs a Pooling module, and the model is a CrossEncoder"):
+        read_card(tmp_path, config(task="embedding"), "")
+    assert read_card(tmp_path, config(task="embedding", pooling="cls"), "").pooling == "cls"
+
+
+NORMALIZED = [
+    *SENTENCE_TRANSFORMER[:2],
+    {"type": "sentence_transformers.base.modules.normalize.Normalize", "path": "2_Normalize"},
+]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"modules.json": ONE_TRANSFORMER}, "has the modules Transformer, which is not supported"),
+        ({SAVED_BY: {"model_type": "MultiVectorEncoder"}}, "saved as a MultiVectorEncoder .* not supported"),
+        ({"modules.json": SENTENCE_TRANSFORMER[::-1]}, "Normalize → Pooling → Transformer, which is not supported"),
+        ({"sentence_bert_config.json": {"transformer_task": "text-generation"}}, "transformer_task: text-generation"),
+        (
+            {"modules.json": NORMALIZED, "2_Normalize/config.json": {"module_input_name": "token_embeddings"}},
+            "Normalize has module_input_name: token_embeddings",
+        ),
+        ({"sentence_bert_config.json": {"modality_config": {"message": {}}}}, "chat template"),
+        ({"sentence_bert_config.json": {"modality_config": {"text": {"method": "embed"}}}}, "modality_config asks for"),
+        ({"sentence_bert_config.json": {"query_length": 32}}, r"query_length \(32\)"),
+        ({"sentence_bert_config.json": {"config_args": {"is_causal": False}}}, "config_args"),
+    ],
+    ids=["no pooling", "several vectors", "order", "head", "input", "chat", "method", "length", "arguments"],
+)
+def test_what_sentence_transformers_computes_in_another_way_is_refused(
+    tmp_path: Path, files: dict[str, Any], reason: str
+) -> None:
+    write(tmp_path, {"modules.json": SENTENCE_TRANSFORMER, "1_Pooling/config.json": {}, **files})
+    with pytest.raises(ConfigError, match=reason):
+        read_card(tmp_path, config(), "")
+
+
+def test_arguments_that_change_no_answer_are_let_pass(tmp_path: Path) -> None:
+    options = {
+        "transformer_task": "feature-extraction",
+        "model_args": {"attn_implementation": "sdpa"},
+        "unpad_inputs": 1,
+    }
+    files = {"modules.json": SENTENCE_TRANSFORMER, "1_Pooling/config.json": {}, "sentence_bert_config.json": options}
+    assert read_card(write(tmp_path, files), config(), "").task == "embedding"
+
+
+@pytest.mark.parametrize(
+    "module", ["custom_st.Transformer", "jinaai/xlm-roberta-flash-implementation--custom_st.Transformer"]
+)
+def test_modules_of_other_packages_are_refused_by_name(tmp_path: Path, module: str) -> None:
+    named = [{"type": module, "path": ""}, *SENTENCE_TRANSFORMER[1:]]
+    write(tmp_path, {"modules.json": named, "1_Pooling/config.json": {}})
+    with pytest.raises(ConfigError, match=rf"names {module}, which is code of the repository"):
+        read_card(tmp_path, config(), "")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": {**BERT, "auto_map": {"AutoModel": "modeling_bert.JinaBertModel"}}},
+        {"tokenizer_config.json": {"model_max_length": 64, "auto_map": {"AutoTokenizer": ["words.Words", None]}}},
+    ],
+    ids=["model", "tokenizer"],
+)
+def test_code_of_the_repository_is_refused_on_a_type_of_transformers_too(tmp_path: Path, files: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"names code of the repository \(auto_map\), which is never run"):
+        read_card(write(tmp_path, files), config(), "")
+    assert read_card(tmp_path, config(ignore_auto_map=True), "").task == "embedding"
+
+
+@pytest.mark.parametrize("folder", ["", "0_Transformer/"])
+def test_an_adapter_is_refused(tmp_path: Path, folder: str) -> None:
+    nested = modules(
+        ("sentence_transformers.models.Transformer", folder.rstrip("/")),
+        ("sentence_transformers.models.Pooling", "1_Pooling"),
+    )
+    files = {"modules.json": nested, "1_Pooling/config.json": {}, f"{folder}config.json": BERT}
+    write(tmp_path, files)
+    assert read_card(tmp_path, config(), "").task == "embedding"
+    (tmp_path / folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json is among its files: an adapter .* Merge it"):
+        read_card(tmp_path, config(), "")
+
+
+IDENTITY = "torch.nn.modules.linear.Identity"
+
+
+@pytest.mark.parametrize(
+    ("model", "saved", "expected"),
+    [
+        ({}, {}, "sigmoid"),
+        ({}, {"activation_fn": IDENTITY}, "identity"),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}}, None, "tanh"),
+        ({"sbert_ce_default_activation_function": IDENTITY}, None, "identity"),
+        ({"sbert_ce_default_activation_function": None}, None, "sigmoid"),
+        (
+            {"sentence_transformers": {"activation_fn": IDENTITY}},
+            {"activation_fn": "torch.nn.modules.activation.Sigmoid"},
+            "sigmoid",
+        ),
+    ],
+    ids=["none", "6", "4", "3", "3, null", "the newest wins"],
+)
+def test_a_rerankers_activation_in_every_spelling(
+    tmp_path: Path, model: dict[str, Any], saved: dict[str, Any] | None, expected: str
+) -> None:
+    files: dict[str, Any] = {"config.json": {**SEQUENCES["config.json"], **model}}
+    if saved is not None:
+        files |= {"modules.json": ONE_TRANSFORMER, SAVED_BY: {"model_type": "CrossEncoder", **saved}}
+    assert read_card(write(tmp_path, files), config(), "").activation == expected
+
+
+@pytest.mark.parametrize("named", ["torch.nn.modules.activation.GELU", "mine.Sigmoid"])
+def test_an_activation_that_is_not_known_is_refused(tmp_path: Path, named: str) -> None:
+    model = {**SEQUENCES["config.json"], "sbert_ce_default_activation_function": named}
+    with pytest.raises(ConfigError, match=f"its activation function {named} is not supported"):
+        read_card(write(tmp_path, {"config.json": model}), config(), "")

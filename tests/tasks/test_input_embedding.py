@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
+from serve_app.errors import IncompleteModelError
 from serve_app.tasks.input_embedding import embedding_rows
 from tests.model.tiny import tiny_model
 
@@ -70,12 +71,19 @@ def test_rows_that_a_family_adds_to_its_vocabulary_are_counted(tmp_path: Path) -
     assert embedding_rows(tmp_path) == 64
 
 
-@pytest.mark.parametrize("content", [None, "no JSON", "[]", '{"vocab_size": "many"}'])
+@pytest.mark.parametrize("content", [None, '{"vocab_size": "many"}'])
 def test_files_that_do_not_tell_it_are_no_error(content: str | None, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     assert embedding_rows(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]"])
+def test_a_broken_file_is_told_as_by_whoever_else_reads_it(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(IncompleteModelError, match=r"config\.json"):
+        embedding_rows(tmp_path)
 
 
 def test_a_model_that_was_resized_knows_its_new_tokens(tmp_path: Path) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, XLNetTokenizer
 
-from serve_app.config import ModelConfig
 from serve_app.errors import EmptyInputError, InputTooLongError, InvalidInputError
 from serve_app.options import QuestionAnsweringOptions
-from serve_app.tasks.card import read_card
 from serve_app.types import Request
-from tests.tasks.families import FAMILIES, LIMIT, TEXTS, Family, family, with_card
+from tests.model.tiny import tiny_model
+from tests.tasks.families import FAMILIES, LIMIT, TEXTS, Family, family, saved, tokenizer_of, with_card
 from tests.tasks.questions import answers
+from tests.tokenizer.kinds import xlm_roberta
 
 LONG = "Hugging Face Inc. was sent to New York, said they. The model reads one of its words. " * 6
 
@@ -53,19 +51,61 @@ def test_answers_are_the_pipelines(name: str, options: QuestionAnsweringOptions)
         np.testing.assert_allclose([span.score for span in got], [each["score"] for each in wanted], atol=1e-5)
 
 
+def generic(folder: Path, **keys: Any) -> Path:
+    """Files of a tokenizer that is of no class but transformers' generic one."""
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    backend = tokenizer_of("roberta").backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=LIMIT, **roles, **keys).save_pretrained(folder)
+    return folder
+
+
+def questions(folder: Path, name: str, **sizes: Any) -> Family:
+    """A random model for questions, whose tokenizer's files lie in `folder`."""
+    size = len(AutoTokenizer.from_pretrained(str(folder)))
+    model = tiny_model(name, task="question-answering", vocab_size=size, **sizes)
+    model.save_pretrained(folder)
+    return saved(folder, model, max_input_tokens=LIMIT, task="question-answering")
+
+
+def assert_answers_are_the_pipelines(given: Family, options: QuestionAnsweringOptions) -> None:
+    contexts = [text for text in (*TEXTS.values(), LONG) if given.tokenizer.tokenize(text)]
+    for context in contexts:
+        [got], wanted = spans(given, [("who?", context)], options), answers(given, "who?", context, options)
+        assert [(span.start, span.end) for span in got] == [(each["start"], each["end"]) for each in wanted]
+        np.testing.assert_allclose([span.score for span in got], [each["score"] for each in wanted], atol=1e-5)
+
+
 def test_a_tokenizer_without_a_cls_token_has_none_that_may_begin_an_answer(tmp_path: Path) -> None:
-    given = family("roberta", "AutoModelForQuestionAnswering")
-    folder = Path(shutil.copytree(given.folder, tmp_path / "model"))
-    file = folder / "tokenizer_config.json"
-    named = {key: value for key, value in json.loads(file.read_text()).items() if key != "cls_token"}
-    file.write_text(json.dumps({**named, "bos_token": "<s>"}))
-    card = read_card(folder, ModelConfig(name="llama", source="./tiny", max_input_tokens=LIMIT), "")
-    bare = replace(given, folder=folder, card=card, tokenizer=AutoTokenizer.from_pretrained(str(folder)))
-    assert bare.tokenizer.cls_token_id is None
-    options = QuestionAnsweringOptions(top_k=3, handle_impossible_answer=True)
-    [got], wanted = spans(bare, [("who?", LONG)], options), answers(bare, "who?", LONG, options)
-    np.testing.assert_allclose([span.score for span in got], [each["score"] for each in wanted], atol=1e-5)
-    assert [span.start for span in got] == [each["start"] for each in wanted]
+    given = questions(generic(tmp_path), "bert")
+    assert given.tokenizer.cls_token_id is None
+    assert_answers_are_the_pipelines(given, QuestionAnsweringOptions(top_k=3, handle_impossible_answer=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        QuestionAnsweringOptions(top_k=4, handle_impossible_answer=True),
+        QuestionAnsweringOptions(top_k=2, doc_stride=3, align_to_words=False),
+    ],
+    ids=["words", "parts of words"],
+)
+@pytest.mark.parametrize("kind", ["xlnet", "generic"])
+def test_the_context_comes_first_where_the_tokenizer_pads_on_the_left(
+    kind: str, options: QuestionAnsweringOptions, tmp_path: Path
+) -> None:
+    """XLNet's tokenizer pads on the left by its class, and has its CLS token at the end; others are told to."""
+    if kind == "xlnet":
+        model = json.loads(xlm_roberta().to_str())["model"]
+        pieces = [tuple(piece) for piece in model["vocab"]]
+        XLNetTokenizer(vocab=[*pieces, ("<sep>", 0.0), ("<cls>", 0.0)], model_max_length=LIMIT).save_pretrained(
+            tmp_path
+        )
+        given = questions(tmp_path, "xlnet")
+        assert given.card.cls_token_id is not None
+    else:
+        given = questions(generic(tmp_path, padding_side="left"), "bert")
+    assert given.tokenizer.padding_side == "left"
+    assert_answers_are_the_pipelines(given, options)
 
 
 def test_a_long_context_is_read_in_several_windows() -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from serve_app.errors import EmptyInputError, InvalidInputError
 from serve_app.options import ClassificationOptions, RerankOptions, SparseEmbeddingOptions, ZeroShotOptions
+from serve_app.outputs import Ranking
 from serve_app.tasks.embedding import over_windows
+from serve_app.tasks.registry import TASKS
 from serve_app.types import Features, Request, TokenizeRequest
-from tests.tasks.families import FAMILIES, LIMIT, TEXTS, Family, family
+from tests.tasks.families import FAMILIES, LIMIT, TEXTS, Family, family, with_card
 
 LONG = "Hugging Face Inc. was sent to New York, said they. The model reads one of its words. " * 6
 STRIDE = 5
@@ -53,9 +55,32 @@ def test_a_documents_score_is_the_sigmoid_of_the_pairs_logit(name: str) -> None:
     wanted = [pipe({"text": "small words", "text_pair": text})["score"] for text in documents]
     logits = [pipe({"text": "small words", "text_pair": t}, function_to_apply="none")["score"] for t in documents]
     asked = ["small words", *documents]
-    np.testing.assert_allclose(ask(given, "rerank", asked, RerankOptions(), long_texts="truncate"), wanted, atol=1e-5)
+    ranked = ask(given, "rerank", asked, RerankOptions(), long_texts="truncate")
+    np.testing.assert_allclose(ranked.scores, wanted, atol=1e-5)
     raw = ask(given, "rerank", asked, RerankOptions(raw_scores=True), long_texts="truncate")
-    np.testing.assert_allclose(raw, logits, atol=1e-5)
+    np.testing.assert_allclose(raw.scores, logits, atol=1e-5)
+    assert ranked.order == raw.order == tuple(np.argsort(-raw.scores, kind="stable"))
+
+
+def test_documents_are_in_the_order_of_their_logits_where_the_sigmoid_makes_them_equal() -> None:
+    given = family("bert", "AutoModelForSequenceClassification", labels=("LABEL_0",))
+    logits = np.array([[18.0], [20.0], [19.0], [20.0], [-3.0]], np.float32)
+    request = Request("1", "bert", "rerank", ("q", "a", "b", "c", "d", "e"), RerankOptions())
+    batch = given.encoder.encode([TASKS["rerank"].prepare(request, given.card)])
+    ranking = TASKS["rerank"].postprocess(request, given.card, Features(batch, logits), None)
+    assert isinstance(ranking, Ranking)
+    assert ranking.scores[:4].tolist() == [1.0] * 4
+    assert ranking.order == (1, 3, 2, 0, 4)
+
+
+@pytest.mark.parametrize(("activation", "wanted"), [("identity", 2.0), ("sigmoid", 0.880797), ("tanh", 0.964028)])
+def test_scores_are_made_by_the_models_own_activation(activation: str, wanted: float) -> None:
+    given = with_card(family("bert", "AutoModelForSequenceClassification", labels=("LABEL_0",)), activation=activation)
+    request = Request("1", "bert", "rerank", ("q", "a"), RerankOptions())
+    batch = given.encoder.encode([TASKS["rerank"].prepare(request, given.card)])
+    ranking = TASKS["rerank"].postprocess(request, given.card, Features(batch, np.array([[2.0]], np.float32)), None)
+    assert isinstance(ranking, Ranking)
+    np.testing.assert_allclose(ranking.scores, [wanted], atol=1e-6)
 
 
 def test_a_document_is_as_good_as_its_best_window() -> None:
@@ -64,7 +89,7 @@ def test_a_document_is_as_good_as_its_best_window() -> None:
     each = ask(given, "text-classification", windows(given, "small words", LONG), options)
     got = ask(given, "rerank", ["small words", "a", LONG], RerankOptions(raw_scores=True))
     assert len(each) > 2
-    assert got[1] == pytest.approx(max(one[0].score for one in each), abs=1e-5)
+    assert got.scores[1] == pytest.approx(max(one[0].score for one in each), abs=1e-5)
 
 
 def test_a_rerank_needs_documents_texts_and_a_model_with_one_label() -> None:

@@ -10,14 +10,14 @@ from transformers import AutoTokenizer
 
 from serve_app.tokenizer.encoder import Encoder
 from tests.reference import MINILM, minilm_folder
-from tests.tokenizer.kinds import KINDS, LIMIT, save
+from tests.tokenizer.kinds import KINDS, LIMIT, TYPED, save
 
 
 @pytest.fixture(scope="session", params=[MINILM, *KINDS])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == MINILM:
         return minilm_folder()
-    return save(KINDS[request.param](), tmp_path_factory.mktemp(request.param))
+    return save(KINDS[request.param](), tmp_path_factory.mktemp(request.param), model_input_names=list(TYPED))
 
 
 @pytest.fixture(scope="module")

@@ -132,9 +132,13 @@ KINDS: Mapping[str, Callable[[], Tokenizer]] = {
 }
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> Path:
+TYPED = ("input_ids", "token_type_ids", "attention_mask")
+"""Inputs of models that are given token types."""
+
+
+def save(tokenizer: Tokenizer, folder: Path, **keys: Any) -> Path:
     """The files that a model with this tokenizer has, for Encoder and for transformers' AutoTokenizer."""
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **keys).save_pretrained(folder)
     return folder
 
 

@@ -28,7 +28,7 @@ from serve_app.tokenizer.encoder import Encoder
 from serve_app.tokenizer.framed import FramedTokenizer
 from serve_app.types import LongTexts, Side, TextInput, TokenBatch, TokenizeRequest
 from tests.reference import minilm_folder
-from tests.tokenizer.kinds import LIMIT, byte_level, save, sequences, wordpiece
+from tests.tokenizer.kinds import LIMIT, TYPED, byte_level, save, sequences, wordpiece
 
 TEXTS = {
     "one word": "hello",
@@ -122,12 +122,13 @@ def test_a_pair_has_the_references_ids_and_types(
     assert truncated_as_the_reference_does(encoder, reference, (first, second), side) is (lengths != (1, 1))
 
 
-def test_there_are_no_types_where_the_models_inputs_are_named_without_them(tmp_path: Path) -> None:
-    folder = save(wordpiece(), tmp_path)
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": ["input_ids", "attention_mask"]}))
+def test_there_are_no_types_where_transformers_gives_none(tmp_path: Path) -> None:
+    """Because the class of the tokenizer names none, or its file does."""
+    folder = save(wordpiece(), tmp_path / "class")
     assert "token_type_ids" not in AutoTokenizer.from_pretrained(str(folder))("small", "words")
     assert encode_one(Encoder(folder, LIMIT), ("small", "words")).token_type_ids is None
+    folder = save(wordpiece(), tmp_path / "file", model_input_names=list(TYPED))
+    assert encode_one(Encoder(folder, LIMIT), ("small", "words")).token_type_ids is not None
 
 
 def test_types_are_zero_for_what_is_no_pair(encoder: Encoder, reference: Any) -> None:

@@ -25,6 +25,7 @@ from serve_app.config import ModelConfig, TaskName
 from serve_app.outputs import TaskOutput
 from serve_app.tasks.card import read_card
 from serve_app.tasks.registry import TASKS
+from serve_app.tasks.stock_tokenizer import read_stock_tokenizer
 from serve_app.tasks.vocabulary import Vocabulary
 from serve_app.tokenizer.encoder import Encoder
 from serve_app.types import Features, FloatArray, HeadArguments, Int32Array, Request, TokenBatch, TokenizeRequest
@@ -121,12 +122,13 @@ class InProcess:
             task=cast("TaskName | None", task),
             max_input_tokens=plan.max_input_tokens,
         )
-        self._card = read_card(path, config, "")
+        stock = read_stock_tokenizer(path)
+        self._card = stock.completed(read_card(path, config, ""))
         self._task = plan.task
         corpus = make_corpus(path, plan.texts, plan.seed)
         self.texts = corpus.texts[part :: plan.processes]
         self._tokens = sum(corpus.computed_tokens(plan.max_input_tokens)[part :: plan.processes])
-        self._encoder = Encoder(path, plan.max_input_tokens)
+        self._encoder = Encoder(path, plan.max_input_tokens, stock.answering(self._card.task))
         self._vocabulary = Vocabulary.read(self._encoder.definition)
         self._request = self._asked()
 

@@ -22,7 +22,7 @@ from serve_app.ingress.protocols.fields import (
     some_list,
 )
 from serve_app.options import RerankOptions
-from serve_app.outputs import FloatArray
+from serve_app.outputs import Ranking
 from serve_app.types import Answer, Request
 
 
@@ -131,7 +131,7 @@ class RerankList(BaseModel):
 
 
 def write_ranks(body: RankFields, request: Request, answer: Answer) -> bytes:
-    """`[{index, score, text?}]` of `texts`, best first, equal ones in order; of `documents` as `write_results`."""
+    """`[{index, score, text?}]` of `texts`, best first, those that the model finds equally good in order; of `documents` as `write_results`."""
     if body.texts is None:
         return write_results(body, request, answer)
     ranks: list[dict[str, Any]] = [{"index": index, "score": score} for index, score in _best(body, answer)]
@@ -142,7 +142,7 @@ def write_ranks(body: RankFields, request: Request, answer: Answer) -> bytes:
 
 
 def write_results(body: QueryFields, request: Request, answer: Answer) -> bytes:
-    """`{results: [{index, relevance_score, document?}], …}`, best first; equal ones in the order of `documents`."""
+    """`{results: [{index, relevance_score, document?}], …}`, best first."""
     results: list[dict[str, Any]] = [{"index": index, "relevance_score": score} for index, score in _best(body, answer)]
     if body.wants_texts:
         _, *documents = request.inputs
@@ -154,5 +154,6 @@ def write_results(body: QueryFields, request: Request, answer: Answer) -> bytes:
 
 def _best(body: QueryFields, answer: Answer) -> list[tuple[int, float]]:
     """Index and score of those that are wanted, best first."""
-    scores: list[float] = cast(FloatArray, answer.output).tolist()
-    return sorted(enumerate(scores), key=lambda ranked: -ranked[1])[: body.top_n]
+    ranking = cast(Ranking, answer.output)
+    scores: list[float] = ranking.scores.tolist()
+    return [(index, scores[index]) for index in ranking.order[: body.top_n]]

@@ -28,7 +28,7 @@ from serve_app.ingress.protocols.fields import (
 )
 from serve_app.ingress.protocols.huggingface.body import Several, SeveralReader, TaskBody, any_text
 from serve_app.options import DEFAULT_TEMPLATE, ClassificationOptions, RerankOptions, ZeroShotOptions
-from serve_app.outputs import LabelScore
+from serve_app.outputs import LabelScore, Ranking
 from serve_app.types import Answer, Request, TextInput
 
 
@@ -163,7 +163,7 @@ class ClassificationBody(LongTextFields, TaskBody):
     def write(self, request: Request, answer: Answer) -> bytes:
         """`[[{label, score}]]`; for zero-shot classification of one text `[{label, score}]`; `[f]` for sentences."""
         if isinstance(self.inputs, SimilarityInputs):
-            return encode(answer.output)
+            return encode(cast(Ranking, answer.output).scores)
         found = [label_scores(scores) for scores in cast("Sequence[Sequence[LabelScore]]", answer.output)]
         return self.inputs.encode(found) if request.task == "zero-shot-classification" else encode(found)
 

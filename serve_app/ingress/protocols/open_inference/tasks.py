@@ -48,7 +48,7 @@ from serve_app.options import (
     TokenEmbeddingOptions,
     ZeroShotOptions,
 )
-from serve_app.outputs import FloatArray, Generated, LabelScore, SparseVector
+from serve_app.outputs import FloatArray, Generated, LabelScore, Ranking, SparseVector
 from serve_app.types import Answer, TextInput
 
 ParametersT = TypeVar("ParametersT", bound=LongTextFields)
@@ -230,6 +230,10 @@ def _write_tokens(answer: Answer) -> tuple[OutputTensor, ...]:
     return array("token_embedding", np.concatenate(vectors)), _offsets([len(each) for each in vectors])
 
 
+def _write_scores(answer: Answer) -> tuple[OutputTensor, ...]:
+    return (array("score", cast(Ranking, answer.output).scores),)
+
+
 def _write_sparse(answer: Answer) -> tuple[OutputTensor, ...]:
     vectors = cast("Sequence[SparseVector]", answer.output)
     indices = np.concatenate([each.indices for each in vectors])
@@ -311,7 +315,7 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
         (TensorType("score", "FP32", (-1,)),),
         RerankParameters,
         _rerank,
-        _numbers("score"),
+        _write_scores,
     ),
     "zero-shot-classification": TaskTensors(
         _bytes("text", "candidate_labels"), _LABELS, ZeroShotParameters, _zero_shot, _write_labels

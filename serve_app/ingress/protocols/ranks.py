@@ -131,7 +131,10 @@ class RerankList(BaseModel):
 
 
 def write_ranks(body: RankFields, request: Request, answer: Answer) -> bytes:
-    """`[{index, score, text?}]` of `texts`, best first, those that the model finds equally good in order; of `documents` as `write_results`."""
+    """`[{index, score, text?}]` of `texts`, best first; of `documents` as `write_results`.
+
+    Those that the model finds equally good stand in the order of the request.
+    """
     if body.texts is None:
         return write_results(body, request, answer)
     ranks: list[dict[str, Any]] = [{"index": index, "score": score} for index, score in _best(body, answer)]

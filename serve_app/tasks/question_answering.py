@@ -2,8 +2,11 @@
 
 Inputs are (question, context) pairs; a long context is read in windows, each with the question. The model reads the
 question first, or the context where its tokenizer pads on the left (XLNet, Llama). In each window start
-and end of an answer are softmaxes over the context's tokens and the first one, which stands for no answer. The score
+and end of an answer are softmaxes over the context's tokens and the CLS token, which stands for no answer. The score
 of a span is the product of both; the best spans are widened to words, and the scores of equal answers are added up.
+
+Where the context comes first, that pipeline leaves no token out, the question's neither (`tok != 1 if question_first
+else 0` is 0 for all). So a span may begin or end there; its place is then told as if it were in the context.
 """
 
 from __future__ import annotations
@@ -86,7 +89,8 @@ class _Window:
     end: FloatArray
     no_answer: float
     words: Int32Array
-    """The word of each token; -1 outside the context, and where a token is of no word."""
+    """The word of each token within its text; -1 where a token is of no word."""
+    of_context: npt.NDArray[np.bool_]
     offsets: Int32Array
 
 
@@ -133,16 +137,16 @@ def _stride(request: Request, options: QuestionAnsweringOptions, longest: int) -
 def _window(features: Features, card: ModelCard, sequence: int) -> _Window:
     tokens = features.tokens.select(sequence, sequence + 1)
     assert tokens.alignment is not None
-    of_context = tokens.alignment.text_ids == _context_place(card)
-    allowed = of_context
+    place = _context_place(card)
+    of_context = tokens.alignment.text_ids == place
+    allowed = of_context if place == 1 else np.ones_like(of_context)
     if card.cls_token_id is not None:
         allowed = allowed | (tokens.input_ids == card.cls_token_id)
     logits = features.of_sequence(sequence)
     start, end = (_softmax(np.where(allowed, logits[:, column], _MASKED)) for column in (0, 1))
     no_answer = float(start[0] * end[0])
     start[0] = end[0] = 0.0
-    words = np.where(of_context, tokens.alignment.word_ids, np.int32(-1))
-    return _Window(start, end, no_answer, words, tokens.alignment.offsets)
+    return _Window(start, end, no_answer, tokens.alignment.word_ids, of_context, tokens.alignment.offsets)
 
 
 def _softmax(logits: FloatArray) -> FloatArray:
@@ -184,13 +188,18 @@ def _best_spans(window: _Window, options: QuestionAnsweringOptions) -> tuple[Pla
 
 
 def _characters(window: _Window, starts: Places, ends: Places, align_to_words: bool) -> tuple[list[int], list[int]]:
-    """First and last-plus-one characters of spans of tokens, or of the words they touch, as far as this window goes."""
+    """First and last-plus-one characters of spans of tokens, or of the words they touch, as far as this window goes.
+
+    A word is looked up in the context by its number, as the pipeline does. Spans of other tokens are not widened.
+    """
     firsts, lasts = starts, ends
-    if align_to_words:
-        words = window.words
-        _, first_of, word = np.unique(words, return_index=True, return_inverse=True)
+    context = np.flatnonzero(window.of_context & (window.words >= 0))
+    if align_to_words and context.size:
+        words = window.words[context]
+        known, first_of = np.unique(words, return_index=True)
         last_of = len(words) - 1 - np.unique(words[::-1], return_index=True)[1]
-        whole = (words[starts] >= 0) & (words[ends] >= 0)
-        firsts = np.where(whole, first_of[word[starts]], starts)
-        lasts = np.where(whole, last_of[word[ends]], ends)
+        begun, ended = (np.searchsorted(known, window.words[each]).clip(max=len(known) - 1) for each in (starts, ends))
+        whole = (known[begun] == window.words[starts]) & (known[ended] == window.words[ends])
+        firsts = np.where(whole, context[first_of[begun]], starts)
+        lasts = np.where(whole, context[last_of[ended]], ends)
     return window.offsets[firsts, 0].tolist(), window.offsets[lasts, 1].tolist()

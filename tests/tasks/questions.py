@@ -38,7 +38,7 @@ def answers(given: Family, question: str, context: str, options: QuestionAnsweri
         with torch.inference_mode():
             out = given.model(**inputs)
         ids = np.array(encoded["input_ids"][window])
-        allowed = np.array([text == context_place for text in encoded.sequence_ids(window)]) | (
+        allowed = np.array([text == 1 if question_first else True for text in encoded.sequence_ids(window)]) | (
             ids == given.tokenizer.cls_token_id
         )
         start, end = (

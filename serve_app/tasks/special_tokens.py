@@ -22,6 +22,8 @@ _USUAL: Mapping[str, tuple[str, ...]] = {
     "cls_token": ("[CLS]",),
     "unk_token": ("[UNK]", "<unk>"),
     "pad_token": ("[PAD]", "<pad>"),
+    "eos_token": (),
+    "eot_token": (),
 }
 
 
@@ -55,7 +57,7 @@ class SpecialTokens:
         return isinstance(names, list) and "token_type_ids" not in names
 
     def id_of(self, role: str) -> int | None:
-        """The id of `mask_token`, `cls_token`, `unk_token` or `pad_token`; None if there is none."""
+        """The id of a token that the files name, as `mask_token` or `eos_token`; None if there is none."""
         named = self._names.get(role)
         content = named.get("content") if isinstance(named, dict) else named
         names = (content,) if isinstance(content, str) else self._usual(role)

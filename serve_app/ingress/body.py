@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -109,7 +110,7 @@ def parse_body(model: type[BodyT], raw: bytes, settings: IngressSettings) -> Bod
 def validated(model: type[BodyT], value: dict[str, Any], where: str) -> BodyT:
     """As `parse_body`, of a part that has been read already; `where` is its name in the request."""
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context={"part": where})
     except ValidationError as error:
         problem = _first(error)
         raise MalformedRequestError(_explain({**problem, "loc": (where, *problem["loc"])})) from None
@@ -123,7 +124,7 @@ def _explain(problem: ErrorDetails) -> str:
     kind, message = problem["type"], problem["msg"]
     if kind == "json_invalid":
         return _explain_json(message.removeprefix("Invalid JSON: "))
-    where = ".".join(str(part) for part in problem["loc"])
+    where = _place(problem["loc"])
     if not where:
         return "the body must be a JSON object"
     if kind == "missing":
@@ -131,6 +132,12 @@ def _explain(problem: ErrorDetails) -> str:
     if kind == "too_long":
         return f"`{where}` has more than the {problem['ctx']['max_length']} items that are allowed"
     return f"`{where}`: {message[:1].lower()}{message[1:]}"
+
+
+def _place(parts: Iterable[str | int]) -> str:
+    """As in `messages[0].content`."""
+    told = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return told.removeprefix(".")
 
 
 def _explain_json(message: str) -> str:

@@ -203,12 +203,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "huge shape": (body_of({**bytes_tensor("text", "a"), "shape": [2**31 - 1] * 8}), "shape"),
     "many dimensions": (
         body_of({**bytes_tensor("text", "a"), "shape": [1] * 9}),
-        "`inputs.0.shape` has more than the 8 items",
+        "`inputs[0].shape` has more than the 8 items",
     ),
     "wrong datatype": (body_of({**bytes_tensor("text", "a"), "datatype": "FP32"}), "BYTES"),
     "numbers as texts": (body_of({**bytes_tensor("text", "a"), "data": [1]}), "not all texts"),
     "texts as numbers": (body_of({**bytes_tensor("input_ids", "a"), "datatype": "INT64"}), "whole numbers"),
-    "empty text": (body_of(bytes_tensor("text", "")), "empty"),
+    "unknown parameter": (body_of(bytes_tensor("text", "a"), top_k=3), "`parameters.top_k`: is not supported here"),
     "no data": (body_of({"name": "text", "shape": [1], "datatype": "BYTES"}), "data"),
     "binary data missing": (
         body_of({"name": "text", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 5}}),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -15,10 +15,13 @@ from pydantic import (
     PlainValidator,
     ValidationInfo,
     WithJsonSchema,
+    model_validator,
 )
+from pydantic.config import JsonDict
 
 from serve_app.config import MOST_INPUTS
 from serve_app.errors import BatchTooLargeError, EmptyInputError, MalformedRequestError
+from serve_app.ingress.protocols.unknown import refuse
 from serve_app.options import DEFAULT_TEMPLATE, TaskOptions
 from serve_app.types import LongTexts, Request, Side, TextInput, TokenIds
 
@@ -29,8 +32,33 @@ _MAX_TOKEN_ID = 2**31 - 1
 _EXPECTED = "send a text, a list of token ids, or a list of texts and lists of token ids"
 
 
+NULL: JsonDict = {"type": "null"}
+"""The schema of what a body does not have. Some values of some fields are accepted beside (`protocols.unknown`)."""
+
+
 class Body(BaseModel):
-    """Strict about the types of the fields it knows; like TEI and OpenAI it ignores fields that it does not know."""
+    """Strict about the types of the fields it has; what it does not have is refused by name (`protocols.unknown`)."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", protected_namespaces=(), json_schema_extra={"additionalProperties": NULL}
+    )
+
+    part: ClassVar[str] = ""
+    """The member of the request that this is, for messages; empty for the body itself."""
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Values that change nothing here, of fields for which `unknown.NEUTRAL` says something else or nothing."""
+
+    @model_validator(mode="after")
+    def _has_no_more(self, info: ValidationInfo) -> Body:
+        """Raises InvalidInputError."""
+        if self.model_extra:
+            part = (info.context or {}).get("part", self.part)
+            refuse(self.model_extra, type(self).model_fields, part, self.neutral)
+        return self
+
+
+class PartOfBody(BaseModel):
+    """Some fields of a body, which is read again in full."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
@@ -79,7 +107,7 @@ def read_inputs(value: Any, info: ValidationInfo) -> tuple[TextInput, ...]:
     if not value:
         raise EmptyInputError(f"`{name}` is empty; {_EXPECTED}")
     kinds = set(map(type, value))
-    if kinds == {str} and "" not in value:
+    if kinds == {str}:
         check_count(value, info)
         return tuple(value)
     if kinds == {int}:
@@ -114,19 +142,21 @@ def read_inputs_or_similarity(value: Any, info: ValidationInfo) -> tuple[TextInp
 
 
 def read_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
-    """A list of texts, none of them empty. Raises EmptyInputError or MalformedRequestError."""
+    """A list of texts. Raises EmptyInputError or MalformedRequestError."""
     return texts(value, info.field_name or "texts", info)
-
-
-def read_any_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
-    """A list of texts, some of which may be empty. Raises EmptyInputError or MalformedRequestError."""
-    name = info.field_name or "texts"
-    return tuple(any_text(item, f"{name}[{index}]") for index, item in enumerate(some_list(value, name, info)))
 
 
 def texts(value: Any, where: str, info: ValidationInfo) -> tuple[str, ...]:
     """As `read_texts`, of a part of the field that `info` is about; `where` is its name."""
     return tuple(text(item, f"{where}[{index}]") for index, item in enumerate(some_list(value, where, info)))
+
+
+def words(value: Any, where: str, info: ValidationInfo) -> tuple[str, ...]:
+    """As `texts`, of what must say something (labels, targets). Raises EmptyInputError for one that is empty."""
+    found = texts(value, where, info)
+    if "" in found:
+        raise EmptyInputError(f"`{where}[{found.index('')}]` is an empty text; leave it out")
+    return found
 
 
 def some_list(value: Any, where: str, info: ValidationInfo) -> list[Any]:
@@ -142,29 +172,20 @@ def some_list(value: Any, where: str, info: ValidationInfo) -> list[Any]:
     return value
 
 
-def check_query(query: str, documents: Sequence[str], where: str) -> None:
-    """Either side of a pair may be empty, but not both. Raises EmptyInputError; `where` is the documents' field."""
-    if not query and "" in documents:
-        raise EmptyInputError(f"`query` and `{where}[{list(documents).index('')}]` are both empty; send either")
-
-
 def _one_of_several(item: Any, where: str) -> TextInput:
     if type(item) is list:
         return token_ids(item, where)
     return text(item, where)
 
 
-def any_text(value: Any, where: str) -> str:
-    """A text, which may be empty."""
+def text(value: Any, where: str) -> str:
+    """A text. It may be empty: the model's special tokens are computed, and a model that has none refuses it.
+
+    Raises MalformedRequestError.
+    """
     if type(value) is not str:
         raise MalformedRequestError(f"`{where}` is {kind(value)}; send a text")
     return value
-
-
-def text(value: Any, where: str) -> str:
-    if not any_text(value, where):
-        raise EmptyInputError(f"`{where}` is an empty text; leave it out")
-    return str(value)
 
 
 def token_ids(values: list[Any], where: str) -> TokenIds:
@@ -206,8 +227,10 @@ IDS_SCHEMA = {
     "minItems": 1,
     "maxItems": MOST_TOKEN_IDS,
 }
-TEXT_SCHEMA = {"type": "string", "minLength": 1}
+TEXT_SCHEMA = {"type": "string"}
 TEXTS_SCHEMA = items_schema(TEXT_SCHEMA)
+WORD_SCHEMA = {"type": "string", "minLength": 1}
+WORDS_SCHEMA = items_schema(WORD_SCHEMA)
 
 INPUTS_SCHEMA: dict[str, Any] = {
     "description": "A text, the token ids of a text, or a list of texts and lists of token ids.",
@@ -229,11 +252,6 @@ SIMILARITY_SCHEMA: dict[str, Any] = {
 }
 
 Texts = Annotated[tuple[str, ...], PlainValidator(read_texts), WithJsonSchema(TEXTS_SCHEMA)]
-AnyTexts = Annotated[
-    tuple[str, ...],
-    PlainValidator(read_any_texts),
-    WithJsonSchema(items_schema({"type": "string"})),
-]
 Inputs = Annotated[tuple[TextInput, ...], PlainValidator(read_inputs), WithJsonSchema(INPUTS_SCHEMA)]
 Similarity = Annotated[SimilarityInputs, PlainValidator(read_similarity), WithJsonSchema(SIMILARITY_SCHEMA)]
 InputsOrSimilarity = Annotated[
@@ -335,4 +353,4 @@ EncodingFormat = Literal["float", "base64"]
 
 def documented(**example: Any) -> ConfigDict:
     """A configuration for a body that gives the documentation this example."""
-    return ConfigDict(json_schema_extra={"examples": [example]})
+    return ConfigDict(json_schema_extra={"examples": [example], "additionalProperties": NULL})

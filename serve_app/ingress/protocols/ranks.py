@@ -8,18 +8,17 @@ from pydantic import BaseModel, Field, model_validator
 
 from serve_app.errors import MalformedRequestError
 from serve_app.ingress.encoding import encode
-from serve_app.ingress.protocols.fields import AnyTexts, InferenceBody, LongTextFields, check_query
-from serve_app.options import RerankOptions
+from serve_app.ingress.protocols.fields import InferenceBody, Texts
+from serve_app.ingress.protocols.task_options import RerankFields
 from serve_app.outputs import FloatArray
 from serve_app.types import Answer, Request
 
 
-class RankFields(LongTextFields, InferenceBody):
+class RankFields(RerankFields, InferenceBody):
     """A query, and texts to put in order by their relevance to it."""
 
-    query: str = Field(description="May be empty where no text is.")
-    texts: AnyTexts
-    raw_scores: bool = Field(False, description="The model's outputs themselves instead of probabilities.")
+    query: str
+    texts: Texts
     return_text: bool = Field(False, description="Answer with the texts too.")
 
     @model_validator(mode="before")
@@ -30,8 +29,7 @@ class RankFields(LongTextFields, InferenceBody):
         return value
 
     def to_request(self, request_id: str, model: str) -> Request:
-        check_query(self.query, self.texts, "texts")
-        return self.request(request_id, model, "rerank", (self.query, *self.texts), RerankOptions(self.raw_scores))
+        return self.request(request_id, model, "rerank", (self.query, *self.texts), self.options())
 
 
 class Rank(BaseModel):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve_app.ingress.protocols.fields import Body, documented
+from serve_app.ingress.protocols.fields import PartOfBody, documented
 from serve_app.ingress.protocols.huggingface.body import TaskBody
 from serve_app.ingress.protocols.ranks import RankFields, write_ranks
 from serve_app.types import Answer, Request
 
 
-class QueryBody(Body):
+class QueryBody(PartOfBody):
     """Tells a ranking from the other bodies for models that rerank."""
 
     query: Any = None

@@ -94,7 +94,7 @@ class OutputRequest(Body):
 
 
 class InferParameters(Body):
-    """What is known for every task; docs/open-inference.md has those of each. Others are ignored."""
+    """What is known for every task; docs/tasks.md has those of each."""
 
     task: str | None = Field(None, description="Another task that the model answers, than that it is served for.")
     binary_data_output: bool | None = Field(None, description="Whether outputs are wanted as bytes after the JSON.")

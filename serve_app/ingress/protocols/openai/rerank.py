@@ -10,17 +10,18 @@ from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
 from serve_app.ingress.protocols.fields import (
     InferenceBody,
-    any_text,
-    check_query,
     documented,
     items_schema,
     some_list,
+    text,
 )
-from serve_app.ingress.protocols.openai.dialect import DIALECT
+from serve_app.ingress.protocols.openai.dialect import dialect_of
+from serve_app.ingress.protocols.task_options import RerankFields
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
-from serve_app.options import RerankOptions
 from serve_app.outputs import FloatArray
 from serve_app.types import Answer, Request
+
+DIALECT = dialect_of("documents")
 
 
 def read_documents(value: Any, info: ValidationInfo) -> tuple[str, ...]:
@@ -30,7 +31,7 @@ def read_documents(value: Any, info: ValidationInfo) -> tuple[str, ...]:
 
 
 def _document(value: Any, where: str) -> str:
-    return any_text(value.get("text"), f"{where}.text") if type(value) is dict else any_text(value, where)
+    return text(value.get("text"), f"{where}.text") if type(value) is dict else text(value, where)
 
 
 _TEXT = {"type": "string"}
@@ -43,19 +44,18 @@ Documents = Annotated[
 ]
 
 
-class RerankBody(InferenceBody):
+class RerankBody(RerankFields, InferenceBody):
     """A query, and documents to put in order by their relevance to it."""
 
     model_config = documented(query="What is Deep Learning?", documents=["Deep Learning is…", "A cheese."], top_n=1)
 
-    query: str = Field(description="May be empty where no document is.")
+    query: str
     documents: Documents
     top_n: int | None = Field(None, ge=1, description="Only so many documents, the best; all where it is left out.")
     return_documents: bool | None = Field(None, description="Answer with the documents too.")
 
     def to_request(self, request_id: str, model: str) -> Request:
-        check_query(self.query, self.documents, "documents")
-        return Request(request_id, model, "rerank", (self.query, *self.documents), RerankOptions())
+        return self.request(request_id, model, "rerank", (self.query, *self.documents), self.options())
 
 
 class Document(BaseModel):

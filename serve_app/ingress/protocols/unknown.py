@@ -73,7 +73,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "priority": (0,),
     "watermark": (False,),
     "decoder_input_details": (False,),
-    # clients of other servers of embeddings
+    # clients of other servers of embeddings, and MLServer's for the Open Inference Protocol
+    "content_type": ("str", "np"),
     "late_chunking": (False,),
     "return_embeddings": (False,),
     "embedding_type": ("float",),

@@ -81,7 +81,6 @@ def _by_tokens(model: Any, options: GenerationOptions) -> dict[str, list[Any]]:
     named: Mapping[str, Iterable[int]] = {
         "suppress_tokens": options.suppress_tokens,
         "begin_suppress_tokens": options.begin_suppress_tokens,
-        "stop_token_ids": options.stop_token_ids,
         "bad_words_ids": chain.from_iterable(options.bad_words_ids),
         "sequence_bias": chain.from_iterable(ids for ids, _ in options.sequence_bias),
     }

@@ -283,9 +283,7 @@ async def test_options_that_name_tokens_are_generates_own(model_type: str, kind:
         assert tokens_of(await answer(engine, prompt, options)) == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["suppress_tokens", "begin_suppress_tokens", "stop_token_ids", "bad_words_ids", "sequence_bias"]
-)
+@pytest.mark.parametrize("name", ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"])
 async def test_tokens_that_the_model_has_not_are_refused(name: str) -> None:
     value = {"bad_words_ids": ((9999,),), "sequence_bias": (((1, 9999), 1.0),)}.get(name, (9999,))
     async with running(tiny("gpt2")) as engine:

@@ -13,6 +13,7 @@ from serve_app.config import IngressSettings
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
 from serve_app.ingress.depth import check_nesting
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
+from serve_app.ingress.protocols.fields import check_known
 from serve_app.ingress.visit import too_late
 from serve_app.timeouts import within
 
@@ -98,22 +99,27 @@ def _too_large(limit: int) -> BodyTooLargeError:
 def parse_body(model: type[BodyT], raw: bytes, settings: IngressSettings) -> BodyT:
     """`raw` as a validated `model`.
 
-    Raises MalformedRequestError that names the first wrong field, never its value, or what the fields' own readers
-    raise: BatchTooLargeError beyond the `max_client_batch_size` of `settings`, before anything is made of the items.
+    Raises MalformedRequestError that names the first wrong field, never its value, InvalidInputError for a field that
+    the model does not have (`check_known`), or what the fields' own readers raise: BatchTooLargeError beyond the
+    `max_client_batch_size` of `settings`, before anything is made of the items.
     """
     try:
-        return model.model_validate_json(raw, context={"max_client_batch_size": settings.max_client_batch_size})
+        body = model.model_validate_json(raw, context={"max_client_batch_size": settings.max_client_batch_size})
     except ValidationError as error:
         raise MalformedRequestError(_explain(_first(error))) from None
+    check_known(body)
+    return body
 
 
 def validated(model: type[BodyT], value: dict[str, Any], where: str) -> BodyT:
     """As `parse_body`, of a part that has been read already; `where` is its name in the request."""
     try:
-        return model.model_validate(value, context={"part": where})
+        body = model.model_validate(value)
     except ValidationError as error:
         problem = _first(error)
         raise MalformedRequestError(_explain({**problem, "loc": (where, *problem["loc"])})) from None
+    check_known(body, where)
+    return body
 
 
 def _first(error: ValidationError) -> ErrorDetails:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -15,7 +16,6 @@ from pydantic import (
     PlainValidator,
     ValidationInfo,
     WithJsonSchema,
-    model_validator,
 )
 from pydantic.config import JsonDict
 
@@ -43,18 +43,38 @@ class Body(BaseModel):
         strict=True, extra="allow", protected_namespaces=(), json_schema_extra={"additionalProperties": NULL}
     )
 
-    part: ClassVar[str] = ""
-    """The member of the request that this is, for messages; empty for the body itself."""
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Values that change nothing here, of fields for which `unknown.NEUTRAL` says something else or nothing."""
 
-    @model_validator(mode="after")
-    def _has_no_more(self, info: ValidationInfo) -> Body:
-        """Raises InvalidInputError."""
-        if self.model_extra:
-            part = (info.context or {}).get("part", self.part)
-            refuse(self.model_extra, type(self).model_fields, part, self.neutral)
-        return self
+
+def check_known(body: BaseModel, part: str = "") -> None:
+    """Raises InvalidInputError for the first field of `body`, or of a body in it, that it does not have.
+
+    `part` is the place of `body` in the request, empty for all of it.
+    """
+    if not isinstance(body, Body):
+        return
+    if body.__pydantic_extra__:
+        refuse(body.__pydantic_extra__, type(body).model_fields, part, body.neutral)
+    for name in _bodies_in(type(body)):
+        value, place = getattr(body, name), f"{part}.{name}" if part else name
+        if isinstance(value, list):
+            for index, each in enumerate(value):
+                check_known(each, f"{place}[{index}]")
+        elif value is not None:
+            check_known(value, place)
+
+
+@functools.cache
+def _bodies_in(cls: type[Body]) -> tuple[str, ...]:
+    """Fields that are bodies or lists of them."""
+    return tuple(name for name, field in cls.model_fields.items() if _has_body(field.annotation))
+
+
+def _has_body(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, Body):
+        return True
+    return any(map(_has_body, get_args(annotation)))
 
 
 class PartOfBody(BaseModel):

@@ -205,7 +205,7 @@ OPTIONS: Mapping[str, type[LongTextFields]] = {
 """By task."""
 
 
-def refuse_others(chosen: LongTextFields, task: str, *also: str) -> None:
+def refuse_others(chosen: LongTextFields, task: str, *also: str, part: str = "") -> None:
     """Raises InvalidInputError if `chosen`, which serves several tasks, has an option that is not of `task`.
 
     `also` are fields that are no options. What a field is anyway is accepted.
@@ -213,4 +213,4 @@ def refuse_others(chosen: LongTextFields, task: str, *also: str) -> None:
     own = {*OPTIONS[task].model_fields, *also}
     for name in sorted(chosen.model_fields_set - own):
         if getattr(chosen, name) not in (None, type(chosen).model_fields[name].default):
-            raise refusal(name, own, chosen.part)
+            raise refusal(name, own, part)

@@ -8,7 +8,7 @@ Shapes and defaults are those of https://github.com/huggingface/text-embeddings-
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from pydantic import BaseModel, PlainValidator, ValidationInfo, WithJsonSchema
@@ -79,8 +79,6 @@ class EmbedSparseBody(PromptFields, InferenceBody):
 
 class SimilarityParameters(PromptFields):
     """How the sentences are encoded."""
-
-    part: ClassVar[str] = "parameters"
 
 
 class SimilarityBody(InferenceBody):

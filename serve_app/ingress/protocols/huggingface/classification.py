@@ -7,7 +7,7 @@ sentence to the first one (the order is the client's), and anything else for the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, PlainValidator, ValidationInfo, WithJsonSchema
 
@@ -118,8 +118,6 @@ Labels = Annotated[
 class ClassificationParameters(ClassificationFields, ZeroShotFields, RerankFields):  # type: ignore[misc]
     """Options of the model's own labels, of `candidate_labels`, or of the relevance of sentences."""
 
-    part: ClassVar[str] = "parameters"
-
     candidate_labels: Labels = None
 
 
@@ -135,14 +133,14 @@ class ClassificationBody(LongTextFields, TaskBody):
         chosen = self.parameters or ClassificationParameters()
         long = self.over(chosen)
         if isinstance(self.inputs, SimilarityInputs):
-            refuse_others(chosen, "rerank")
+            refuse_others(chosen, "rerank", part="parameters")
             inputs = (self.inputs.source_sentence, *self.inputs.sentences)
             return long.request(request_id, model, "rerank", inputs, RerankFields.options(chosen))
         if chosen.candidate_labels is None:
-            refuse_others(chosen, "text-classification")
+            refuse_others(chosen, "text-classification", part="parameters")
             classes = ClassificationFields.options(chosen)
             return long.request(request_id, model, "text-classification", self.inputs.values, classes)
-        refuse_others(chosen, "zero-shot-classification", "candidate_labels")
+        refuse_others(chosen, "zero-shot-classification", "candidate_labels", part="parameters")
         if any(not isinstance(value, str) for value in self.inputs.values):
             raise MalformedRequestError("`inputs` of a zero-shot classification are texts, not pairs")
         labels = ZeroShotFields.options(chosen, chosen.candidate_labels)

@@ -5,7 +5,7 @@ The task is told by the shape of `inputs`: an object is a comparison, anything e
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from pydantic import Field
 
@@ -31,8 +31,6 @@ class FeatureFields(EmbeddingFields):
 class FeatureParameters(FeatureFields):
     """The same."""
 
-    part: ClassVar[str] = "parameters"
-
 
 class FeatureBody(FeatureFields, TaskBody):
     """Texts to embed, or sentences to compare."""
@@ -50,7 +48,7 @@ class FeatureBody(FeatureFields, TaskBody):
         texts = self.over(nested)
         if isinstance(self.inputs, SimilarityInputs):
             refuse_others(self, "similarity", "inputs", "parameters", "model", "encoding_format")
-            refuse_others(nested, "similarity", "encoding_format")
+            refuse_others(nested, "similarity", "encoding_format", part="parameters")
             inputs = (self.inputs.source_sentence, *self.inputs.sentences)
             return texts.request(request_id, model, "similarity", inputs, SimilarityOptions(prompt_name))
         normalize = _first(self.normalize, nested.normalize)
@@ -64,8 +62,6 @@ class FeatureBody(FeatureFields, TaskBody):
 
 class SparseParameters(PromptFields):
     """Options of a sparse embedding."""
-
-    part: ClassVar[str] = "parameters"
 
 
 class SparseBody(PromptFields, TaskBody):

@@ -23,8 +23,6 @@ from serve_app.types import Answer, LongTexts, Request
 class GenerationParameters(GenerationFields):
     """As of Text Generation Inference and `InferenceClient.text_generation`."""
 
-    part: ClassVar[str] = "parameters"
-
     stop_sequences: Stop = ()
     details: bool | None = Field(None, description="Answer with the tokens and why the answer ended.")
     top_n_tokens: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="Tokens to tell at each step.")
@@ -95,8 +93,6 @@ class TextGenerationOutput(BaseModel):
 
 class NestedGenerateFields(GenerateFields):
     """What `generate` is asked."""
-
-    part: ClassVar[str] = "parameters.generate_parameters"
 
 
 class Seq2SeqParameters(Seq2SeqFields, GenerationParameters):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, PlainValidator, WithJsonSchema
 
@@ -36,8 +36,6 @@ class EntityBody(BaseModel):
 
 class EntityParameters(EntityFields):
     """As of transformers' pipeline."""
-
-    part: ClassVar[str] = "parameters"
 
 
 class TokenClassificationBody(EntityTextFields, TaskBody):
@@ -79,8 +77,6 @@ class FillBody(BaseModel):
 
 class FillMaskParameters(FillMaskFields):
     """As of transformers' pipeline."""
-
-    part: ClassVar[str] = "parameters"
 
 
 class FillMaskBody(LongTextFields, TaskBody):
@@ -151,8 +147,6 @@ Questions = Annotated[
 
 class QuestionParameters(QuestionFields):
     """As of transformers' pipeline, lengths in tokens."""
-
-    part: ClassVar[str] = "parameters"
 
 
 class QuestionAnsweringBody(LongTextFields, TaskBody):

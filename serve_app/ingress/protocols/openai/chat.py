@@ -87,8 +87,6 @@ Content = Annotated[
 class FunctionCall(Body):
     """A function, and what it was called with: JSON as a text, as models write it, or as it is."""
 
-    part: ClassVar[str] = "messages.tool_calls.function"
-
     name: Annotated[str, Field(max_length=_MOST_NAME)]
     arguments: str | dict[str, Any] | None = None
 
@@ -106,8 +104,6 @@ class FunctionCall(Body):
 class ToolCall(Body):
     """A call that the assistant made."""
 
-    part: ClassVar[str] = "messages.tool_calls"
-
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -120,8 +116,6 @@ class ToolCall(Body):
 
 class Message(Body):
     """One turn of the conversation. The model's chat template has all of it, and says what the model reads."""
-
-    part: ClassVar[str] = "messages"
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None

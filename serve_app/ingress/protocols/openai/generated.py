@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
@@ -24,8 +24,6 @@ _MOST_BIASES = 1024
 
 class StreamOptions(Body):
     """What a stream has beside the answer."""
-
-    part: ClassVar[str] = "stream_options"
 
     include_usage: bool | None = Field(None, description="Send the usage in an event of its own, at the end.")
 

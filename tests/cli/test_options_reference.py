@@ -45,3 +45,10 @@ def test_every_route_that_computes_is_on_the_page() -> None:
 def test_what_generate_can_do_is_the_same_for_all_that_generate() -> None:
     for task in ("text-generation", "text2text-generation", "summarization", "translation"):
         assert GenerateFields.model_fields.keys() <= OPTIONS[task].model_fields.keys()
+
+
+@pytest.mark.parametrize("task", OPTIONS)
+def test_null_is_a_value_of_every_option_that_says_nothing(task: str) -> None:
+    fields = OPTIONS[task].model_fields
+    nothing = {name: None for name, field in fields.items() if name not in ("over_windows",)}
+    assert OPTIONS[task].model_validate(nothing)

@@ -279,7 +279,11 @@ async def test_an_option_that_the_task_has_not_is_refused_by_name(task: str, bod
     ("task", "parameters"),
     [
         ("text-classification", {"multi_label": None, "hypothesis_template": None, "top_k": None}),
-        ("text-generation", {"best_of": 1, "watermark": False, "frequency_penalty": 0.0, "grammar": None}),
+        ("text-classification", {"": None, "candidate_labels": ["a", "b"]}),
+        (
+            "text-generation",
+            {"top_k": None, "min_p": None, "best_of": 1, "watermark": False, "frequency_penalty": 0.0, "grammar": None},
+        ),
         ("summarization", {"clean_up_tokenization_spaces": False, "num_return_sequences": 1}),
     ],
 )

@@ -30,8 +30,8 @@ TopP = Annotated[
 ]
 TopK = Annotated[
     int | None,
-    BeforeValidator(lambda value: 0 if type(value) is int and value == -1 else value),
     Field(ge=0, le=_MAX_TOKENS, description="Sample from so many most likely tokens; 0, or -1: from all."),
+    BeforeValidator(lambda value: 0 if type(value) is int and value == -1 else value),
 ]
 RepetitionPenalty = Annotated[
     float | None, Field(gt=0, le=100, allow_inf_nan=False, description="Above 1: against what has been said.")

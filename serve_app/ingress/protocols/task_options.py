@@ -211,6 +211,7 @@ def refuse_others(chosen: LongTextFields, task: str, *also: str, part: str = "")
     `also` are fields that are no options. What a field is anyway is accepted.
     """
     own = {*OPTIONS[task].model_fields, *also}
-    for name in sorted(chosen.model_fields_set - own):
-        if getattr(chosen, name) not in (None, type(chosen).model_fields[name].default):
+    fields = type(chosen).model_fields
+    for name in sorted(fields.keys() - own):
+        if getattr(chosen, name) not in (None, fields[name].default):
             raise refusal(name, own, part)

@@ -186,11 +186,12 @@ class ModelConfig(_Frozen):
         None, description="Texts put before inputs, by `prompt_name`; by default config_sentence_transformers.json."
     )
     default_prompt_name: str | None = Field(None, description="The prompt used where a request names none.")
-    long_texts: Literal["truncate", "error", "windows"] = Field(
-        "truncate",
+    long_texts: Literal["truncate", "error", "windows"] | None = Field(
+        None,
         description="What becomes of inputs that are too long where a request does not say: cut, refused with the "
         "number of tokens, or read in overlapping windows whose results are put together as suits the task (not for "
-        "tasks that generate).",
+        "tasks that generate). By default cut, and refused for `text-generation`, where a cut would take the beginning "
+        "of a conversation, and with it what the system prompt says.",
     )
     truncation_side: Literal["left", "right"] | None = Field(
         None,
@@ -400,6 +401,12 @@ class IngressSettings(_Frozen):
         1000,
         description="Most requests with a body that one ingress replica has at a time, whatever their size; beyond it "
         "429, before the body is read.",
+    )
+    accept_token_ids: bool = Field(
+        True,
+        description="Take lists of token ids in the place of texts. They are computed as ids of the model's own "
+        "tokenizer: a client that counts with another one (LangChain's OpenAI embeddings send tiktoken's by default) "
+        "gets the vector of another text. `false`: 422 (OpenAI's routes: 400) for ids.",
     )
     max_client_batch_size: PositiveInt = Field(
         2048, le=MOST_INPUTS, description="Most inputs in one request; beyond it 422."

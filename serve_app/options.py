@@ -139,6 +139,16 @@ class GenerationOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Texts at which an answer ends; none of them is part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens at which an answer ends, beside those of the generation config."""
+    ignore_eos: bool = False
+    """Whether an answer goes on beyond the generation config's end tokens."""
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    n: int = 1
+    """Answers to each input, which are made one by one: the first with `seed`, the next with `seed` + 1, and so on."""
     logprobs: int | None = None
     """Log probabilities of so many most likely tokens at each step, beside that of the chosen one."""
     echo: bool = False

@@ -87,6 +87,12 @@ class TokenLogprob:
     text: str
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+    part: bytes | None = None
+    """The token's bytes, where they are no whole characters, so that `text` cannot tell them."""
+
+    @property
+    def own_bytes(self) -> bytes:
+        return self.text.encode() if self.part is None else self.part
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,8 @@ class Generated:
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
+    offsets: tuple[int, ...] = ()
+    """Characters of `text` that are there before each token of `logprobs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +122,8 @@ class GeneratedPiece:
     prompt_tokens: int = 0
     truncated: bool = False
     """Whether the prompt was cut, which the first piece tells."""
+    choice: int = 0
+    """Which answer to the input it is of, where there are several."""
     revision: str = ""
     """The revision of the model that makes the answer, which the first piece tells an ingress's clients."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ class ChatMessage:
 
     role: str
     content: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What else a template may read of it: `name`, `tool_calls`, `tool_call_id`, `reasoning_content`. Plain JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,26 @@ class Chat:
     """A conversation, which the model's chat template turns into one prompt."""
 
     messages: tuple[ChatMessage, ...]
+    continues: bool = False
+    """Whether the answer goes on with the last message."""
+    begins_turn: bool = True
+    """Whether a turn of the assistant's is begun after the last message; never where that is continued."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the template, by name. Plain JSON."""
 
     def __len__(self) -> int:
         """Characters, as of a text."""
-        return sum(len(message.content) for message in self.messages)
+        told = sum(len(message.content) + _characters(message.fields) for message in self.messages)
+        return told + _characters(self.variables)
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(key) + _characters(each) for key, each in value.items())
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 TextInput: TypeAlias = str | TextPair | TokenIds | Chat
@@ -479,6 +497,8 @@ class ModelCard:
     cls_token_id: int | None = None
     can_chat: bool = False
     """The tokenizer has a chat template."""
+    turn_end_ids: tuple[int, ...] = ()
+    """Tokens that end a turn of a conversation, by the tokenizer's own files."""
     task_prefixes: Mapping[str, str] = field(default_factory=dict)
     """What texts begin with, by task, from `task_specific_params` of the model's config (T5: "summarize: ")."""
     prompts: Mapping[str, str] = field(default_factory=dict)

@@ -312,7 +312,7 @@ def _values(
         "dtype": config.dtype,
         "threads": tiers.threads if "num_threads" not in own else config.num_threads,
         "tokenizer_threads": config.tokenizer_threads,
-        "long_texts": config.long_texts,
+        "long_texts": card.long_texts,
         "more": _yaml(more) if more else "",
         "light_cpus": light,
         "tokenizers": tiers.tokenizers,

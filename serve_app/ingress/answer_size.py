@@ -54,7 +54,7 @@ def check_generated(request: Request, card: ModelCard, most: int | None) -> None
     options = request.options
     assert isinstance(options, GenerationOptions)
     token = _TOKEN + (1 + options.logprobs) * _LOGPROB if options.logprobs is not None else _TOKEN
-    _check(len(request.inputs) * most_new_tokens(request, card, prompt_tokens=0) * token, most)
+    _check(len(request.inputs) * options.n * most_new_tokens(request, card, prompt_tokens=0) * token, most)
 
 
 def check_after(request: Request, features: Features, most: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +13,7 @@ from serve_app.config import IngressSettings
 from serve_app.errors import BodyTimeoutError, BodyTooLargeError, MalformedRequestError, UnsupportedMediaError
 from serve_app.ingress.depth import check_nesting
 from serve_app.ingress.exchange import ClientDisconnectedError, Exchange
+from serve_app.ingress.protocols.fields import check_known
 from serve_app.ingress.visit import too_late
 from serve_app.timeouts import within
 
@@ -106,22 +108,27 @@ def _too_large(limit: int) -> BodyTooLargeError:
 def parse_body(model: type[BodyT], raw: bytes, settings: IngressSettings) -> BodyT:
     """`raw` as a validated `model`.
 
-    Raises MalformedRequestError that names the first wrong field, never its value, or what the fields' own readers
-    raise: BatchTooLargeError beyond the `max_client_batch_size` of `settings`, before anything is made of the items.
+    Raises MalformedRequestError that names the first wrong field, never its value, InvalidInputError for a field that
+    the model does not have (`check_known`), or what the fields' own readers raise: BatchTooLargeError beyond the
+    `max_client_batch_size` of `settings`, before anything is made of the items.
     """
     try:
-        return model.model_validate_json(raw, context={"max_client_batch_size": settings.max_client_batch_size})
+        body = model.model_validate_json(raw, context={"max_client_batch_size": settings.max_client_batch_size})
     except ValidationError as error:
         raise MalformedRequestError(_explain(_first(error))) from None
+    check_known(body)
+    return body
 
 
 def validated(model: type[BodyT], value: dict[str, Any], where: str) -> BodyT:
     """As `parse_body`, of a part that has been read already; `where` is its name in the request."""
     try:
-        return model.model_validate(value)
+        body = model.model_validate(value)
     except ValidationError as error:
         problem = _first(error)
         raise MalformedRequestError(_explain({**problem, "loc": (where, *problem["loc"])})) from None
+    check_known(body, where)
+    return body
 
 
 def _first(error: ValidationError) -> ErrorDetails:
@@ -132,7 +139,7 @@ def _explain(problem: ErrorDetails) -> str:
     kind, message = problem["type"], problem["msg"]
     if kind == "json_invalid":
         return _explain_json(message.removeprefix("Invalid JSON: "))
-    where = ".".join(str(part) for part in problem["loc"])
+    where = _place(problem["loc"])
     if not where:
         return "the body must be a JSON object"
     if kind == "missing":
@@ -140,6 +147,12 @@ def _explain(problem: ErrorDetails) -> str:
     if kind == "too_long":
         return f"`{where}` has more than the {problem['ctx']['max_length']} items that are allowed"
     return f"`{where}`: {message[:1].lower()}{message[1:]}"
+
+
+def _place(parts: Iterable[str | int]) -> str:
+    """As in `messages[0].content`."""
+    told = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return told.removeprefix(".")
 
 
 def _explain_json(message: str) -> str:

@@ -23,3 +23,8 @@ class Dialect:
     """The same, as a schema for the documentation."""
     write_broken_off: Callable[[ServeAppError, ErrorKind, str], Mapping[str, Any]] | None = None
     """As `write_error`, where a part of a streamed answer has been sent; None: no different."""
+    unprocessable: int = 422
+    """The status of a body that is well formed, and that the model cannot take."""
+
+    def status(self, kind: ErrorKind) -> int:
+        return self.unprocessable if kind.status == 422 else kind.status

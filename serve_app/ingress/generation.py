@@ -32,6 +32,7 @@ from serve_app.tasks.generation import GENERATING, beams_of, collected, speaks_b
 from serve_app.timeouts import within
 from serve_app.types import (
     Answer,
+    Chat,
     GenerationCall,
     Int32Array,
     ModelCard,
@@ -133,14 +134,19 @@ class GenerationPath:
         with self._under_way() as progress:
             prompts = await self._prompts(request, card, sending)
             progress.stage, tokenized = "model", time.perf_counter()
-            under_way = asyncio.Semaphore(CALLS_PER_REQUEST)
+            under_way, count = asyncio.Semaphore(CALLS_PER_REQUEST), _choices(request)
 
-            async def answered(prompt: int, ids: Int32Array) -> Generated:
+            async def answered(prompt: int, ids: Int32Array, choice: int) -> Generated:
                 async with under_way:
-                    call = self._call(ids, request, card, sending)
-                    return await self._whole(_counted(self._pieces(call, sending, prompt), call, request, card))
+                    call = self._call(ids, request, card, sending, choice)
+                    pieces = self._pieces(call, sending, prompt * count + choice)
+                    return await self._whole(_counted(pieces, call, request, card))
 
-            tasks = [asyncio.ensure_future(answered(prompt, ids)) for prompt, ids in enumerate(prompts.input_ids)]
+            tasks = [
+                asyncio.ensure_future(answered(prompt, ids, choice))
+                for prompt, ids in enumerate(prompts.input_ids)
+                for choice in range(count)
+            ]
             try:
                 generated = await asyncio.gather(*tasks)
             finally:
@@ -148,12 +154,16 @@ class GenerationPath:
                     task.cancel()
         now = time.perf_counter()
         if echoes is not None:
-            generated = [replace(one, text=echo + one.text) for echo, one in zip(echoes, generated, strict=True)]
+            repeated = [echo for echo in echoes for _ in range(count)]
+            generated = [replace(one, text=echo + one.text) for echo, one in zip(repeated, generated, strict=True)]
         timings = Timings(now - started, prompts.tokenize_s, forward_s=now - tokenized)
         return Answer(tuple(generated), prompts.tokens, timings, prompts.truncated)
 
-    def _call(self, ids: Int32Array, request: Request, card: ModelCard, sending: Sending) -> GenerationCall:
-        return GenerationCall(ids, _options(request, card), priority=request.priority, version=sending.version)
+    def _call(
+        self, ids: Int32Array, request: Request, card: ModelCard, sending: Sending, choice: int = 0
+    ) -> GenerationCall:
+        options = _options(request, card, choice)
+        return GenerationCall(ids, options, priority=request.priority, version=sending.version)
 
     async def _whole(self, answer: AsyncGenerator[list[GeneratedPiece], None]) -> Generated:
         pieces: list[GeneratedPiece] = []
@@ -177,9 +187,11 @@ class GenerationPath:
         """
         sending = Sending(version, time.monotonic() + timeout_s, set() if losses is None else losses)
         with self._under_way() as progress:
+            unfinished = _choices(request)
             async with aclosing(self._streamed(request, card, sending, echo, progress)) as pieces:
                 async for piece in pieces:
-                    progress.is_complete = piece.finish_reason is not None
+                    unfinished -= piece.finish_reason is not None
+                    progress.is_complete = not unfinished
                     yield piece
 
     async def _streamed(
@@ -189,14 +201,50 @@ class GenerationPath:
         progress.stage = "model"
         ids, untold = prompts.input_ids[0], bool(prompts.truncated)
         if echo:
-            yield GeneratedPiece(echo, prompt_tokens=len(ids), truncated=untold)
-            untold = False
-        call = self._call(ids, request, card, sending)
-        async with aclosing(_counted(self._pieces(call, sending), call, request, card)) as lists:
+            for choice in range(_choices(request)):
+                yield GeneratedPiece(echo, prompt_tokens=len(ids), truncated=untold, choice=choice)
+                untold = False
+        if _choices(request) == 1:
+            call = self._call(ids, request, card, sending)
+            answer = _counted(self._pieces(call, sending), call, request, card)
+        else:
+            answer = self._choices_streamed(ids, request, card, sending)
+        async with aclosing(answer) as lists:
             async for some in lists:
                 for piece in some:
                     yield replace(piece, truncated=True) if untold else piece
                     untold = False
+
+    async def _choices_streamed(
+        self, ids: Int32Array, request: Request, card: ModelCard, sending: Sending
+    ) -> AsyncGenerator[list[GeneratedPiece], None]:
+        """The answers' pieces as they come. The first error of one ends all."""
+        found: asyncio.Queue[list[GeneratedPiece] | None] = asyncio.Queue()  # bounded by the answers' limits of tokens
+        under_way = asyncio.Semaphore(CALLS_PER_REQUEST)
+
+        async def streamed(choice: int) -> None:
+            async with under_way:
+                call = self._call(ids, request, card, sending, choice)
+                async with aclosing(_counted(self._pieces(call, sending, choice), call, request, card)) as lists:
+                    async for some in lists:
+                        found.put_nowait([replace(piece, choice=choice) for piece in some])
+
+        async def all_streamed() -> None:
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                found.put_nowait(None)
+
+        tasks = [asyncio.ensure_future(streamed(choice)) for choice in range(_choices(request))]
+        ended = asyncio.ensure_future(all_streamed())
+        try:
+            while (some := await found.get()) is not None:
+                yield some
+            await ended
+        finally:
+            for task in (ended, *tasks):
+                task.cancel()
+            await asyncio.gather(ended, *tasks, return_exceptions=True)
 
     @contextmanager
     def _under_way(self) -> Iterator[Progress]:
@@ -333,9 +381,23 @@ async def _in_time(answer: Any, deadline: float, wait_s: Callable[[], float], pu
         raise UnavailableError("the replica that computed this request was lost", retry_after_s=1.0) from error
 
 
-def _options(request: Request, card: ModelCard) -> GenerationOptions:
-    """As the replica needs to know them: a language that is chosen by the text's prefix is none of its business."""
+def _choices(request: Request) -> int:
+    """Answers to each input."""
     assert isinstance(request.options, GenerationOptions)
+    return request.options.n
+
+
+def _options(request: Request, card: ModelCard, choice: int) -> GenerationOptions:
+    """As the replica needs to know them, for one of the answers to an input.
+
+    A language that is chosen by the text's prefix is none of its business; where a turn ends is.
+    """
+    options = request.options
+    assert isinstance(options, GenerationOptions)
     if request.task == "translation" and speaks_by_prefix(card):
-        return replace(request.options, source_language=None, target_language=None)
-    return request.options
+        options = replace(options, source_language=None, target_language=None)
+    if card.turn_end_ids and not options.ignore_eos and isinstance(request.inputs[0], Chat):
+        options = replace(options, stop_token_ids=options.stop_token_ids + card.turn_end_ids)
+    if choice and options.seed is not None:
+        options = replace(options, seed=(options.seed + choice) % 2**63)
+    return options

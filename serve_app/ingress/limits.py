@@ -6,7 +6,7 @@ from typing import cast
 
 from serve_app.config import IngressSettings
 from serve_app.errors import BatchTooLargeError, InputTooLongError, InvalidInputError
-from serve_app.options import RerankOptions, ZeroShotOptions
+from serve_app.options import GenerationOptions, RerankOptions, ZeroShotOptions
 from serve_app.types import Chat, Request, TextInput
 
 _MOST_REPEATED = 4
@@ -21,11 +21,15 @@ def check_limits(request: Request, settings: IngressSettings) -> int:
     """
     lengths = [characters_of(value) for value in request.inputs]
     _check_count(len(lengths), settings, "inputs")
+    if isinstance(request.options, GenerationOptions) and request.options.n > 1:
+        _check_count(len(lengths) * request.options.n, settings, "answers")
+    if not settings.accept_token_ids:
+        _refuse_ids(request)
     longest = max(lengths)
     if longest > settings.max_text_characters:
         raise InputTooLongError(
-            f"input {lengths.index(longest)} has {longest} characters, and {settings.max_text_characters} are allowed; "
-            "shorten or split it"
+            f"inputs[{lengths.index(longest)}]: has {longest} characters, and {settings.max_text_characters} are "
+            "allowed; shorten or split it"
         )
     total = sum(lengths)
     _check_pairs(request, lengths, settings)
@@ -37,6 +41,15 @@ def check_stream(request: Request, settings: IngressSettings) -> int:
     if len(request.inputs) != 1:
         raise InvalidInputError("only the answer to one input can be streamed; send several requests")
     return check_limits(request, settings)
+
+
+def _refuse_ids(request: Request) -> None:
+    for index, value in enumerate(request.inputs):
+        if isinstance(value, tuple) and value and not isinstance(value[0], str):
+            raise InvalidInputError(
+                f"inputs[{index}]: token ids are not taken here, because those of another tokenizer would be answered "
+                "as another text; send texts (LangChain: check_embedding_ctx_length=False)"
+            )
 
 
 def characters_of(value: TextInput) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Literal, TypeAlias
 
@@ -170,6 +170,12 @@ def _responses(route: Route, schemas: Mapping[tuple[Any, Direction], Json]) -> J
     error = {"application/json": {"schema": schemas[route.dialect.error_model, "serialization"]}}
     failures = {
         str(status): {"description": HTTPStatus(status).phrase, "content": error}
-        for status in sorted({*route.failures, *((401, 403) if route.role is not None else ()), 500})
+        for status in sorted({*_statuses(route), *((401, 403) if route.role is not None else ()), 500})
     }
     return {"200": good, **failures}
+
+
+def _statuses(route: Route) -> Iterator[int]:
+    """Of the route's failures, as its protocol tells them."""
+    for status in route.failures:
+        yield route.dialect.unprocessable if status == 422 else status

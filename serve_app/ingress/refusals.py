@@ -19,7 +19,7 @@ def error_reply(error: ServeAppError, dialect: Dialect, request_id: str, *header
     kind, wait_s = kind_of(error), retry_after_s(error)
     if wait_s is not None:
         headers = (*headers, (b"retry-after", b"%d" % wait_s))
-    return Reply(encode(dialect.write_error(error, kind, request_id)), kind.status, headers=headers)
+    return Reply(encode(dialect.write_error(error, kind, request_id)), dialect.status(kind), headers=headers)
 
 
 def dialect_of(path: str) -> Dialect:

@@ -437,10 +437,13 @@ def _tokens_of(request: Request, card: ModelCard) -> int:
 
 
 def _tokens_to_generate(request: Request, card: ModelCard) -> int:
-    """An estimate: those of the prompts, and for each the most new ones of each beam that request and model allow."""
+    """An estimate: those of the prompts, and for each the most new ones of each beam that request and model allow,
+    as often as there are answers.
+    """
     assert isinstance(request.options, GenerationOptions)
     prompts, count = tokens_in(GENERATING[request.task].prepare(request, card), card), len(request.inputs)
-    return prompts + count * most_new_tokens(request, card, prompts // count) * beams_of(request.options, card)
+    new = most_new_tokens(request, card, prompts // count) * beams_of(request.options, card)
+    return request.options.n * (prompts + count * new)
 
 
 def _prompt_text(value: TextInput, vocabulary: Vocabulary) -> str:

@@ -108,7 +108,7 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
         hidden_size=_hidden_size(model, config),
         pooling=config.pooling or (_pooling(path, chain, prompts, config) if task in _POOLED_TASKS else "mean"),
         normalize="Normalize" in chain.classes if config.normalize is None else config.normalize,
-        long_texts=config.long_texts,
+        long_texts=config.long_texts or ("error" if task == "text-generation" else "truncate"),
         truncation_side=config.truncation_side or _truncation_side(folder),
         stride=max_input_tokens // 8 if config.stride is None else config.stride,
         labels=labels,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.options import GenerationOptions
@@ -61,6 +62,8 @@ class Generation:
                 raise InvalidInputError(f"task {self.name} takes texts, not conversations")
         if any(isinstance(value, tuple) and value and isinstance(value[0], str) for value in request.inputs):
             raise InvalidInputError(f"task {self.name} takes single texts, not pairs")
+        if options.n > 1 and beams_of(options, card) > 1:
+            raise InvalidInputError("n: beams come to one answer; ask for one, or set num_beams to 1")
         if options.echo and self.encodes:
             raise InvalidInputError(f"echo: task {self.name} answers with another text; it cannot repeat its input")
 
@@ -130,11 +133,13 @@ def collected(pieces: Sequence[GeneratedPiece]) -> Generated:
     """All pieces of one answer as a whole."""
     reason = pieces[-1].finish_reason
     assert reason is not None, "the last piece says why it is the last"
+    starts = accumulate((len(piece.text) for piece in pieces), initial=0)
     return Generated(
         text="".join(piece.text for piece in pieces),
         tokens=tuple(piece.token for piece in pieces if piece.token is not None),
         finish_reason=reason,
         logprobs=tuple(piece.logprob for piece in pieces if piece.logprob is not None),
+        offsets=tuple(start for start, piece in zip(starts, pieces, strict=False) if piece.logprob is not None),
     )
 
 

@@ -52,6 +52,8 @@ class StockTokenizer:
     mask_token_id: int | None
     pad_token_id: int | None
     unk_token_id: int | None
+    turn_end_ids: list[int]
+    """Tokens that end a turn of a conversation, whatever the generation config says."""
     token_types: int | None
     """How many token types the model has a table for; None where it has none, or takes any."""
 
@@ -70,6 +72,7 @@ class StockTokenizer:
             padding_side=self.padding_side,
             cls_token_id=self.cls_token_id,
             mask_token_id=self.mask_token_id,
+            turn_end_ids=tuple(self.turn_end_ids),
         )
 
 
@@ -160,8 +163,17 @@ def _described(path: Path) -> StockTokenizer:
         mask_token_id=tokenizer.mask_token_id,
         pad_token_id=tokenizer.pad_token_id,
         unk_token_id=tokenizer.unk_token_id,
+        turn_end_ids=_turn_end_ids(tokenizer),
         token_types=types if isinstance(types, int) and types > 0 else None,
     )
+
+
+def _turn_end_ids(tokenizer: Any) -> list[int]:
+    """Of `eos_token` and `eot_token`, as far as the tokenizer has them."""
+    eot = tokenizer.init_kwargs.get("eot_token")
+    content = eot.get("content") if isinstance(eot, dict) else eot
+    named = tokenizer.get_added_vocab().get(str(content)) if content is not None else None
+    return sorted({i for i in (tokenizer.eos_token_id, named) if i is not None})
 
 
 def _gave_token_types(tokenizer: Any) -> bool:

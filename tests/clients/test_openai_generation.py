@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -50,6 +51,23 @@ def test_a_chat_whole_and_in_pieces(client: openai.OpenAI) -> None:
     assert chat.usage.completion_tokens == 4
     assert pieces[-1].usage is not None
     assert pieces[-1].usage.prompt_tokens == 6
+
+
+def test_several_answers_and_an_answer_sent_back(client: openai.OpenAI) -> None:
+    asked: list[Any] = [{"role": "user", "content": "hello"}]
+    chat = client.chat.completions.create(model="tiny", messages=asked, n=2, store=False, user="me")
+    assert [choice.index for choice in chat.choices] == [0, 1]
+    again = client.chat.completions.create(
+        model="tiny",
+        messages=[*asked, chat.choices[0].message.model_dump(), {"role": "user", "content": "and?"}],
+        extra_body={"chat_template_kwargs": {"enable_thinking": False}, "min_p": 0.1},
+    )
+    assert again.choices[0].message.content
+    pieces = client.completions.create(model="tiny", prompt="a", n=2, stream=True)
+    assert {piece.choices[0].index for piece in pieces} == {0, 1}
+    with pytest.raises(openai.BadRequestError, match="is not supported here") as caught:
+        client.chat.completions.create(model="tiny", messages=asked, presence_penalty=0.5)
+    assert caught.value.param == "presence_penalty"
 
 
 def test_errors_before_and_midway_are_the_clients_own(client: openai.OpenAI) -> None:

@@ -180,7 +180,7 @@ def test_generated_tokens_are_those_of_generate_where_a_prompt_is_cut_too(
 ) -> None:
     given = models[name]
     options = [{**chosen, "max_new_tokens": 16} for chosen in GREEDY_AND_SEEDED if "num_beams" not in chosen]
-    bodies = [{"inputs": texts(), "parameters": {**chosen, "details": True}} for chosen in options]
+    bodies = [{"inputs": texts(), "parameters": {**chosen, "details": True, "truncate": True}} for chosen in options]
     for got, chosen in zip(ask(f"{url}/{name}", bodies), options, strict=True):
         for text, each in zip(texts(), got, strict=True):
             wanted = given.tokens(text, **chosen)
@@ -335,8 +335,11 @@ def test_streamed_pieces_are_the_whole_answer(name: str, url: str, models: Gener
 
 @pytest.mark.parametrize("text", ["small", "small words " * 100])
 def test_a_stream_tells_that_its_prompt_was_cut_as_a_whole_answer_does(text: str, url: str) -> None:
-    for path, key in (("", "inputs"), ("/v1/completions", "prompt")):
-        body = {key: text, "max_tokens": 2, "parameters": {"max_new_tokens": 2}}
+    for path, asked in (
+        ("", {"inputs": text, "parameters": {"max_new_tokens": 2, "truncate": True}}),
+        ("/v1/completions", {"prompt": text, "max_tokens": 2, "truncate": True}),
+    ):
+        body: dict[str, Any] = asked
         whole, pieces = (httpx.post(f"{url}/gpt2{path}", json={**body, "stream": stream}) for stream in (False, True))
         assert "event-stream" in pieces.headers["content-type"]
         assert whole.headers["x-truncated-inputs"] == pieces.headers["x-truncated-inputs"] == str(int(len(text) > 9))
@@ -349,10 +352,103 @@ def streamed(url: str, body: dict[str, Any]) -> list[Any]:
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
+ASKED = [{"role": "user", "content": "small?"}]
+BEGUN = [*ASKED, {"role": "assistant", "content": "small wor"}]
+
+
+@pytest.mark.parametrize("messages", [ASKED, BEGUN], ids=["a turn", "a final message"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_conversation_is_gone_on_with_as_by_the_pipeline(
+    name: str, messages: Any, url: str, models: Generators
+) -> None:
+    given = models[name]
+    pipe = pipeline("text-generation", model=given.model, tokenizer=given.tokenizer, device="cpu")
+    ends = [given.model.generation_config.eos_token_id, given.tokenizer.eos_token_id]
+    [reference_answer] = pipe(messages, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends)
+    *_, last = reference_answer["generated_text"]
+    body = {"messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
+    [whole] = ask(f"{url}/{name}/v1/chat/completions", [body])
+    begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+    assert begun + whole["choices"][0]["message"]["content"] == last["content"]
+
+
+def test_several_answers_are_those_of_the_next_seeds(url: str, models: Generators) -> None:
+    given, sampled = models["gpt2"], {"max_new_tokens": 8, "do_sample": True, "temperature": 1.0}
+    wanted = [given.answer("small words", **sampled, seed=seed) for seed in (5, 6, 7)]
+    assert len(set(wanted)) == 3
+    body = {"prompt": ["small words", "other words"], "max_tokens": 8, "temperature": 1.0, "seed": 5, "n": 3}
+    [whole] = ask(f"{url}/gpt2/v1/completions", [body])
+    assert [choice["text"] for choice in whole["choices"][:3]] == wanted
+    assert [choice["text"] for choice in whole["choices"][3:]] == [
+        given.answer("other words", **sampled, seed=seed) for seed in (5, 6, 7)
+    ]
+    assert whole["usage"]["completion_tokens"] == 48
+    prompts = sum(len(given.prompt(text)) for text in body["prompt"])  # type: ignore[union-attr]
+    assert whole["usage"]["prompt_tokens"] == prompts
+    told = dict.fromkeys(range(3), "")
+    ends = []
+    body |= {"prompt": "small words", "stream_options": {"include_usage": True}, "echo": True}
+    *events, usage = streamed(f"{url}/gpt2/v1/completions", {**body, "stream": True})
+    for [choice] in (event["choices"] for event in events):
+        told[choice["index"]] += choice["text"]
+        ends += [choice["index"]] if choice["finish_reason"] else []
+    assert [*told.values()] == [f"small words{text}" for text in wanted]
+    assert sorted(ends) == [0, 1, 2]
+    assert usage["usage"]["completion_tokens"] == 24
+
+
+def test_a_chat_ends_at_the_tokenizers_end_of_turn_and_a_text_at_the_models_alone(url: str, models: Generators) -> None:
+    """The generation config ends answers at another token."""
+    given = models["gpt2"]
+    turn_end = given.tokenizer.eos_token_id
+    assert given.model.generation_config.eos_token_id != turn_end
+    forced = {"max_tokens": 5, "temperature": 0, "logit_bias": {str(turn_end): 1000}}
+    chat, text = f"{url}/gpt2/v1/chat/completions", f"{url}/gpt2/v1/completions"
+    [ended, goes_on] = ask(chat, [{"messages": ASKED, **forced, **more} for more in ({}, {"ignore_eos": True})])
+    assert (ended["usage"]["completion_tokens"], ended["choices"][0]["finish_reason"]) == (1, "stop")
+    assert (goes_on["usage"]["completion_tokens"], goes_on["choices"][0]["finish_reason"]) == (5, "length")
+    [plain, stopped, by_id] = ask(
+        text,
+        [{"prompt": "small", **forced, **more} for more in ({}, {"stop": ["</s>"]}, {"stop_token_ids": [turn_end]})],
+    )
+    assert plain["usage"]["completion_tokens"] == 5
+    for answer in (stopped, by_id):
+        assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (1, "stop")
+
+
+def test_a_conversation_that_is_too_long_is_refused_unless_a_cut_is_asked_for(url: str, models: Generators) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "small words " * 100}]
+    for path, body in (("chat/completions", {"messages": messages}), ("completions", {"prompt": "small words " * 100})):
+        answer = httpx.post(f"{url}/gpt2/v1/{path}", json={**body, "max_tokens": 4}, timeout=60)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+        assert error["param"] == f"{next(iter(body))}[0]"
+        cut = httpx.post(f"{url}/gpt2/v1/{path}", json={**body, "max_tokens": 4, "truncate": True}, timeout=60)
+        assert (cut.status_code, cut.headers["x-truncated-inputs"]) == (200, "1")
+
+
+def test_log_probabilities_stay_inside_the_text(url: str, models: Generators) -> None:
+    given = models["gpt2"]
+    body = {"prompt": "a ☕", "max_tokens": 40, "temperature": 1.5, "seed": 3, "logprobs": 5, "stop": "e"}
+    [whole] = ask(f"{url}/gpt2/v1/completions", [body])
+    [choice] = whole["choices"]
+    told = choice["logprobs"]
+    assert max(told["text_offset"]) <= len(choice["text"])
+    assert told["text_offset"] == sorted(told["text_offset"])
+    for token, own, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
+        assert top[token] >= own
+    chat = {"messages": ASKED, "max_tokens": 40, "temperature": 1.5, "seed": 3, "logprobs": True}
+    [answered] = ask(f"{url}/gpt2/v1/chat/completions", [chat])
+    content = answered["choices"][0]["logprobs"]["content"]
+    spelled = b"".join(bytes(each["bytes"]) for each in content)
+    assert answered["choices"][0]["message"]["content"] in spelled.decode(errors="replace")
+    assert given.tokenizer.decode(given.tokenizer("☕")["input_ids"]) == "☕"
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_conversation_is_answered_as_its_template_says(name: str, url: str, models: Generators) -> None:
     given = models[name]
-    messages = [{"role": "user", "content": "a ☕?"}, {"role": "assistant", "content": "b"}]
+    messages = [{"role": "user", "content": "a ☕?"}, {"role": "assistant", "content": "b"}, *ASKED]
     ids = given.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     body = {"messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
     [whole] = ask(f"{url}/{name}/v1/chat/completions", [body])
@@ -390,7 +486,9 @@ def test_log_probabilities_are_the_models_own(url: str, models: Generators) -> N
 
 
 def test_what_cannot_be_answered_is_refused_with_the_reason(url: str) -> None:
-    assert refusal(f"{url}/gpt2", {"inputs": ["a", ""]}) == (400, "`inputs[1]` is an empty text; leave it out")
+    status, why = refusal(f"{url}/gpt2", {"inputs": ["a", ""]})
+    assert (status, why) == (422, "inputs[1]: has no tokens; send a text that is not empty")
+    assert ask(f"{url}/llama", [{"inputs": ""}])  # its tokenizer begins a text with a special token
     for name in ("gpt2", "t5"):
         status, why = refusal(f"{url}/{name}", {"inputs": "small words " * 100, "parameters": {"truncate": False}})
         assert status == 422

@@ -8,6 +8,7 @@ from typing import Any
 
 from serve_app.ingress.protocols.huggingface.endpoint import BODIES
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS
+from serve_app.ingress.protocols.task_options import OPTIONS
 from tests.fuzz.models import EMBEDDING, TASKS
 from tests.fuzz.schemas import Schema
 
@@ -83,7 +84,7 @@ def _target(document: Schema, method: str, path: str, model: str | None) -> Targ
     tail = path.removeprefix("/models/{name}") or "/"
     if tail.endswith("/infer"):
         assert model is not None
-        good, parameters = _tensors(TASKS[model]), TASK_TENSORS[TASKS[model]].parameters.model_json_schema()
+        good, parameters = _tensors(TASKS[model]), OPTIONS[TASKS[model]].model_json_schema()
         return Target("POST", concrete, model, good, schema, parameters, weight=4)
     asked = model or ANSWERS[tail]
     if tail == "/":

@@ -119,7 +119,8 @@ def made_up(request: Request) -> TaskOutput:
         return tuple((Span("London", 0.9, 3, 9), Span("Sarah", 0.05, 0, 5))[: options.top_k] for _ in inputs)
     assert isinstance(options, GenerationOptions)
     told = () if options.logprobs is None else TOKENS
-    return tuple(Generated("".join(WORDS), (10, 11, 12, 13), "length", told) for _ in inputs)
+    one = Generated("".join(WORDS), (10, 11, 12, 13), "length", told, (0, 4, 9, 11) if told else ())
+    return (one,) * (len(inputs) * options.n)
 
 
 def new_tokens(answer: Answer) -> int:
@@ -129,11 +130,15 @@ def new_tokens(answer: Answer) -> int:
 
 
 def pieces_of(request: Request) -> Iterator[GeneratedPiece]:
+    """Of several answers the first pieces of all, then the second ones, and so on."""
+    assert isinstance(request.options, GenerationOptions)
+    choices = range(request.options.n)
     for index, (word, token) in enumerate(zip(WORDS, TOKENS, strict=True)):
-        assert isinstance(request.options, GenerationOptions)
         logprob = None if request.options.logprobs is None else token
-        yield GeneratedPiece(word, 10 + index, logprob=logprob, prompt_tokens=6)
-    yield GeneratedPiece("", 0, special=True, finish_reason="stop", prompt_tokens=6)
+        for choice in choices:
+            yield GeneratedPiece(word, 10 + index, logprob=logprob, prompt_tokens=6, choice=choice)
+    for choice in choices:
+        yield GeneratedPiece("", 0, special=True, finish_reason="stop", prompt_tokens=6, choice=choice)
 
 
 class FakeService:

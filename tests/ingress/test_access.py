@@ -87,7 +87,7 @@ async def test_no_key_and_a_wrong_key_are_a_401_in_the_shape_of_the_protocol(
     inner: str,
 ) -> None:
     with caplog.at_level(logging.DEBUG):
-        response = await guarded.client.post(path, json={"inputs": "a", "input": "a"}, headers=headers)
+        response = await guarded.client.post(path, json={"input" if "/v1/" in path else "inputs": "a"}, headers=headers)
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
     told = response.json()[inner] if inner else response.json()

@@ -65,7 +65,7 @@ async def test_a_stream_says_at_its_start_what_is_known_then(route: Route, lines
     service = FakeService(task="text-generation")
     body = {**example_of(route.path), "stream": True}
     if "inputs" in body:
-        body["inputs"] = "a"
+        body = {"inputs": "a", "stream": True}
     async with client_of(service, log_requests=True) as client:
         response = await client.post(route.path.replace("{name}", "tiny"), json=body)
     assert response.headers["content-type"].startswith("text/event-stream")

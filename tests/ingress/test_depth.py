@@ -74,9 +74,9 @@ def test_the_look_takes_a_time_that_is_linear_in_the_body(body: bytes) -> None:
 @pytest.mark.parametrize("path", ["/embed", "/", "/v1/embeddings", "/tokenize"])
 async def test_a_body_that_is_too_deep_is_a_400_even_where_nobody_looks(service: FakeService, path: str) -> None:
     async with client_of(service, max_json_depth=5) as client:
-        good = {"inputs": "a", "input": "a", "other": [[[[1]]]]}
+        good = {"input" if path == "/v1/embeddings" else "inputs": "a", "metadata": [[[[1]]]]}
         assert (await client.post(path, json=good)).status_code == 200
-        response = await client.post(path, json={**good, "other": [[[[[1]]]]]})
+        response = await client.post(path, json={**good, "metadata": [[[[[1]]]]]})
     assert response.status_code == 400
     assert "nested too deeply" in response.text
 
@@ -86,4 +86,4 @@ async def test_the_deepest_limit_is_one_that_the_parser_takes(client: httpx.Asyn
     for _ in range(189):
         nested = [nested]
     async with client_of(service, max_json_depth=190) as client:
-        assert (await client.post("/embed", json={"inputs": "a", "other": nested})).status_code == 200
+        assert (await client.post("/embed", json={"inputs": "a", "metadata": nested})).status_code == 200

@@ -43,7 +43,6 @@ def bad_texts() -> Iterator[tuple[str, bytes]]:
     yield "null", b"null"
     yield "a number", b"12"
     yield "true", b"true"
-    yield "an empty text", b'""'
     yield "an empty list", b"[]"
     yield "an empty object", b"{}"
     yield "mixed list", b'["a", 1, null, {}, []]'
@@ -71,7 +70,7 @@ def bad_bodies() -> Iterator[tuple[str, bytes]]:
     yield "cut short", b'{"inputs":"a"'
     yield "a list", b'["a"]'
     yield "a surrogate as key", rb'{"\ud800":1,"inputs":[]}'
-    yield "a surrogate where nobody looks", rb'{"inputs":[],"other":"\ud800"}'
+    yield "a surrogate where nobody looks", rb'{"inputs":[],"metadata":"\ud800"}'
     yield "a model that is a path", b'{"inputs":"a","input":"a","model":"../../etc/passwd"}'
     yield "a model with a newline", rb'{"inputs":"a","input":"a","model":"a\r\nx-evil: 1"}'
     yield (
@@ -108,11 +107,11 @@ TEXT_FIELDS = [
 
 
 @pytest.mark.parametrize(("path", "field"), TEXT_FIELDS)
-@pytest.mark.parametrize("name", sorted(dict(bad_texts()).keys() - {"an empty text"}))
+@pytest.mark.parametrize("name", sorted(dict(bad_texts())))
 async def test_a_bad_value_for_any_other_field_is_a_4xx_too(
     client: httpx.AsyncClient, service: FakeService, path: str, field: str, name: str
 ) -> None:
-    rest = json.dumps({key: value for key, value in example_of(path).items() if key != field} | {"other": 1}).encode()
+    rest = json.dumps({key: value for key, value in example_of(path).items() if key != field} | {"user": "a"}).encode()
     bad = await client.post(path, content=b'{"%s":%s,%s' % (field.encode(), dict(bad_texts())[name], rest[1:]))
     assert 400 <= bad.status_code < 500, bad.text
     assert service.requests == []
@@ -131,15 +130,16 @@ async def test_no_task_is_brought_down_by_a_bad_body(task: str) -> None:
 
 @pytest.mark.parametrize("path", POSTS)
 async def test_the_last_of_two_equal_keys_counts(client: httpx.AsyncClient, service: FakeService, path: str) -> None:
-    example = json.dumps(example_of(path)).encode()
-    response = await client.post(concrete(path), content=b'{"inputs":[],"input":[],' + example[1:])
+    example = example_of(path)
+    first = json.dumps({next(iter(example)): []}).encode()
+    response = await client.post(concrete(path), content=first[:-1] + b"," + json.dumps(example).encode()[1:])
     assert response.status_code == 200
 
 
 @pytest.mark.parametrize("path", POSTS)
 async def test_nan_where_nobody_looks_harms_nobody(client: httpx.AsyncClient, path: str) -> None:
     example = json.dumps(example_of(path)).encode()
-    response = await client.post(concrete(path), content=b'{"other":[NaN,1e999],' + example[1:])
+    response = await client.post(concrete(path), content=b'{"metadata":[NaN,1e999],' + example[1:])
     assert response.status_code == 200
 
 

@@ -24,7 +24,7 @@ def aliased(*names: str, task: str = "embedding") -> FakeService:
 
 
 async def posted(service: FakeService, path: str, model: str | None = None, **settings: Any) -> httpx.Response:
-    body = {"inputs": "a", "input": "a"} | ({} if model is None else {"model": model})
+    body = {"input" if "/v1/" in path else "inputs": "a"} | ({} if model is None else {"model": model})
     async with client_of(service, **settings) as client:
         return await client.post(path, json=body)
 

@@ -83,16 +83,18 @@ async def test_values_that_change_nothing_are_taken() -> None:
     assert request.options == options.GenerationOptions()
 
 
-def test_every_name_of_generates_own_is_supported_or_known_not_to_be() -> None:
-    hidden = {"transformers_version", "_from_model_config"}
-    about_machines = ("cache", "assistant", "compile", "mtp", "lookbehind", "matching", "batching", "speculation")
-    names = {
-        name
-        for name in GenerationConfig().to_dict()
-        if not any(word in name for word in about_machines) or name == "use_cache"
-    } - {"low_memory", "prefill_chunk_size"}
-    assert names - hidden <= generation._KNOWN | generation.GenerateFields.model_fields.keys()
-    assert not generation._KNOWN & generation.GenerateFields.model_fields.keys()
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("task", ["text-generation", *SEQ2SEQ])
+async def test_every_name_of_generates_own_is_supported_or_refused_by_name(task: str, nested: bool) -> None:
+    hidden = {"transformers_version", "_from_model_config", *generation.GenerateFields.model_fields}
+    for name in sorted(set(GenerationConfig().to_dict()) - hidden - {"stop_strings"}):
+        asked_for = {name: "what it never is"}
+        seq2seq = nested and task != "text-generation"
+        response = await refused(
+            task, {"inputs": "a", "parameters": {"generate_parameters": asked_for} if seq2seq else asked_for}
+        )
+        assert response.status_code == 422
+        assert f"{name}`: is not supported" in response.json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -275,3 +275,45 @@ async def test_one_of_several_models_is_asked_by_its_own_task() -> None:
     )
     assert len(vectors.json()[0]) == 16
     assert nameless.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("task", "body", "name"),
+    [
+        ("embedding", {"inputs": {"source_sentence": "a", "sentences": ["b"]}, "dimensions": 4}, "dimensions"),
+        ("text-classification", {"inputs": "a", "parameters": {"multi_label": True}}, "parameters.multi_label"),
+        (
+            "text-classification",
+            {"inputs": "a", "parameters": {"candidate_labels": ["x"], "top_k": 1}},
+            "parameters.top_k",
+        ),
+        ("token-classification", {"inputs": "a", "parameters": {"strategy": "simple"}}, "parameters.strategy"),
+        (
+            "fill-mask",
+            {"inputs": "a", "parameters": {"tokenizer_kwargs": {"truncation": True}}},
+            "parameters.tokenizer_kwargs",
+        ),
+        ("text-generation", {"inputs": "a", "parameters": {"frequency_penalty": 0.5}}, "parameters.frequency_penalty"),
+        ("text-generation", {"inputs": "a", "top_k": 1}, "top_k"),
+    ],
+)
+async def test_an_option_that_the_task_has_not_is_refused_by_name(task: str, body: Any, name: str) -> None:
+    response = await refused(task, body)
+    assert response.status_code == 422
+    assert f"`{name}`: is not supported here" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters"),
+    [
+        ("text-classification", {"multi_label": None, "hypothesis_template": None, "top_k": None}),
+        ("text-classification", {"": None, "candidate_labels": ["a", "b"]}),
+        (
+            "text-generation",
+            {"top_k": None, "min_p": None, "best_of": 1, "watermark": False, "frequency_penalty": 0.0, "grammar": None},
+        ),
+        ("summarization", {"clean_up_tokenization_spaces": False, "num_return_sequences": 1}),
+    ],
+)
+async def test_what_changes_nothing_is_accepted(task: str, parameters: Any) -> None:
+    await asked(task, {"inputs": "a", "parameters": parameters})

@@ -21,6 +21,7 @@ from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS
 from serve_app.ingress.routes import Route
 from serve_app.ingress.service import SettingsRef
 from serve_app.ingress.statuses import STATUSES
+from serve_app.options import EmbeddingOptions, TokenClassificationOptions
 from serve_app.tasks.generation import GENERATING
 from serve_app.tasks.registry import ANSWERED_BY, TASKS
 from tests.ingress.edge import WORDS, FakeService, client_of, vector
@@ -203,12 +204,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "huge shape": (body_of({**bytes_tensor("text", "a"), "shape": [2**31 - 1] * 8}), "shape"),
     "many dimensions": (
         body_of({**bytes_tensor("text", "a"), "shape": [1] * 9}),
-        "`inputs.0.shape` has more than the 8 items",
+        "`inputs[0].shape` has more than the 8 items",
     ),
     "wrong datatype": (body_of({**bytes_tensor("text", "a"), "datatype": "FP32"}), "BYTES"),
     "numbers as texts": (body_of({**bytes_tensor("text", "a"), "data": [1]}), "not all texts"),
     "texts as numbers": (body_of({**bytes_tensor("input_ids", "a"), "datatype": "INT64"}), "whole numbers"),
-    "empty text": (body_of(bytes_tensor("text", "")), "empty"),
+    "unknown parameter": (body_of(bytes_tensor("text", "a"), top_k=3), "`parameters.top_k`: is not supported here"),
     "no data": (body_of({"name": "text", "shape": [1], "datatype": "BYTES"}), "data"),
     "binary data missing": (
         body_of({"name": "text", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 5}}),
@@ -570,3 +571,28 @@ def test_messages_cross_process_borders() -> None:
     request = request_of("a", normalize=True)
     assert pickle.loads(pickle.dumps(request)) == request
     assert pickle.loads(pickle.dumps(Unreadable())) == Unreadable()
+
+
+async def test_what_other_clients_say_beside_is_no_option(client: httpx.AsyncClient, service: FakeService) -> None:
+    """KServe's name the model again, MLServer's the kind of content, Triton's how its queue is to treat the request."""
+    tensor = {**bytes_tensor("text", "a"), "parameters": {"content_type": "str"}}
+    hints = {"sequence_id": 3, "sequence_start": True, "priority": 1, "timeout": 5, "content_type": "str"}
+    body = {"inputs": [tensor], "parameters": hints, "model_name": "tiny"}
+    response = await client.post("/v2/models/tiny/infer", json=body)
+    assert response.status_code == 200, response.text
+    assert service.requests[-1].options == EmbeddingOptions()
+    async with client_of(FakeService("tiny", "other")) as several:
+        refused = await several.post("/v2/models/tiny/infer", json={**body, "model_name": "other"})
+    assert refused.status_code == 404
+
+
+async def test_lists_are_parameters_over_http_too() -> None:
+    service = FakeService(task="token-classification")
+    async with client_of(service) as client:
+        for body in (
+            body_of(bytes_tensor("text", "a"), ignore_labels=["O", "MISC"]),
+            body_of(bytes_tensor("text", "a"), bytes_tensor("ignore_labels", "O", "MISC")),
+        ):
+            response = await client.post("/v2/models/tiny/infer", json=body)
+            assert response.status_code == 200, response.text
+            assert service.requests[-1].options == TokenClassificationOptions(ignore_labels=("O", "MISC"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from serve_app import errors
-from serve_app.options import EmbeddingOptions
+from serve_app.options import EmbeddingOptions, RerankOptions
 from tests.ingress.edge import FakeService, client_of, unit, vector
 
 
@@ -72,8 +72,7 @@ async def test_the_model_may_be_left_out_where_there_is_one(client: httpx.AsyncC
     [
         ({"model": "tiny"}, 400, "malformed_request"),
         ({"input": [], "model": "tiny"}, 400, "empty_input"),
-        ({"input": [""], "model": "tiny"}, 400, "empty_input"),
-        ({"input": "a", "model": "tiny", "dimensions": 99}, 422, "invalid_input"),
+        ({"input": "a", "model": "tiny", "dimensions": 99}, 400, "invalid_input"),
         ({"input": "a", "model": "tiny", "encoding_format": "hex"}, 400, "malformed_request"),
     ],
 )
@@ -108,3 +107,25 @@ async def test_a_models_own_path_lists_it_alone() -> None:
         listed = (await client.get("/models/large/v1/models")).json()
         assert (listed["object"], [model["id"] for model in listed["data"]]) == ("list", ["large"])
         assert (await client.get("/models/other/v1/models")).status_code == 404
+
+
+async def test_embeddings_take_every_option_of_their_task(client: httpx.AsyncClient, service: FakeService) -> None:
+    options = {"normalize": False, "prompt_name": "query", "dimensions": 4}
+    texts = {"truncate": False, "truncation_direction": "Left", "stride": 3}
+    for path, name in (("/v1/embeddings", "input"), ("/embed", "inputs"), ("/", "inputs")):
+        response = await client.post(path, json={name: "a", **options, **texts})
+        assert response.status_code == 200, response.text
+        request = service.requests[-1]
+        assert request.options == EmbeddingOptions(False, 4, "query")
+        assert (request.long_texts, request.truncation_side, request.stride) == ("error", "left", 3)
+    await client.post("/v1/embeddings", json={"input": "a", "long_texts": "windows"})
+    assert service.requests[-1].long_texts == "windows"
+
+
+async def test_rerank_takes_every_option_of_its_task(client: httpx.AsyncClient, service: FakeService) -> None:
+    for path, name in (("/v1/rerank", "documents"), ("/v2/rerank", "documents"), ("/rerank", "texts")):
+        body = {"query": "q", name: ["a"], "raw_scores": True, "truncate": True, "truncation_direction": "left"}
+        assert (await client.post(path, json=body)).status_code == 200
+        request = service.requests[-1]
+        assert request.options == RerankOptions(raw_scores=True)
+        assert (request.long_texts, request.truncation_side) == ("truncate", "left")

@@ -119,7 +119,7 @@ class Rebound:
     async def ask(self, method: str, path: str, host: str) -> httpx.Response:
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
-            content = b'{"inputs": "a", "input": "a"}' if method == "POST" else None
+            content = (b'{"input": "a"}' if "/v1/" in path else b'{"inputs": "a"}') if method == "POST" else None
             headers = {b"host": host.encode("latin-1"), b"content-type": b"application/json"}
             return await client.request(method, path, headers=headers, content=content)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -16,9 +17,11 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
 )
+from pydantic.config import JsonDict
 
 from serve_app.config import MOST_INPUTS
 from serve_app.errors import BatchTooLargeError, EmptyInputError, MalformedRequestError
+from serve_app.ingress.protocols.unknown import refuse
 from serve_app.options import DEFAULT_TEMPLATE, TaskOptions
 from serve_app.types import LongTexts, Request, Side, TextInput, TokenIds
 
@@ -29,8 +32,53 @@ _MAX_TOKEN_ID = 2**31 - 1
 _EXPECTED = "send a text, a list of token ids, or a list of texts and lists of token ids"
 
 
+NULL: JsonDict = {"type": "null"}
+"""The schema of what a body does not have. Some values of some fields are accepted beside (`protocols.unknown`)."""
+
+
 class Body(BaseModel):
-    """Strict about the types of the fields it knows; like TEI and OpenAI it ignores fields that it does not know."""
+    """Strict about the types of the fields it has; what it does not have is refused by name (`protocols.unknown`)."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", protected_namespaces=(), json_schema_extra={"additionalProperties": NULL}
+    )
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Values that change nothing here, of fields for which `unknown.NEUTRAL` says something else or nothing."""
+
+
+def check_known(body: BaseModel, part: str = "") -> None:
+    """Raises InvalidInputError for the first field of `body`, or of a body in it, that it does not have.
+
+    `part` is the place of `body` in the request, empty for all of it.
+    """
+    if not isinstance(body, Body):
+        return
+    if body.__pydantic_extra__:
+        refuse(body.__pydantic_extra__, type(body).model_fields, part, body.neutral)
+    for name in _bodies_in(type(body)):
+        value, place = getattr(body, name), f"{part}.{name}" if part else name
+        if isinstance(value, list):
+            for index, each in enumerate(value):
+                check_known(each, f"{place}[{index}]")
+        elif value is not None:
+            check_known(value, place)
+
+
+@functools.cache
+def _bodies_in(cls: type[Body]) -> tuple[str, ...]:
+    """Fields that are bodies or lists of them."""
+    return tuple(name for name, field in cls.model_fields.items() if _has_body(field.annotation))
+
+
+def _has_body(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, Body):
+        return True
+    return any(map(_has_body, get_args(annotation)))
+
+
+class PartOfBody(BaseModel):
+    """Some fields of a body, which is read again in full."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
@@ -80,7 +128,7 @@ def read_inputs(value: Any, info: ValidationInfo) -> tuple[TextInput, ...]:
     if not value:
         raise EmptyInputError(f"`{name}` is empty; {_EXPECTED}")
     kinds = set(map(type, value))
-    if kinds == {str} and "" not in value:
+    if kinds == {str}:
         check_count(value, info)
         return tuple(value)
     if kinds == {int}:
@@ -115,19 +163,21 @@ def read_inputs_or_similarity(value: Any, info: ValidationInfo) -> tuple[TextInp
 
 
 def read_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
-    """A list of texts, none of them empty. Raises EmptyInputError or MalformedRequestError."""
+    """A list of texts. Raises EmptyInputError or MalformedRequestError."""
     return texts(value, info.field_name or "texts", info)
-
-
-def read_any_texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
-    """A list of texts, some of which may be empty. Raises EmptyInputError or MalformedRequestError."""
-    name = info.field_name or "texts"
-    return tuple(any_text(item, f"{name}[{index}]") for index, item in enumerate(some_list(value, name, info)))
 
 
 def texts(value: Any, where: str, info: ValidationInfo) -> tuple[str, ...]:
     """As `read_texts`, of a part of the field that `info` is about; `where` is its name."""
     return tuple(text(item, f"{where}[{index}]") for index, item in enumerate(some_list(value, where, info)))
+
+
+def words(value: Any, where: str, info: ValidationInfo) -> tuple[str, ...]:
+    """As `texts`, of what must say something (labels, targets). Raises EmptyInputError for one that is empty."""
+    found = texts(value, where, info)
+    if "" in found:
+        raise EmptyInputError(f"`{where}[{found.index('')}]` is an empty text; leave it out")
+    return found
 
 
 def some_list(value: Any, where: str, info: ValidationInfo) -> list[Any]:
@@ -143,29 +193,20 @@ def some_list(value: Any, where: str, info: ValidationInfo) -> list[Any]:
     return value
 
 
-def check_query(query: str, documents: Sequence[str], where: str) -> None:
-    """Either side of a pair may be empty, but not both. Raises EmptyInputError; `where` is the documents' field."""
-    if not query and "" in documents:
-        raise EmptyInputError(f"`query` and `{where}[{list(documents).index('')}]` are both empty; send either")
-
-
 def _one_of_several(item: Any, where: str) -> TextInput:
     if type(item) is list:
         return token_ids(item, where)
     return text(item, where)
 
 
-def any_text(value: Any, where: str) -> str:
-    """A text, which may be empty."""
+def text(value: Any, where: str) -> str:
+    """A text. It may be empty: the model's special tokens are computed, and a model that has none refuses it.
+
+    Raises MalformedRequestError.
+    """
     if type(value) is not str:
         raise MalformedRequestError(f"`{where}` is {kind(value)}; send a text")
     return value
-
-
-def text(value: Any, where: str) -> str:
-    if not any_text(value, where):
-        raise EmptyInputError(f"`{where}` is an empty text; leave it out")
-    return str(value)
 
 
 def token_ids(values: list[Any], where: str) -> TokenIds:
@@ -207,8 +248,10 @@ IDS_SCHEMA = {
     "minItems": 1,
     "maxItems": MOST_TOKEN_IDS,
 }
-TEXT_SCHEMA = {"type": "string", "minLength": 1}
+TEXT_SCHEMA = {"type": "string"}
 TEXTS_SCHEMA = items_schema(TEXT_SCHEMA)
+WORD_SCHEMA = {"type": "string", "minLength": 1}
+WORDS_SCHEMA = items_schema(WORD_SCHEMA)
 
 INPUTS_SCHEMA: dict[str, Any] = {
     "description": "A text, the token ids of a text, or a list of texts and lists of token ids.",
@@ -331,4 +374,4 @@ EncodingFormat = Literal["float", "base64"]
 
 def documented(**example: Any) -> ConfigDict:
     """A configuration for a body that gives the documentation this example."""
-    return ConfigDict(json_schema_extra={"examples": [example]})
+    return ConfigDict(json_schema_extra={"examples": [example], "additionalProperties": NULL})

@@ -12,16 +12,8 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonS
 
 from serve_app.errors import MalformedRequestError
 from serve_app.ingress.encoding import encode
-from serve_app.ingress.protocols.fields import (
-    InferenceBody,
-    LongTextFields,
-    any_text,
-    check_query,
-    items_schema,
-    read_any_texts,
-    some_list,
-)
-from serve_app.options import RerankOptions
+from serve_app.ingress.protocols.fields import NULL, InferenceBody, items_schema, read_texts, some_list, text
+from serve_app.ingress.protocols.task_options import RerankFields
 from serve_app.outputs import Ranking
 from serve_app.types import Answer, Request
 
@@ -33,7 +25,7 @@ def read_documents(value: Any, info: ValidationInfo) -> tuple[str, ...]:
 
 
 def _document(value: Any, where: str) -> str:
-    return any_text(value.get("text"), f"{where}.text") if type(value) is dict else any_text(value, where)
+    return text(value.get("text"), f"{where}.text") if type(value) is dict else text(value, where)
 
 
 _TEXT = {"type": "string"}
@@ -43,10 +35,10 @@ _DOCUMENTS_SCHEMA = items_schema({"anyOf": [_TEXT, _OBJECT]})
 Documents = Annotated[tuple[str, ...], PlainValidator(read_documents), WithJsonSchema(_DOCUMENTS_SCHEMA)]
 
 
-class QueryFields(InferenceBody):
+class QueryFields(RerankFields, InferenceBody):
     """A query, and what is wanted of the documents or texts that are sent with it."""
 
-    query: str = Field(description="May be empty where no text is.")
+    query: str
     top_n: int | None = Field(None, ge=1, description="Only so many documents, the best; all where it is left out.")
     return_documents: bool | None = Field(None, description="Answer with the documents too.")
 
@@ -56,16 +48,15 @@ class QueryFields(InferenceBody):
         return bool(self.return_documents)
 
 
-class RankFields(LongTextFields, QueryFields):
+class RankFields(QueryFields):
     """A query, and texts to put in order by their relevance to it."""
 
     texts: Annotated[
-        tuple[str, ...] | None, PlainValidator(read_any_texts), WithJsonSchema(items_schema({"type": "string"}))
+        tuple[str, ...] | None, PlainValidator(read_texts), WithJsonSchema(items_schema({"type": "string"}))
     ] = None
     documents: Annotated[tuple[str, ...] | None, PlainValidator(read_documents), WithJsonSchema(_DOCUMENTS_SCHEMA)] = (
         Field(None, description="In the place of `texts`; the answer is then that of /v1/rerank.")
     )
-    raw_scores: bool = Field(False, description="The model's outputs themselves instead of probabilities.")
     return_text: bool = Field(False, description="The same as `return_documents`.")
 
     @property
@@ -81,15 +72,15 @@ class RankFields(LongTextFields, QueryFields):
         return self
 
     def to_request(self, request_id: str, model: str) -> Request:
-        where, texts = ("documents", self.documents) if self.texts is None else ("texts", self.texts)
-        assert texts is not None
-        check_query(self.query, texts, where)
-        return self.request(request_id, model, "rerank", (self.query, *texts), RerankOptions(self.raw_scores))
+        texts = self.documents if self.texts is None else self.texts
+        assert texts is not None, "one of them is there"
+        return self.request(request_id, model, "rerank", (self.query, *texts), self.options())
 
 
 def ranked(**example: Any) -> dict[str, Any]:
     """What the schema of a body with RankFields has beside its fields."""
-    return {"examples": [example], "oneOf": [{"required": ["texts"]}, {"required": ["documents"]}]}
+    either = [{"required": ["texts"]}, {"required": ["documents"]}]
+    return {"examples": [example], "oneOf": either, "additionalProperties": NULL}
 
 
 class Rank(BaseModel):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationInfo, WithJsonSchema
 
 from serve_app.errors import EmptyInputError, MalformedRequestError
 from serve_app.ingress.dialect import Dialect
@@ -21,14 +21,10 @@ from serve_app.ingress.protocols import tei_tokens
 from serve_app.ingress.protocols.envelope import TEIErrorBody, write_tei_error
 from serve_app.ingress.protocols.fields import (
     TEXT_SCHEMA,
-    Dimensions,
     InferenceBody,
     Inputs,
-    LongTextFields,
     Normalize,
-    PromptName,
     Similarity,
-    any_text,
     check_count,
     documented,
     items_schema,
@@ -36,65 +32,53 @@ from serve_app.ingress.protocols.fields import (
 )
 from serve_app.ingress.protocols.ranks import Rank, RankFields, RerankList, ranked, write_ranks
 from serve_app.ingress.protocols.sparse import SparseEntry, sparse_entries
+from serve_app.ingress.protocols.task_options import ClassificationFields, EmbeddingFields, PromptFields
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
-from serve_app.options import (
-    ClassificationOptions,
-    EmbeddingOptions,
-    SimilarityOptions,
-    SparseEmbeddingOptions,
-    TokenEmbeddingOptions,
-)
+from serve_app.options import SimilarityOptions, SparseEmbeddingOptions, TokenEmbeddingOptions
 from serve_app.outputs import FloatArray, LabelScore
 from serve_app.types import Answer, Request, TextInput
 
 DIALECT = Dialect("Text Embeddings Inference", write_tei_error, TEIErrorBody)
 
 
-class EmbedBody(LongTextFields, InferenceBody):
+class EmbedBody(EmbeddingFields, InferenceBody):
     """Texts to embed."""
 
     model_config = documented(inputs=["What is Deep Learning?", "What is a replica?"])
 
     inputs: Inputs
     normalize: Normalize = True
-    prompt_name: PromptName = None
-    dimensions: Dimensions = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        options = EmbeddingOptions(self.normalize, self.dimensions, self.prompt_name)
-        return self.request(request_id, model, "embedding", self.inputs, options)
+        return self.request(request_id, model, "embedding", self.inputs, self.options())
 
 
-class EmbedAllBody(LongTextFields, InferenceBody):
+class EmbedAllBody(PromptFields, InferenceBody):
     """Texts whose every token is to be embedded."""
 
     model_config = documented(inputs=["What is Deep Learning?"])
 
     inputs: Inputs
-    prompt_name: PromptName = None
 
     def to_request(self, request_id: str, model: str) -> Request:
         options = TokenEmbeddingOptions(self.prompt_name)
         return self.request(request_id, model, "token-embedding", self.inputs, options)
 
 
-class EmbedSparseBody(LongTextFields, InferenceBody):
+class EmbedSparseBody(PromptFields, InferenceBody):
     """Texts to embed in as many dimensions as the vocabulary has."""
 
     model_config = documented(inputs=["What is Deep Learning?"])
 
     inputs: Inputs
-    prompt_name: PromptName = None
 
     def to_request(self, request_id: str, model: str) -> Request:
         options = SparseEmbeddingOptions(self.prompt_name)
         return self.request(request_id, model, "sparse-embedding", self.inputs, options)
 
 
-class SimilarityParameters(LongTextFields):
+class SimilarityParameters(PromptFields):
     """How the sentences are encoded."""
-
-    prompt_name: PromptName = None
 
 
 class SimilarityBody(InferenceBody):
@@ -139,9 +123,7 @@ def _text_or_pair(value: list[Any], where: str) -> TextInput:
         raise MalformedRequestError(f"`{where}` has {len(value)} texts; one is a text, two are a pair")
     if len(value) == 1:
         return text(value[0], f"{where}[0]")
-    first, second = (any_text(item, f"{where}[{index}]") for index, item in enumerate(value))
-    if not first and not second:
-        raise EmptyInputError(f"`{where}` is a pair of empty texts; leave it out")
+    first, second = (text(item, f"{where}[{index}]") for index, item in enumerate(value))
     return first, second
 
 
@@ -164,17 +146,15 @@ ClassifiedInputs = Annotated[
 ]
 
 
-class PredictBody(LongTextFields, InferenceBody):
+class PredictBody(ClassificationFields, InferenceBody):
     """Texts and pairs of texts to classify."""
 
     model_config = documented(inputs="I like you.")
 
     inputs: ClassifiedInputs
-    raw_scores: bool = Field(False, description="The model's outputs themselves instead of probabilities.")
 
     def to_request(self, request_id: str, model: str) -> Request:
-        options = ClassificationOptions(function="none" if self.raw_scores else None)
-        return self.request(request_id, model, "text-classification", tuple(self.inputs), options)
+        return self.request(request_id, model, "text-classification", tuple(self.inputs), self.options())
 
 
 class RerankBody(RankFields):

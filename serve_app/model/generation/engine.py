@@ -37,7 +37,7 @@ from serve_app.model.generation.budget import Extent
 from serve_app.model.generation.decoding import Decoding, Prefill, Probe
 from serve_app.model.generation.job import GenerationJob
 from serve_app.model.generation.languages import in_language, set_target
-from serve_app.model.generation.sampling import Rules, Sampler, generation_config, rules_of
+from serve_app.model.generation.sampling import Rules, Sampler, generation_config, rules_of, set_ends
 from serve_app.model.generation.text import Decoder
 from serve_app.model.generation.whole import MOST_AT_ONCE, WholeAnswers
 from serve_app.model.recovery import Breaker, is_device_broken
@@ -252,6 +252,7 @@ class StepEngine:
         ids = in_language(job.input_ids, job.options, self._decoder, self._special, _plain(config))
         self._decoding.check_ids(ids)
         set_target(config, job.options, self._decoder)
+        set_ends(config, job.options, self._decoder, self._special)
         by_steps = self._can_step(config)
         return Answering(job, ids, config, size, by_steps, self._post if by_steps else self._post_now)
 

@@ -8,14 +8,16 @@ come from a generator of the sequence's own, so that a seed gives the tokens tha
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from serve_app.errors import InvalidInputError, ModelFailureError, ServeAppError
-from serve_app.model.generation.text import Decoder
+from serve_app.model.generation.text import Decoder, text_of
 from serve_app.options import GenerationOptions
 from serve_app.outputs import TokenLogprob
 
@@ -59,6 +61,7 @@ def generation_config(model: Any, options: GenerationOptions, decoder_tokens: in
     """
     config = copy.deepcopy(model.generation_config)
     chosen = {name: getattr(options, name) for name in _SAME_NAMES if getattr(options, name) is not None}
+    chosen |= _by_tokens(model, options)
     temperature, penalty = options.temperature, options.repetition_penalty
     if temperature is not None and 0 <= temperature < GREEDY_BELOW:
         chosen |= {"do_sample": False, "temperature": 1.0}
@@ -71,6 +74,27 @@ def generation_config(model: Any, options: GenerationOptions, decoder_tokens: in
         raise InvalidInputError(f"options: {error}") from error
     prepared.max_new_tokens = new_tokens(model, options, decoder_tokens)
     return prepared
+
+
+def _by_tokens(model: Any, options: GenerationOptions) -> dict[str, list[Any]]:
+    """Options that name tokens, in transformers' lists. Raises InvalidInputError for tokens that the model has not."""
+    named: Mapping[str, Iterable[int]] = {
+        "suppress_tokens": options.suppress_tokens,
+        "begin_suppress_tokens": options.begin_suppress_tokens,
+        "bad_words_ids": chain.from_iterable(options.bad_words_ids),
+        "sequence_bias": chain.from_iterable(ids for ids, _ in options.sequence_bias),
+    }
+    size = int(model.config.get_text_config(decoder=True).vocab_size)
+    for name, ids in named.items():
+        if max(ids, default=0) >= size:
+            raise InvalidInputError(f"{name}: the model has the tokens 0 to {size - 1}, and others are named")
+    lists: dict[str, list[Any]] = {
+        "suppress_tokens": list(options.suppress_tokens),
+        "begin_suppress_tokens": list(options.begin_suppress_tokens),
+        "bad_words_ids": [list(ids) for ids in options.bad_words_ids],
+        "sequence_bias": [[list(ids), bias] for ids, bias in options.sequence_bias],
+    }
+    return {name: found for name, found in lists.items() if found}
 
 
 def new_tokens(model: Any, options: GenerationOptions, decoder_tokens: int) -> int:
@@ -95,6 +119,24 @@ def new_tokens(model: Any, options: GenerationOptions, decoder_tokens: int) -> i
     if own.max_length is not None:
         return max(1, int(own.max_length) - decoder_tokens)
     return DEFAULT_NEW_TOKENS
+
+
+NO_TOKEN = -1
+"""The end token of an answer that no token ends: no model has it, and `generate` would put its own for none."""
+
+
+def set_ends(config: Any, options: GenerationOptions, words: Decoder, special: Collection[int]) -> None:
+    """Let the answer end where the request says, too: at its tokens, and at special tokens that are its stop texts.
+
+    Special tokens are left out of the text, in which a stop text is looked for. `config` comes from
+    `generation_config`.
+    """
+    stops = [i for i in map(words.token_to_id, options.stop) if i is not None and i in special]
+    if not (options.ignore_eos or options.stop_token_ids or stops):
+        return
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    kept = [] if options.ignore_eos else [end for end in own if end is not None]
+    config.eos_token_id = [*dict.fromkeys((*kept, *options.stop_token_ids, *stops))] or [NO_TOKEN]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +233,10 @@ def logprob_of(logits: Tensor, token: int, top: int, decoder: Decoder) -> TokenL
     """Log probabilities under the model itself, before any processor: of `token` and of the `top` likeliest."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(top, len(logprobs)))
-    likeliest = tuple(
-        TokenLogprob(i, decoder.decode([i], skip_special_tokens=False), v)
-        for i, v in zip(ids.tolist(), values.tolist(), strict=True)
-    )
-    text = decoder.decode([token], skip_special_tokens=False)
-    return TokenLogprob(token, text, float(logprobs[token]), likeliest)
+    likeliest = tuple(_told(i, value, decoder) for i, value in zip(ids.tolist(), values.tolist(), strict=True))
+    return replace(_told(token, float(logprobs[token]), decoder), top=likeliest)
+
+
+def _told(token: int, logprob: float, decoder: Decoder) -> TokenLogprob:
+    text, part = text_of(token, decoder)
+    return TokenLogprob(token, text, logprob, part=part)

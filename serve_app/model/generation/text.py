@@ -14,6 +14,20 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 """Byte fallback: a run of such tokens is one character or several, or none is, which its end decides."""
 
 
+_WORD_BEGINS = "\u2581"
+"""How SentencePiece writes the space before a word, which decoding a token by itself leaves out."""
+
+
+def _byte_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's `bytes_to_unicode`)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
 class Decoder(Protocol):
     """What is needed of a tokenizer (`tokenizers.Tokenizer` has it)."""
 
@@ -22,6 +36,16 @@ class Decoder(Protocol):
     def id_to_token(self, id: int) -> str | None: ...
 
     def token_to_id(self, token: str) -> int | None: ...
+
+
+def text_of(token: int, decoder: Decoder) -> tuple[str, bytes | None]:
+    """The text of a token within a text, a special one's too, and its bytes where they are no whole characters."""
+    text, entry = decoder.decode([token], skip_special_tokens=False), decoder.id_to_token(token) or ""
+    if INCOMPLETE in text:
+        if _BYTE_TOKEN.fullmatch(entry):
+            return text, bytes([int(entry[3:5], 16)])
+        return text, bytes(map(_BYTES.__getitem__, entry)) if _BYTES.keys() >= set(entry) else None
+    return (f" {text}" if entry.startswith(_WORD_BEGINS) and not text.startswith(" ") else text), None
 
 
 class Detokenizer:

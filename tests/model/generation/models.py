@@ -109,15 +109,22 @@ def text_of(pieces: Sequence[GeneratedPiece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-_OURS = {"seed", "stop", "logprobs", "echo", "prompt_tokens", "source_language", "target_language"}
+_OURS = {"seed", "stop", "logprobs", "echo", "prompt_tokens", "source_language", "target_language", "n"}
+_OURS |= {"stop_token_ids", "ignore_eos"}
 _GENERATE = [field.name for field in fields(GenerationOptions) if field.name not in _OURS]
 
 
-def reference(model: Any, prompt: Sequence[int], options: GenerationOptions) -> list[int]:
+def listed(value: Any) -> Any:
+    """As transformers takes them."""
+    return [*map(listed, value)] if isinstance(value, tuple) else value
+
+
+def reference(model: Any, prompt: Sequence[int], options: GenerationOptions, **ends: Any) -> list[int]:
     """The new tokens of `model.generate`, run alone after `torch.manual_seed`."""
     if options.seed is not None:
         torch.manual_seed(options.seed)
-    chosen = {name: getattr(options, name) for name in _GENERATE if getattr(options, name) is not None}
+    chosen = {name: listed(getattr(options, name)) for name in _GENERATE if getattr(options, name) not in (None, ())}
+    chosen |= ends
     ids = torch.tensor([list(prompt)], device=model.device)
     with torch.inference_mode():
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **chosen)[0].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -254,3 +255,77 @@ async def test_nothing_is_answered_after_the_end() -> None:
             pass
     with pytest.raises(UnavailableError):
         engine.check()
+
+
+def by_tokens(plain: list[int]) -> dict[str, GenerationOptions]:
+    """Options about the tokens of the answer without them."""
+    twelve = GenerationOptions(max_new_tokens=12)
+    return {
+        "suppressed": replace(twelve, suppress_tokens=tuple(plain)),
+        "suppressed at first": replace(twelve, begin_suppress_tokens=(plain[0],)),
+        "bad words": replace(twelve, bad_words_ids=((plain[2], plain[3]), (600,))),
+        "biased": replace(twelve, sequence_bias=(((77,), 50.0), ((77, 78), 100.0))),
+        "biased, with beams": GenerationOptions(
+            max_new_tokens=8, num_beams=3, sequence_bias=(((plain[0], plain[1]), -9.0), ((plain[0],), 9.0))
+        ),
+    }
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("kind", by_tokens([0] * 4))
+async def test_options_that_name_tokens_are_generates_own(model_type: str, kind: str) -> None:
+    model, [prompt] = tiny(model_type), prompts([9])
+    plain = reference(model, prompt, GenerationOptions(max_new_tokens=12))
+    options = by_tokens(plain)[kind]
+    expected = reference(model, prompt, options)
+    assert expected != plain
+    async with running(model) as engine:
+        assert tokens_of(await answer(engine, prompt, options)) == expected
+
+
+@pytest.mark.parametrize("name", ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"])
+async def test_tokens_that_the_model_has_not_are_refused(name: str) -> None:
+    value = {"bad_words_ids": ((9999,),), "sequence_bias": (((1, 9999), 1.0),)}.get(name, (9999,))
+    async with running(tiny("gpt2")) as engine:
+        with pytest.raises(InvalidInputError, match=name):
+            await answer(engine, prompts([3])[0], GenerationOptions(max_new_tokens=2, **{name: value}))
+        assert await answer(engine, prompts([3])[0], GenerationOptions(max_new_tokens=2))
+
+
+@pytest.mark.parametrize("by_steps", [True, False])
+@pytest.mark.parametrize("beams", [1, 2])
+async def test_an_answer_ends_at_the_requests_tokens_too(beams: int, by_steps: bool) -> None:
+    model, [prompt] = tiny("gpt2"), prompts([9])
+    options = GenerationOptions(max_new_tokens=20, num_beams=beams)
+    own = reference(model, prompt, options)[12]
+    with configured(model, eos_token_id=[own]):
+        first = reference(model, prompt, options)
+        more = first[3]
+        async with running(model, by_steps=by_steps) as engine:
+
+            async def made(**chosen: object) -> list[int]:
+                return tokens_of(await answer(engine, prompt, replace(options, **chosen)))  # type: ignore[arg-type]
+
+            assert await made() == first
+            assert await made(stop_token_ids=(more,)) == reference(model, prompt, options, eos_token_id=[own, more])
+            going_on = replace(options, ignore_eos=True)
+            whole = reference(model, prompt, options, eos_token_id=[0])
+            assert 0 not in whole
+            assert await made(ignore_eos=True) == whole
+            assert len(whole) == 20
+            assert await made(ignore_eos=True, min_new_tokens=20) == whole
+            assert tokens_of(await answer(engine, prompt, replace(going_on, stop_token_ids=(more,)))) == reference(
+                model, prompt, options, eos_token_id=[more]
+            )
+
+
+async def test_a_stop_text_that_is_a_special_token_ends_the_answer_at_it() -> None:
+    """A special token is not part of the text, in which it could never be found."""
+    model, [prompt] = tiny("gpt2"), prompts([9])
+    special = tokenizer().id_to_token(4)
+    assert special == "<mask>"
+    forced = GenerationOptions(max_new_tokens=9, sequence_bias=(((4,), 1000.0),))
+    async with running(model) as engine:
+        assert tokens_of(await answer(engine, prompt, forced)) == [4] * 9
+        pieces = await answer(engine, prompt, replace(forced, stop=(special, "zzz")))
+    assert (tokens_of(pieces), text_of(pieces), pieces[-1].finish_reason) == ([4], "", "stop")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 
 from serve_app.model.generation.loader import SlowDecoder, load_decoder
-from serve_app.model.generation.text import Detokenizer, StopTexts
+from serve_app.model.generation.text import Detokenizer, StopTexts, text_of
 from tests.tokenizer.kinds import CORPUS, KINDS
 from tests.tokenizer.sentencepieces import save_marian
 
@@ -139,3 +140,33 @@ def test_pieces_of_a_slow_tokenizer_are_the_decoded_whole(marian: Any, data: st.
     told = [*map(detokenizer.push, tokens), detokenizer.finish()]
     assert "".join(told) == marian.decode(tokens, skip_special_tokens=True)
     assert len(tokens) < 30 or sum(map(bool, told)) > 3
+
+
+def test_a_token_has_the_bytes_that_it_stands_for() -> None:
+    """By hand: half a character, a space before a word, a special token."""
+    level = tokenizer_of("byte-level")
+    snow = level.encode("☃", add_special_tokens=False).ids
+    assert len(snow) > 1
+    assert b"".join(part_of(level, i) for i in snow) == "☃".encode()
+    assert "\ufffd".encode() not in [part_of(level, i) for i in snow]
+
+    llama = tokenizer_of("llama")
+    assert [part_of(llama, llama.token_to_id(f"<0x{byte:02X}>")) for byte in "é".encode()] == [b"\xc3", b"\xa9"]
+    word = next(i for token, i in sorted(llama.get_vocab().items()) if re.fullmatch("▁[a-z]+", token))
+    assert part_of(llama, word) == llama.id_to_token(word).replace("▁", " ").encode()
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "qwen", "llama"])
+@pytest.mark.parametrize("text", ["the small words", "naïve ☕ and \U0001f600!", "two\n\nlines"])
+def test_the_bytes_of_a_texts_tokens_are_the_texts_bytes(kind: str, text: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    tokens = tokenizer.encode(text, add_special_tokens=False).ids
+    if tokenizer.token_to_id("<unk>") in tokens:
+        pytest.skip("this tokenizer does not know all of the text")
+    whole = b"".join(part_of(tokenizer, i) for i in tokens)
+    assert whole.removeprefix(b" ") == tokenizer.decode(tokens).encode().removeprefix(b" ")
+
+
+def part_of(tokenizer: Any, token: int) -> bytes:
+    text, part = text_of(token, tokenizer)
+    return text.encode() if part is None else part

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator, ValidationInfo, WithJsonSchema
 
-from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.errors import EmptyInputError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.protocols.fields import (
     TEXT_SCHEMA,
     InferenceBody,
     check_count,
     items_schema,
-    kind,
+    text,
 )
 from serve_app.types import Answer, Request, TextInput
 
@@ -57,31 +57,12 @@ class SeveralReader:
         return Several(tuple(self.one(item, f"{name}[{index}]") for index, item in enumerate(value)), is_list=True)
 
 
-def any_text(value: Any, where: str) -> str:
-    """A text, which may be empty: a model has an answer to that too."""
-    if type(value) is not str:
-        raise MalformedRequestError(f"`{where}` is {kind(value)}; send a text or a list of texts")
-    return value
-
-
-def some_text(value: Any, where: str) -> str:
-    """A text with something in it."""
-    if any_text(value, where) == "":
-        raise EmptyInputError(f"`{where}` is an empty text; leave it out")
-    return str(value)
-
-
 def several_schema(one: dict[str, Any], description: str) -> dict[str, Any]:
     return {"description": description, "anyOf": [one, items_schema(one)]}
 
 
-AnyTexts = Annotated[
+Texts = Annotated[
     Several,
-    PlainValidator(SeveralReader(any_text)),
-    WithJsonSchema(several_schema({"type": "string"}, "A text, or a list of texts.")),
-]
-SomeTexts = Annotated[
-    Several,
-    PlainValidator(SeveralReader(some_text)),
+    PlainValidator(SeveralReader(text)),
     WithJsonSchema(several_schema(TEXT_SCHEMA, "A text, or a list of texts.")),
 ]

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, Field, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, PlainValidator, ValidationInfo, WithJsonSchema
 
-from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.errors import MalformedRequestError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.protocols.fields import (
     SIMILARITY_SCHEMA,
-    TEXT_SCHEMA,
-    TEXTS_SCHEMA,
-    HypothesisTemplate,
+    WORD_SCHEMA,
+    WORDS_SCHEMA,
     LongTextFields,
     SimilarityInputs,
     documented,
     items_schema,
     read_similarity,
-    texts,
+    text,
+    words,
 )
-from serve_app.ingress.protocols.huggingface.body import Several, SeveralReader, TaskBody, any_text
-from serve_app.options import DEFAULT_TEMPLATE, ClassificationOptions, RerankOptions, ZeroShotOptions
+from serve_app.ingress.protocols.huggingface.body import Several, SeveralReader, TaskBody
+from serve_app.ingress.protocols.task_options import ClassificationFields, RerankFields, ZeroShotFields, refuse_others
 from serve_app.outputs import LabelScore, Ranking
 from serve_app.types import Answer, Request, TextInput
 
@@ -57,15 +57,15 @@ def text_or_pair(value: Any, where: str) -> TextInput:
     A pair without a second text is a text, as for the pipeline.
     """
     if type(value) is dict:
-        first = any_text(value.get("text"), f"{where}.text")
+        first = text(value.get("text"), f"{where}.text")
         second = value.get("text_pair")
-        return (first, any_text(second, f"{where}.text_pair")) if second else first
+        return (first, text(second, f"{where}.text_pair")) if second else first
     if type(value) is list:
         if len(value) != 2:
             raise MalformedRequestError(f"`{where}` is a list of {len(value)}; a pair is a list of two texts")
-        first, second = any_text(value[0], f"{where}[0]"), any_text(value[1], f"{where}[1]")
+        first, second = text(value[0], f"{where}[0]"), text(value[1], f"{where}[1]")
         return (first, second) if second else first
-    return any_text(value, where)
+    return text(value, where)
 
 
 _several = SeveralReader(text_or_pair)
@@ -85,7 +85,7 @@ def read_labels(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
     name = info.field_name or "candidate_labels"
     if type(value) is str:
         value = [label.strip() for label in value.split(",") if label.strip()]
-    return texts(value, name, info)
+    return words(value, name, info)
 
 
 _PAIR = {
@@ -118,26 +118,16 @@ Labels = Annotated[
     WithJsonSchema(
         {
             "description": "Labels to choose from, for zero-shot classification: a list, or a text with commas.",
-            "anyOf": [TEXT_SCHEMA, TEXTS_SCHEMA, {"type": "null"}],
+            "anyOf": [WORD_SCHEMA, WORDS_SCHEMA, {"type": "null"}],
         }
     ),
 ]
 
 
-class ClassificationParameters(LongTextFields):
-    """Options of the model's own labels, or of `candidate_labels`."""
+class ClassificationParameters(ClassificationFields, ZeroShotFields, RerankFields):  # type: ignore[misc]
+    """Options of the model's own labels, of `candidate_labels`, or of the relevance of sentences."""
 
-    top_k: int | None = Field(None, ge=1, description="Only so many labels, the best; all where it is left out.")
-    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = Field(
-        None, description="What makes scores of the model's outputs; as its configuration says where left out."
-    )
-    over_windows: Literal["max", "mean"] = Field(
-        "mean", description="How the scores of a long text's windows become the text's."
-    )
     candidate_labels: Labels = None
-    multi_label: bool | None = Field(None, description="Whether several candidate labels may be true at once.")
-    hypothesis_template: HypothesisTemplate = DEFAULT_TEMPLATE
-    raw_scores: bool | None = Field(None, description="For the relevance of sentences: the model's outputs themselves.")
 
 
 class ClassificationBody(LongTextFields, TaskBody):
@@ -152,13 +142,18 @@ class ClassificationBody(LongTextFields, TaskBody):
         chosen = self.parameters or ClassificationParameters()
         long = self.over(chosen)
         if isinstance(self.inputs, SimilarityInputs):
+            refuse_others(chosen, "rerank", part="parameters")
             inputs = (self.inputs.source_sentence, *self.inputs.sentences)
-            return long.request(request_id, model, "rerank", inputs, RerankOptions(bool(chosen.raw_scores)))
-        if chosen.candidate_labels is not None:
-            options = _zero_shot(self.inputs, chosen, chosen.candidate_labels)
-            return long.request(request_id, model, "zero-shot-classification", self.inputs.values, options)
-        classes = ClassificationOptions(chosen.top_k, chosen.function_to_apply, chosen.over_windows)
-        return long.request(request_id, model, "text-classification", self.inputs.values, classes)
+            return long.request(request_id, model, "rerank", inputs, RerankFields.options(chosen))
+        if chosen.candidate_labels is None:
+            refuse_others(chosen, "text-classification", part="parameters")
+            classes = ClassificationFields.options(chosen)
+            return long.request(request_id, model, "text-classification", self.inputs.values, classes)
+        refuse_others(chosen, "zero-shot-classification", "candidate_labels", part="parameters")
+        if any(not isinstance(value, str) for value in self.inputs.values):
+            raise MalformedRequestError("`inputs` of a zero-shot classification are texts, not pairs")
+        labels = ZeroShotFields.options(chosen, chosen.candidate_labels)
+        return long.request(request_id, model, "zero-shot-classification", self.inputs.values, labels)
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`[[{label, score}]]`; for zero-shot classification of one text `[{label, score}]`; `[f]` for sentences."""
@@ -204,12 +199,3 @@ def _pipeline_labels(request: Request, answer: Answer) -> list[dict[str, Any]]:
         {"sequence": text, "labels": [each.label for each in scores], "scores": [each.score for each in scores]}
         for text, scores in zip(request.inputs, found, strict=True)
     ]
-
-
-def _zero_shot(inputs: Several, chosen: ClassificationParameters, labels: tuple[str, ...]) -> ZeroShotOptions:
-    """Raises EmptyInputError, or InvalidInputError for a template without a place for the label."""
-    if any(not isinstance(value, str) for value in inputs.values):
-        raise MalformedRequestError("`inputs` of a zero-shot classification are texts, not pairs")
-    if "" in inputs.values:
-        raise EmptyInputError("`inputs` has an empty text; leave it out")
-    return ZeroShotOptions(labels, bool(chosen.multi_label), chosen.hypothesis_template)

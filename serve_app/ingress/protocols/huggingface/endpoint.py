@@ -10,7 +10,7 @@ from serve_app.errors import InvalidInputError
 from serve_app.ingress.body import parse_body, read_body
 from serve_app.ingress.exchange import Exchange, Reply, while_connected
 from serve_app.ingress.inference import answer, choose_model, stream
-from serve_app.ingress.protocols.fields import Body
+from serve_app.ingress.protocols.fields import PartOfBody
 from serve_app.ingress.protocols.huggingface.body import TaskBody
 from serve_app.ingress.protocols.huggingface.classification import (
     ClassificationBody,
@@ -103,7 +103,7 @@ AnyAnswer: TypeAlias = (
 )
 
 
-class NamedBody(Body):
+class NamedBody(PartOfBody):
     """What any body may say about the model."""
 
     model: str | None = None

@@ -10,37 +10,29 @@ from typing import TypeVar
 from pydantic import Field
 
 from serve_app.ingress.encoding import encode
-from serve_app.ingress.protocols.fields import (
-    Dimensions,
-    EncodingFormat,
-    Inputs,
-    InputsOrSimilarity,
-    LongTextFields,
-    Normalize,
-    PromptName,
-    SimilarityInputs,
-    documented,
-)
+from serve_app.ingress.protocols.fields import EncodingFormat, Inputs, InputsOrSimilarity, SimilarityInputs, documented
 from serve_app.ingress.protocols.huggingface.body import TaskBody
 from serve_app.ingress.protocols.sparse import sparse_entries
+from serve_app.ingress.protocols.task_options import EmbeddingFields, PromptFields, refuse_others
 from serve_app.options import EmbeddingOptions, SimilarityOptions, SparseEmbeddingOptions
 from serve_app.types import Answer, Request
 
 T = TypeVar("T")
 
 
-class FeatureParameters(LongTextFields):
+class FeatureFields(EmbeddingFields):
     """Options of a feature extraction; a comparison takes those that are about the texts."""
 
-    normalize: Normalize = None
-    prompt_name: PromptName = None
-    dimensions: Dimensions = None
     encoding_format: EncodingFormat | None = Field(
         None, description="Taken for compatibility: the answer is always numbers, which is all that the client reads."
     )
 
 
-class FeatureBody(FeatureParameters, TaskBody):
+class FeatureParameters(FeatureFields):
+    """The same."""
+
+
+class FeatureBody(FeatureFields, TaskBody):
     """Texts to embed, or sentences to compare."""
 
     model_config = documented(inputs="What is Deep Learning?", normalize=True)
@@ -55,6 +47,8 @@ class FeatureBody(FeatureParameters, TaskBody):
         prompt_name = _first(self.prompt_name, nested.prompt_name)
         texts = self.over(nested)
         if isinstance(self.inputs, SimilarityInputs):
+            refuse_others(self, "similarity", "inputs", "parameters", "model", "encoding_format")
+            refuse_others(nested, "similarity", "encoding_format", part="parameters")
             inputs = (self.inputs.source_sentence, *self.inputs.sentences)
             return texts.request(request_id, model, "similarity", inputs, SimilarityOptions(prompt_name))
         normalize = _first(self.normalize, nested.normalize)
@@ -66,13 +60,11 @@ class FeatureBody(FeatureParameters, TaskBody):
         return encode(answer.output)
 
 
-class SparseParameters(LongTextFields):
+class SparseParameters(PromptFields):
     """Options of a sparse embedding."""
 
-    prompt_name: PromptName = None
 
-
-class SparseBody(SparseParameters, TaskBody):
+class SparseBody(PromptFields, TaskBody):
     """Texts to embed in as many dimensions as the vocabulary has."""
 
     model_config = documented(inputs="What is Deep Learning?")

@@ -6,13 +6,13 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from serve_app.ingress.protocols.fields import Body
+from serve_app.ingress.protocols.fields import PartOfBody
 from serve_app.ingress.protocols.huggingface.body import TaskBody
 from serve_app.ingress.protocols.ranks import RankFields, ranked, write_ranks
 from serve_app.types import Answer, Request
 
 
-class QueryBody(Body):
+class QueryBody(PartOfBody):
     """Tells a ranking from the other bodies for models that rerank."""
 
     query: Any = None

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic import BaseModel, PlainValidator, WithJsonSchema
 
-from serve_app.errors import MalformedRequestError
-from serve_app.ingress.protocols.fields import (
-    TEXT_SCHEMA,
-    TEXTS_SCHEMA,
-    LongTextFields,
-    Stride,
-    documented,
-    kind,
-    texts,
-)
+from serve_app.errors import EmptyInputError, MalformedRequestError
+from serve_app.ingress.protocols.fields import WORD_SCHEMA, LongTextFields, documented, kind, text
 from serve_app.ingress.protocols.huggingface.body import (
-    AnyTexts,
     Several,
     SeveralReader,
     TaskBody,
+    Texts,
     several_schema,
-    some_text,
 )
-from serve_app.options import FillMaskOptions, QuestionAnsweringOptions, TokenClassificationOptions
+from serve_app.ingress.protocols.task_options import EntityFields, EntityTextFields, FillMaskFields, QuestionFields
+from serve_app.options import QuestionAnsweringOptions, TokenClassificationOptions
 from serve_app.outputs import Entity, Fill, Span
-from serve_app.types import Answer, LongTexts, Request, TextPair
-
-_MOST = 100_000
-Tokens = Annotated[int | None, Field(ge=1, le=_MOST)]
+from serve_app.types import Answer, Request, TextPair
 
 
 class EntityBody(BaseModel):
@@ -45,52 +34,24 @@ class EntityBody(BaseModel):
     end: int
 
 
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) and value.isupper() else value
-
-
-Strategy = Annotated[Literal["none", "simple", "first", "average", "max"], BeforeValidator(_lower)]
-"""The pipeline takes them in capitals, too."""
-
-
-class EntityTexts(LongTextFields):
-    """What becomes of long texts; as in the pipeline, a stride asks for windows."""
-
-    stride: Stride = Field(
-        None, description="Tokens that neighbouring windows share. Given alone, it asks for windows, as the pipeline's."
-    )
-
-    def choice(self) -> LongTexts | None:
-        chosen = super().choice()
-        return "windows" if chosen is None and self.stride is not None else chosen
-
-
-class EntityParameters(EntityTexts):
+class EntityParameters(EntityFields):
     """As of transformers' pipeline."""
 
-    aggregation_strategy: Strategy | None = Field(
-        None, description="How tokens become entities; none where it is left out."
-    )
-    ignore_labels: Annotated[list[str], Field(max_length=1000, fail_fast=True)] | None = Field(
-        None, description="Labels to leave out; O where it is left out."
-    )
 
-
-class TokenClassificationBody(EntityTexts, TaskBody):
+class TokenClassificationBody(EntityTextFields, TaskBody):
     """Texts to find entities in."""
 
     model_config = documented(
         inputs="My name is Sarah and I live in London", parameters={"aggregation_strategy": "simple"}
     )
 
-    inputs: AnyTexts
+    inputs: Texts
     parameters: EntityParameters | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
         chosen = self.parameters or EntityParameters()
-        ignored = ("O",) if chosen.ignore_labels is None else tuple(chosen.ignore_labels)
-        options = TokenClassificationOptions(chosen.aggregation_strategy or "none", ignored)
-        return self.over(chosen).request(request_id, model, "token-classification", self.inputs.values, options)
+        texts = self.over(chosen)
+        return texts.request(request_id, model, "token-classification", self.inputs.values, chosen.options())
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`[{entity or entity_group, score, word, start, end}]`, in a list where `inputs` is one."""
@@ -114,30 +75,8 @@ class FillBody(BaseModel):
     sequence: str
 
 
-def read_targets(value: Any, info: ValidationInfo) -> tuple[str, ...] | None:
-    """A text or a list of texts. Raises EmptyInputError or MalformedRequestError."""
-    if value is None:
-        return None
-    return texts([value] if type(value) is str else value, info.field_name or "targets", info)
-
-
-Targets = Annotated[
-    tuple[str, ...] | None,
-    PlainValidator(read_targets),
-    WithJsonSchema(
-        {
-            "description": "Score these alone, instead of the whole vocabulary: a text, or a list of texts.",
-            "anyOf": [TEXT_SCHEMA, TEXTS_SCHEMA, {"type": "null"}],
-        }
-    ),
-]
-
-
-class FillMaskParameters(LongTextFields):
+class FillMaskParameters(FillMaskFields):
     """As of transformers' pipeline."""
-
-    top_k: int | None = Field(None, ge=1, description="So many tokens for each mask; 5 where it is left out.")
-    targets: Targets = None
 
 
 class FillMaskBody(LongTextFields, TaskBody):
@@ -145,13 +84,12 @@ class FillMaskBody(LongTextFields, TaskBody):
 
     model_config = documented(inputs="Paris is the [MASK] of France.", parameters={"top_k": 3})
 
-    inputs: AnyTexts
+    inputs: Texts
     parameters: FillMaskParameters | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
         chosen = self.parameters or FillMaskParameters()
-        options = FillMaskOptions(5 if chosen.top_k is None else chosen.top_k, chosen.targets)
-        return self.over(chosen).request(request_id, model, "fill-mask", self.inputs.values, options)
+        return self.over(chosen).request(request_id, model, "fill-mask", self.inputs.values, chosen.options())
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`[{score, token, token_str, sequence}]`, a list of these for several masks, in a list for several texts."""
@@ -184,12 +122,19 @@ def question(value: Any, where: str) -> TextPair:
     for key in ("question", "context"):
         if key not in value:
             raise MalformedRequestError(f"`{where}.{key}` is missing")
-    return some_text(value["question"], f"{where}.question"), some_text(value["context"], f"{where}.context")
+    return _some_text(value["question"], f"{where}.question"), _some_text(value["context"], f"{where}.context")
+
+
+def _some_text(value: Any, where: str) -> str:
+    """The pipeline, too, refuses a question or a context that is empty."""
+    if not text(value, where):
+        raise EmptyInputError(f"`{where}` is an empty text; leave it out")
+    return str(value)
 
 
 _QUESTION = {
     "type": "object",
-    "properties": {"question": TEXT_SCHEMA, "context": TEXT_SCHEMA},
+    "properties": {"question": WORD_SCHEMA, "context": WORD_SCHEMA},
     "required": ["question", "context"],
 }
 
@@ -200,16 +145,8 @@ Questions = Annotated[
 ]
 
 
-class QuestionParameters(LongTextFields):
+class QuestionParameters(QuestionFields):
     """As of transformers' pipeline, lengths in tokens."""
-
-    top_k: int | None = Field(None, ge=1, le=_MOST, description="So many answers; above 1 the answer is a list.")
-    doc_stride: int | None = Field(None, ge=0, le=_MOST, description="Tokens that neighbouring windows share.")
-    max_answer_len: Tokens = None
-    max_question_len: Tokens = None
-    max_seq_len: Tokens = None
-    handle_impossible_answer: bool | None = Field(None, description="Whether an empty answer is one of the answers.")
-    align_to_words: bool | None = Field(None, description="Whether answers are widened to words; true where left out.")
 
 
 class QuestionAnsweringBody(LongTextFields, TaskBody):
@@ -222,16 +159,8 @@ class QuestionAnsweringBody(LongTextFields, TaskBody):
 
     def to_request(self, request_id: str, model: str) -> Request:
         chosen = self.parameters or QuestionParameters()
-        options = QuestionAnsweringOptions(
-            top_k=chosen.top_k or 1,
-            doc_stride=chosen.doc_stride,
-            max_seq_len=chosen.max_seq_len,
-            max_answer_len=chosen.max_answer_len or QuestionAnsweringOptions().max_answer_len,
-            max_question_len=chosen.max_question_len or QuestionAnsweringOptions().max_question_len,
-            handle_impossible_answer=bool(chosen.handle_impossible_answer),
-            align_to_words=chosen.align_to_words is not False,
-        )
-        return self.over(chosen).request(request_id, model, "question-answering", self.inputs.values, options)
+        texts = self.over(chosen)
+        return texts.request(request_id, model, "question-answering", self.inputs.values, chosen.options())
 
     def write(self, request: Request, answer: Answer) -> bytes:
         """`{answer, score, start, end}`, a list of these where `top_k` is above 1, in a list for several questions."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from serve_app.errors import InvalidInputError, MalformedRequestError, ModelNotFoundError
 from serve_app.ingress.body import validated
-from serve_app.ingress.protocols.fields import LongTextFields
 from serve_app.ingress.protocols.open_inference.tasks import TASK_TENSORS, Inputs, TaskTensors
 from serve_app.ingress.protocols.open_inference.tensors import MOST_DIMENSIONS, InputTensor, OutputTensor, TensorHeader
+from serve_app.ingress.protocols.task_options import OPTIONS
 from serve_app.types import Answer, ModelCard, Request
 
 VERSION = "1"
@@ -20,6 +20,18 @@ EXTENSIONS = ("binary_tensor_data", "parameters")
 _SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 _CLASSES = ("classification", "class_count")
 MOST_TENSORS = 16
+
+_OF_THE_PROTOCOL = frozenset(
+    (
+        "task",
+        "binary_data_output",
+        "triton_enable_empty_final_response",
+        *("sequence_id", "sequence_start", "sequence_end", "priority", "timeout"),
+    )
+)
+"""Parameters that are no options of a task: what form the answer is wanted in, and Triton's hints for its queue, which
+clients send and which change no answer.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +52,8 @@ class Call:
         self._check_outputs(tensors)
         inputs = Inputs(self.inputs)
         tensors.check_inputs(inputs)
-        chosen: LongTextFields = validated(tensors.parameters, dict(self.parameters), "parameters")
+        told = {name: value for name, value in self.parameters.items() if name not in _OF_THE_PROTOCOL}
+        chosen = validated(OPTIONS[task], told, "parameters")
         texts, options = tensors.read(inputs, chosen)
         return chosen.request(id, card.name, task, texts, options)
 

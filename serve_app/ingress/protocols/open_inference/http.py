@@ -94,7 +94,7 @@ class OutputRequest(Body):
 
 
 class InferParameters(Body):
-    """What is known for every task; docs/open-inference.md has those of each. Others are ignored."""
+    """What is known for every task; docs/tasks.md has those of each."""
 
     task: str | None = Field(None, description="Another task that the model answers, than that it is served for.")
     binary_data_output: bool | None = Field(None, description="Whether outputs are wanted as bytes after the JSON.")
@@ -108,6 +108,7 @@ class InferBody(Body):
     )
 
     id: str | None = Field(None, description="Comes back with the answer.")
+    model_name: str | None = Field(None, description="As in the path, which KServe's clients repeat here.")
     parameters: dict[str, Any] | None = None
     inputs: Annotated[list[TensorBody], Field(min_length=1, max_length=MOST_TENSORS, fail_fast=True)]
     outputs: Annotated[list[OutputRequest], Field(max_length=MOST_TENSORS, fail_fast=True)] | None = Field(
@@ -217,6 +218,8 @@ async def infer(exchange: Exchange) -> Reply:
     check_nesting(raw, exchange.settings)
     model = choose_model(exchange, None)
     body = parse_body(InferBody, raw, exchange.settings)
+    if body.model_name is not None:
+        choose_model(exchange, body.model_name)
     call = body.call(binary)
     card = await _asked(exchange, exchange.service.card(model))
     request = call.request(exchange.id, card)

@@ -7,25 +7,15 @@ each with the JSON of one input's answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
 from serve_app.errors import EmptyInputError, InvalidInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
-from serve_app.ingress.protocols.fields import LongTextFields, check_query
-from serve_app.ingress.protocols.open_inference.parameters import (
-    ClassificationParameters,
-    EmbeddingParameters,
-    EntityParameters,
-    FillMaskParameters,
-    GenerationParameters,
-    PromptParameters,
-    QuestionParameters,
-    RerankParameters,
-    ZeroShotParameters,
-)
+from serve_app.ingress.protocols.fields import LongTextFields
+from serve_app.ingress.protocols.generation import GenerationFields
 from serve_app.ingress.protocols.open_inference.tensors import (
     InputTensor,
     OutputTensor,
@@ -35,19 +25,17 @@ from serve_app.ingress.protocols.open_inference.tensors import (
     token_ids,
     without_padding,
 )
-from serve_app.options import (
-    ClassificationOptions,
-    EmbeddingOptions,
-    FillMaskOptions,
-    QuestionAnsweringOptions,
-    RerankOptions,
-    SimilarityOptions,
-    SparseEmbeddingOptions,
-    TaskOptions,
-    TokenClassificationOptions,
-    TokenEmbeddingOptions,
-    ZeroShotOptions,
+from serve_app.ingress.protocols.task_options import (
+    ClassificationFields,
+    EmbeddingFields,
+    EntityFields,
+    FillMaskFields,
+    PromptFields,
+    QuestionFields,
+    RerankFields,
+    ZeroShotFields,
 )
+from serve_app.options import SimilarityOptions, SparseEmbeddingOptions, TaskOptions, TokenEmbeddingOptions
 from serve_app.outputs import FloatArray, Generated, LabelScore, Ranking, SparseVector
 from serve_app.types import Answer, TextInput
 
@@ -70,14 +58,7 @@ class Inputs:
         return frozenset(self._tensors)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """Raises RequestError if the tensor is missing, not of texts, or has an empty one."""
-        found = self.any_texts(name)
-        if "" in found:
-            raise EmptyInputError(f"input {name} has an empty text; leave it out")
-        return found
-
-    def any_texts(self, name: str) -> tuple[str, ...]:
-        """Some of them may be empty, but there must be one."""
+        """Raises RequestError if the tensor is missing, not of texts, or has none. Texts may be empty."""
         tensor = self._tensors.get(name)
         if tensor is None:
             raise MalformedRequestError(f"input {name} is missing")
@@ -88,20 +69,18 @@ class Inputs:
             raise EmptyInputError(f"input {name} has no text; send at least one")
         return found
 
-    def one_text(self, name: str) -> str:
-        (found,) = self._one(name, self.texts(name))
+    def words(self, name: str) -> tuple[str, ...]:
+        """As `texts`, of what must say something (labels, targets, questions)."""
+        found = self.texts(name)
+        if "" in found:
+            raise EmptyInputError(f"input {name}[{found.index('')}] is an empty text; leave it out")
         return found
 
-    def _one(self, name: str, found: tuple[str, ...]) -> tuple[str, ...]:
+    def one_text(self, name: str) -> str:
+        found = self.texts(name)
         if len(found) != 1:
             raise InvalidInputError(f"input {name} takes one text, and there are {len(found)}")
-        return found
-
-    def query_and(self, name: str) -> tuple[str, ...]:
-        """`query` and then the texts `name`; either side of a pair may be empty, but not both."""
-        (query,), documents = self._one("query", self.any_texts("query")), self.any_texts(name)
-        check_query(query, documents, name)
-        return query, *documents
+        return found[0]
 
     def texts_or_ids(self) -> tuple[TextInput, ...]:
         """`text`, or in its place `input_ids`, those that an `attention_mask` leaves."""
@@ -114,24 +93,20 @@ class Inputs:
         return rows if mask is None else without_padding(rows, mask, tensor.shape)
 
     def pairs(self, first: str, second: str) -> tuple[TextInput, ...]:
-        """Either text of a pair may be empty, but not both."""
-        left, right = self.any_texts(first), self.any_texts(second)
+        left, right = self.texts(first), self.texts(second)
         if len(left) != len(right):
             raise InvalidInputError(
                 f"inputs {first} and {second} have {len(left)} and {len(right)} texts; send as many"
             )
-        if ("", "") in zip(left, right, strict=True):
-            raise EmptyInputError(f"inputs {first} and {second} have a pair of empty texts; leave it out")
         return tuple(zip(left, right, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class TaskTensors(Generic[ParametersT]):
-    """One task: the tensors that it takes and gives, and the parameters it knows."""
+    """One task: the tensors that it takes and gives. Its parameters are those of `task_options.OPTIONS`."""
 
     inputs: tuple[TensorType, ...]
     outputs: tuple[TensorType, ...]
-    parameters: type[ParametersT]
     read: Callable[[Inputs, ParametersT], tuple[tuple[TextInput, ...], TaskOptions]]
     """The request's inputs and options. Raises RequestError."""
     write: Callable[[Answer], tuple[OutputTensor, ...]]
@@ -155,64 +130,59 @@ def _one(name: str) -> TensorType:
     return TensorType(name, "BYTES", (1,))
 
 
-def _embedding(inputs: Inputs, chosen: EmbeddingParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    return inputs.texts_or_ids(), EmbeddingOptions(chosen.normalize, chosen.dimensions, chosen.prompt_name)
+def _embedding(inputs: Inputs, chosen: EmbeddingFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
+    return inputs.texts_or_ids(), chosen.options()
 
 
-def _similarity(inputs: Inputs, chosen: PromptParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
+def _similarity(inputs: Inputs, chosen: PromptFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
     compared = (inputs.one_text("source_sentence"), *inputs.texts("sentences"))
     return compared, SimilarityOptions(chosen.prompt_name)
 
 
-def _token_embedding(inputs: Inputs, chosen: PromptParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
+def _token_embedding(inputs: Inputs, chosen: PromptFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
     return inputs.texts_or_ids(), TokenEmbeddingOptions(chosen.prompt_name)
 
 
-def _sparse(inputs: Inputs, chosen: PromptParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
+def _sparse(inputs: Inputs, chosen: PromptFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
     return inputs.texts_or_ids(), SparseEmbeddingOptions(chosen.prompt_name)
 
 
-def _classification(inputs: Inputs, chosen: ClassificationParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
+def _classification(inputs: Inputs, chosen: ClassificationFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
     classified = inputs.pairs("text", "text_pair") if "text_pair" in inputs else inputs.texts_or_ids()
-    return classified, ClassificationOptions(chosen.top_k, chosen.function_to_apply, chosen.over_windows)
+    return classified, chosen.options()
 
 
-def _rerank(inputs: Inputs, chosen: RerankParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    return inputs.query_and("documents"), RerankOptions(bool(chosen.raw_scores))
+def _rerank(inputs: Inputs, chosen: RerankFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
+    return (inputs.one_text("query"), *inputs.texts("documents")), chosen.options()
 
 
-def _zero_shot(inputs: Inputs, chosen: ZeroShotParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    labels = inputs.texts("candidate_labels")
+def _zero_shot(inputs: Inputs, chosen: ZeroShotFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
+    labels = inputs.words("candidate_labels")
     if len(set(labels)) != len(labels):
         raise MalformedRequestError("input candidate_labels has a label twice")
-    return inputs.texts("text"), ZeroShotOptions(labels, bool(chosen.multi_label), chosen.hypothesis_template)
+    return inputs.texts("text"), chosen.options(labels)
 
 
-def _entities(inputs: Inputs, chosen: EntityParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    ignored = inputs.texts("ignore_labels") if "ignore_labels" in inputs else ("O",)
-    return inputs.texts("text"), TokenClassificationOptions(chosen.aggregation_strategy or "none", ignored)
+def _entities(inputs: Inputs, chosen: EntityFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
+    options = chosen.options()
+    if "ignore_labels" in inputs:
+        options = replace(options, ignore_labels=inputs.words("ignore_labels"))
+    return inputs.texts("text"), options
 
 
-def _fills(inputs: Inputs, chosen: FillMaskParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    targets = inputs.texts("targets") if "targets" in inputs else None
-    return inputs.texts("text"), FillMaskOptions(chosen.top_k or FillMaskOptions().top_k, targets)
+def _fills(inputs: Inputs, chosen: FillMaskFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
+    options = chosen.options()
+    if "targets" in inputs:
+        options = replace(options, targets=inputs.words("targets"))
+    return inputs.texts("text"), options
 
 
-def _questions(inputs: Inputs, chosen: QuestionParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
-    usual = QuestionAnsweringOptions()
-    options = QuestionAnsweringOptions(
-        top_k=chosen.top_k or usual.top_k,
-        doc_stride=chosen.doc_stride,
-        max_seq_len=chosen.max_seq_len,
-        max_answer_len=chosen.max_answer_len or usual.max_answer_len,
-        max_question_len=chosen.max_question_len or usual.max_question_len,
-        handle_impossible_answer=bool(chosen.handle_impossible_answer),
-    )
-    inputs.texts("question"), inputs.texts("context")
-    return inputs.pairs("question", "context"), options
+def _questions(inputs: Inputs, chosen: QuestionFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
+    inputs.words("question"), inputs.words("context")
+    return inputs.pairs("question", "context"), chosen.options()
 
 
-def _generation(inputs: Inputs, chosen: GenerationParameters) -> tuple[tuple[TextInput, ...], TaskOptions]:
+def _generation(inputs: Inputs, chosen: GenerationFields) -> tuple[tuple[TextInput, ...], TaskOptions]:
     return inputs.texts_or_ids(), chosen.options()
 
 
@@ -269,7 +239,6 @@ _OFFSETS = TensorType("offsets", "INT32", (-1,))
 _GENERATED = TaskTensors(
     _bytes("text"),
     _bytes("generated_text", "finish_reason"),
-    GenerationParameters,
     _generation,
     _write_generated,
     _IDS,
@@ -279,7 +248,6 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
     "embedding": TaskTensors(
         _bytes("text"),
         (TensorType("embedding", "FP32", (-1, -1)),),
-        EmbeddingParameters,
         _embedding,
         _numbers("embedding"),
         _IDS,
@@ -287,14 +255,12 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
     "similarity": TaskTensors(
         (_one("source_sentence"), *_bytes("sentences")),
         (TensorType("similarity", "FP32", (-1,)),),
-        PromptParameters,
         _similarity,
         _numbers("similarity"),
     ),
     "token-embedding": TaskTensors(
         _bytes("text"),
         (TensorType("token_embedding", "FP32", (-1, -1)), _OFFSETS),
-        PromptParameters,
         _token_embedding,
         _write_tokens,
         _IDS,
@@ -302,30 +268,22 @@ TASK_TENSORS: Mapping[str, TaskTensors[Any]] = {
     "sparse-embedding": TaskTensors(
         _bytes("text"),
         (TensorType("indices", "INT32", (-1,)), TensorType("values", "FP32", (-1,)), _OFFSETS),
-        PromptParameters,
         _sparse,
         _write_sparse,
         _IDS,
     ),
-    "text-classification": TaskTensors(
-        _bytes("text"), _LABELS, ClassificationParameters, _classification, _write_labels, ("text_pair", *_IDS)
-    ),
+    "text-classification": TaskTensors(_bytes("text"), _LABELS, _classification, _write_labels, ("text_pair", *_IDS)),
     "rerank": TaskTensors(
         (_one("query"), *_bytes("documents")),
         (TensorType("score", "FP32", (-1,)),),
-        RerankParameters,
         _rerank,
         _write_scores,
     ),
-    "zero-shot-classification": TaskTensors(
-        _bytes("text", "candidate_labels"), _LABELS, ZeroShotParameters, _zero_shot, _write_labels
-    ),
+    "zero-shot-classification": TaskTensors(_bytes("text", "candidate_labels"), _LABELS, _zero_shot, _write_labels),
     "token-classification": TaskTensors(
-        _bytes("text"), _bytes("entities"), EntityParameters, _entities, _json("entities"), ("ignore_labels",)
+        _bytes("text"), _bytes("entities"), _entities, _json("entities"), ("ignore_labels",)
     ),
-    "fill-mask": TaskTensors(_bytes("text"), _bytes("fills"), FillMaskParameters, _fills, _json("fills"), ("targets",)),
-    "question-answering": TaskTensors(
-        _bytes("question", "context"), _bytes("answers"), QuestionParameters, _questions, _json("answers")
-    ),
+    "fill-mask": TaskTensors(_bytes("text"), _bytes("fills"), _fills, _json("fills"), ("targets",)),
+    "question-answering": TaskTensors(_bytes("question", "context"), _bytes("answers"), _questions, _json("answers")),
     **dict.fromkeys(("text-generation", "text2text-generation", "summarization", "translation"), _GENERATED),
 }

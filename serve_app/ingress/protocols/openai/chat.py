@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, Literal, cast
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
+from pydantic_core import from_json
 
 from serve_app.errors import InvalidInputError, MalformedRequestError
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Streaming
-from serve_app.ingress.protocols.fields import Body, any_text, documented, kind
-from serve_app.ingress.protocols.generation import MOST_LOGPROBS, UNSUPPORTED, NewTokens, refuse_unsupported
-from serve_app.ingress.protocols.openai.dialect import DIALECT
-from serve_app.ingress.protocols.openai.generated import GeneratedUsage, SamplingBody, check_top, envelope, usage
+from serve_app.ingress.protocols.fields import Body, documented, kind, text
+from serve_app.ingress.protocols.generation import MOST_LOGPROBS, NewTokens
+from serve_app.ingress.protocols.openai.dialect import dialect_of
+from serve_app.ingress.protocols.openai.generated import (
+    GeneratedUsage,
+    SamplingBody,
+    check_top,
+    envelope,
+    events,
+    usage,
+)
+from serve_app.ingress.protocols.unknown import refuse
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
 from serve_app.ingress.streaming import Events
 from serve_app.outputs import Generated, GeneratedPiece, TokenLogprob
 from serve_app.types import Answer, Chat, ChatMessage, Request
 
+DIALECT = dialect_of("messages")
+
 _MOST_MESSAGES = 10_000
 _MOST_PARTS = 1000
 _MOST_TOOLS = 1000
+_MOST_NAME = 1000
+_MOST_VARIABLES = 100
 
 
 def _nameless(value: object) -> object:
@@ -50,7 +63,7 @@ def _part(part: Any, where: str) -> str:
     if type(part) is not dict:
         raise MalformedRequestError(f"`{where}` is {kind(part)}; send an object of type and text")
     if part.get("type") == "text":
-        return any_text(part.get("text"), f"{where}.text")
+        return text(part.get("text"), f"{where}.text")
     told = f"is of type {part['type']}" if part.get("type") in _OTHER_PARTS else "is no text"
     raise InvalidInputError(f"`{where}` {told}; models here read parts of type text only")
 
@@ -71,23 +84,58 @@ Content = Annotated[
 ]
 
 
+class FunctionCall(Body):
+    """A function, and what it was called with: JSON as a text, as models write it, or as it is."""
+
+    name: Annotated[str, Field(max_length=_MOST_NAME)]
+    arguments: str | dict[str, Any] | None = None
+
+    def told(self) -> dict[str, Any]:
+        """With the arguments as an object, which is what templates expect. Raises MalformedRequestError."""
+        arguments = self.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = from_json(arguments) if arguments else {}
+            except ValueError:
+                raise MalformedRequestError("`messages.tool_calls.function.arguments`: is no JSON") from None
+        return {"name": self.name, "arguments": {} if arguments is None else arguments}
+
+
+class ToolCall(Body):
+    """A call that the assistant made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+    def told(self) -> dict[str, Any]:
+        named = {} if self.id is None else {"id": self.id}
+        return {**named, "type": self.type, "function": self.function.told()}
+
+
 class Message(Body):
-    """One turn of the conversation."""
+    """One turn of the conversation. The model's chat template has all of it, and says what the model reads."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
+    name: Annotated[str, Field(max_length=_MOST_NAME)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=_MOST_TOOLS, fail_fast=True)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=_MOST_NAME)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     def turn(self) -> ChatMessage:
         """Raises MalformedRequestError where another than the assistant says nothing."""
         if self.content is None and self.role != "assistant":
             raise MalformedRequestError("`messages`: a turn has no `content`, which only the assistant's may leave out")
-        return ChatMessage(self.role, self.content or "")
+        told: dict[str, Any] = {name: getattr(self, name) for name in _OTHER_FIELDS if getattr(self, name) is not None}
+        if self.tool_calls:
+            told["tool_calls"] = [call.told() for call in self.tool_calls]
+        return ChatMessage(self.role, self.content or "", told)
 
 
-class ResponseFormat(Body):
-    """What the answer has to be."""
-
-    type: str
+_OTHER_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 
 
 class ChatBody(SamplingBody):
@@ -104,7 +152,24 @@ class ChatBody(SamplingBody):
     max_completion_tokens: NewTokens = None
     logprobs: bool | None = Field(None, description="Tell each token's log probability.")
     top_logprobs: int | None = Field(None, description="And those of so many likely tokens at its place: 0 to 20.")
-    response_format: ResponseFormat | None = Field(None, description="Only text is supported.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Begin a turn of the assistant's; true unless the final message is continued."
+    )
+    continue_final_message: bool | None = Field(
+        None,
+        description="Go on with the final message instead. Where neither this nor `add_generation_prompt` is given, a "
+        "final message of the assistant's is continued, as by transformers' pipeline.",
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=_MOST_VARIABLES)] | None = Field(
+        None,
+        description="Variables of the model's chat template, such as `enable_thinking`; refused where it has no such.",
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="A variable of the chat template, too; refused where the template has none."
+    )
+    documents: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS, fail_fast=True)] | None = Field(
+        None, description="Documents for chat templates that read them, each usually of a title and a text."
+    )
     tools: Annotated[list[Any], Field(max_length=_MOST_TOOLS)] | None = Field(
         None, description="Not supported, but for an empty list or `tool_choice` none."
     )
@@ -113,29 +178,49 @@ class ChatBody(SamplingBody):
         None, description="Not supported, but for an empty list."
     )
     function_call: Any = Field(None, description="Only none and auto are supported.")
-    modalities: Annotated[list[str], Field(max_length=10, fail_fast=True)] | None = Field(
-        None, description="Only text is supported."
-    )
-    audio: dict[str, Any] | None = Field(None, description=UNSUPPORTED)
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"add_special_tokens": (False,)}
 
     def to_request(self, request_id: str, model: str) -> Request:
         self._refuse_tools()
-        refuse_unsupported(self, {"modalities": ([], ["text"]), "audio": ()})
-        if self.response_format is not None and self.response_format.type != "text":
-            raise InvalidInputError("`response_format`: this server does not support it but for text; leave it out")
+        if self.return_full_text:
+            raise InvalidInputError("`return_full_text`: a conversation is not repeated; leave it out")
         check_top(self.top_logprobs, MOST_LOGPROBS, "top_logprobs")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        options = self.options(self.max_completion_tokens or self.max_tokens, logprobs)
-        chat = Chat(tuple(message.turn() for message in self.messages))
-        return Request(request_id, model, "text-generation", (chat,), options)
+        options = self.chosen(self.max_completion_tokens or self.max_tokens or self.max_new_tokens, logprobs)
+        return self.request(request_id, model, "text-generation", (self._chat(),), options)
+
+    def _chat(self) -> Chat:
+        """Raises MalformedRequestError."""
+        messages, begins = tuple(message.turn() for message in self.messages), self.add_generation_prompt
+        if begins and self.continue_final_message:
+            raise MalformedRequestError(
+                "`continue_final_message` and `add_generation_prompt` are both true; an answer is either in the final "
+                "message or in a turn of its own"
+            )
+        last = messages[-1]
+        says_nothing = self.continue_final_message is None and begins is None
+        continues = last.role == "assistant" and bool(last.content) if says_nothing else self.continue_final_message
+        variables = {"documents": self.documents, "reasoning_effort": self.reasoning_effort}
+        named = {name: value for name, value in variables.items() if value is not None}
+        return Chat(
+            messages,
+            continues=bool(continues),
+            begins_turn=not continues if begins is None else begins,
+            variables={**named, **(self.chat_template_kwargs or {})},
+        )
 
     def _refuse_tools(self) -> None:
         """Raises InvalidInputError; what may not be called may be listed."""
-        refuse_unsupported(self, {"tool_choice": ("none", "auto"), "function_call": ("none", "auto")})
+        chosen = {"tool_choice": self.tool_choice, "function_call": self.function_call}
+        refuse(chosen, _WITHOUT_TOOLS)
         if self.tool_choice != "none":
-            refuse_unsupported(self, {"tools": ([],)})
+            refuse({"tools": self.tools}, _WITHOUT_TOOLS)
         if self.function_call != "none":
-            refuse_unsupported(self, {"functions": ([],)})
+            refuse({"functions": self.functions}, _WITHOUT_TOOLS)
+
+
+_WITHOUT_TOOLS = ChatBody.model_fields.keys() - {"tools", "tool_choice", "functions", "function_call"}
 
 
 class ChatTopLogprob(BaseModel):
@@ -187,15 +272,18 @@ class ChatCompletion(BaseModel):
 
 
 def write_chat(body: ChatBody, request: Request, answer: Answer) -> bytes:
-    (generated,) = cast("Sequence[Generated]", answer.output)
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": generated.text},
-        "logprobs": {"content": [_logprob(each) for each in generated.logprobs]} if body.logprobs else None,
-        "finish_reason": generated.finish_reason,
-    }
-    counted = usage(answer.tokens, len(generated.tokens))
-    return encode({**envelope("chat.completion", "chatcmpl", request), "choices": [choice], "usage": counted})
+    answers = cast("Sequence[Generated]", answer.output)
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": generated.text},
+            "logprobs": {"content": [_logprob(each) for each in generated.logprobs]} if body.logprobs else None,
+            "finish_reason": generated.finish_reason,
+        }
+        for index, generated in enumerate(answers)
+    ]
+    counted = usage(answer.tokens, sum(len(generated.tokens) for generated in answers))
+    return encode({**envelope("chat.completion", "chatcmpl", request), "choices": choices, "usage": counted})
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:
@@ -203,23 +291,15 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
 
 
 def _likely(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode())}
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.own_bytes)}
 
 
-async def stream_chat(body: ChatBody, request: Request, pieces: AsyncIterator[GeneratedPiece]) -> Events:
-    """One event for each piece, then the usage if it is wanted, then `[DONE]`."""
-    start = envelope("chat.completion.chunk", "chatcmpl", request)
-    prompt_tokens = completion_tokens = 0
-    async for piece in pieces:
-        prompt_tokens = max(prompt_tokens, piece.prompt_tokens)
-        completion_tokens += piece.token is not None
+def stream_chat(body: ChatBody, request: Request, pieces: AsyncIterator[GeneratedPiece]) -> Events:
+    def choice(piece: GeneratedPiece) -> dict[str, Any]:
         told = {"content": [_logprob(piece.logprob)]} if body.logprobs and piece.logprob is not None else None
-        delta = {"role": "assistant", "content": piece.text}
-        choice = {"index": 0, "delta": delta, "logprobs": told, "finish_reason": piece.finish_reason}
-        yield encode({**start, "choices": [choice]})
-    if body.tells_usage:
-        yield encode({**start, "choices": [], "usage": usage(prompt_tokens, completion_tokens)})
-    yield b"[DONE]"
+        return {"delta": {"role": "assistant", "content": piece.text}, "logprobs": told}
+
+    return events(envelope("chat.completion.chunk", "chatcmpl", request), body, pieces, choice)
 
 
 def routes() -> tuple[Route, ...]:

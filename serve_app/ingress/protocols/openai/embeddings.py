@@ -1,7 +1,7 @@
 """`/v1/embeddings`, and as in Text Embeddings Inference `/embeddings`.
 
-Embeddings have length 1 whatever the model's files say, as OpenAI's and TEI's do under this path, because clients take
-their dot products for cosines.
+Embeddings have length 1 whatever the model's files say, unless the request says otherwise, as OpenAI's and TEI's do
+under this path, because clients take their dot products for cosines.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pydantic import BaseModel, Field
 
 from serve_app.ingress.encoding import encode
 from serve_app.ingress.inference import Inference
-from serve_app.ingress.protocols.fields import Dimensions, EncodingFormat, InferenceBody, Inputs, documented
+from serve_app.ingress.protocols.fields import EncodingFormat, InferenceBody, Inputs, Normalize, documented
 from serve_app.ingress.protocols.openai.dialect import DIALECT
+from serve_app.ingress.protocols.task_options import EmbeddingFields
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
-from serve_app.options import EmbeddingOptions
 from serve_app.types import Answer, FloatArray, Request
 
 
-class EmbeddingsBody(InferenceBody):
+class EmbeddingsBody(EmbeddingFields, InferenceBody):
     """Texts to embed."""
 
     model_config = documented(input=["What is Deep Learning?", "What is a replica?"])
@@ -30,12 +30,10 @@ class EmbeddingsBody(InferenceBody):
     encoding_format: EncodingFormat | None = Field(
         "float", description="Vectors as lists of numbers, or as base64 of their little-endian float32 bytes."
     )
-    dimensions: Dimensions = None
-    user: str | None = Field(None, description="Taken for compatibility, and not used.")
+    normalize: Normalize = True
 
     def to_request(self, request_id: str, model: str) -> Request:
-        options = EmbeddingOptions(normalize=True, dimensions=self.dimensions)
-        return Request(request_id, model, "embedding", self.input, options)
+        return self.request(request_id, model, "embedding", self.input, self.options())
 
 
 class Embedding(BaseModel):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from serve_app.ingress.inference import Inference
-from serve_app.ingress.protocols.fields import check_query, documented
-from serve_app.ingress.protocols.openai.dialect import DIALECT
+from serve_app.ingress.protocols.fields import documented
+from serve_app.ingress.protocols.openai.dialect import dialect_of
 from serve_app.ingress.protocols.ranks import Documents, QueryFields, RerankList, write_results
 from serve_app.ingress.routes import ANY_MODEL, COMPUTE_FAILURES, Route
-from serve_app.options import RerankOptions
 from serve_app.types import Request
+
+DIALECT = dialect_of("documents")
 
 
 class RerankDocumentsBody(QueryFields):
@@ -19,8 +20,7 @@ class RerankDocumentsBody(QueryFields):
     documents: Documents
 
     def to_request(self, request_id: str, model: str) -> Request:
-        check_query(self.query, self.documents, "documents")
-        return Request(request_id, model, "rerank", (self.query, *self.documents), RerankOptions())
+        return self.request(request_id, model, "rerank", (self.query, *self.documents), self.options())
 
 
 def routes() -> tuple[Route, ...]:

@@ -274,7 +274,7 @@ async def test_a_query_or_a_document_may_be_empty_but_not_both(client: httpx.Asy
 async def test_rerank_takes_documents_and_answers_as_v1_rerank_does(
     client: httpx.AsyncClient, service: FakeService
 ) -> None:
-    """As vLLM and Infinity do, for whose clients (LiteLLM has both) `/rerank` is the path."""
+    """As vLLM does, for whose clients (LiteLLM's is one) `/rerank` is the path."""
     service.task = "rerank"
     body = {"query": "q", "documents": ["a", {"text": "b"}, "c"], "top_n": 2, "return_documents": True}
     told = await post(client, "/v1/rerank", body)

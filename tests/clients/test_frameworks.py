@@ -44,7 +44,7 @@ DOCUMENTS = ["the stock market", "a small animal", "vectors of words"]
 LABELS = ["food", "film", "market"]
 PROMPT = "Once upon a time"
 
-FRAMEWORKS = ("langchain", "llama_index_", "haystack_", "litellm_")
+FRAMEWORKS = ("langchain_", "llama_index_", "haystack_", "litellm_")
 RUNS = [
     *(("new", program) for program in FRAMEWORKS),
     *(("old", program) for program in FRAMEWORKS),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
@@ -17,6 +19,8 @@ for place, url in places("embedding").items():
     tell("vectors", f"TextEmbeddingsInference, {place}", tei.get_text_embedding_batch(TEXTS))
 
 for place, url in places("rerank").items():
+    if version("llama-index-postprocessor-tei-rerank").startswith("0.3."):  # it takes no notice of each score's `index`
+        break
     rerank = TextEmbeddingInference(top_n=len(DOCUMENTS), base_url=url, model_name="BAAI/bge-reranker-large")
     nodes = [NodeWithScore(node=TextNode(text=each), score=0.0) for each in DOCUMENTS]
     found = rerank.postprocess_nodes(nodes, query_str=QUERY)

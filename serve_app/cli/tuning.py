@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_app.cache.resolve import source_folder
+from serve_app.cache.resolve import files_in, source_folder
 from serve_app.cli.ports import CONTROLLER
 from serve_app.cli.serve_file import Entry, Finding, ServeFile
 from serve_app.config import (
@@ -174,6 +174,7 @@ def _longest_input(model: ModelConfig, where: str) -> tuple[int | None, Finding 
         return model.max_input_tokens, None
     try:
         folder = source_folder(model.source)
+        files_in(folder, model)
         return read_card(folder, model, "").max_input_tokens, None
     except SourceNotFoundError as error:
         return model.max_input_tokens, Finding(f"{where}.source", f"not on this machine: {error}", is_error=False)

@@ -91,6 +91,7 @@ def read_card(path: Path, config: ModelConfig, revision: str) -> ModelCard:
     model = read_object(folder / "config.json", required=True)
     _check_whole({path, folder}, where)
     check_reads_text(where, model)
+    read_object(folder / "tokenizer.json")  # a broken one is told here, before transformers is loaded
     if not config.ignore_auto_map:
         _check_own_code(folder, model, where)
     prompts, default_prompt_name = _prompts(path, config)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from serve_app.cli.check import check_file
 from serve_app.cli.main import main
 from serve_app.config import BUILDER, MODEL_BUILDER
+from tests.reference import minilm_folder
 
 GOOD: dict[str, Any] = {
     "http_options": {"host": "127.0.0.1", "port": 8000},
@@ -247,6 +249,13 @@ def test_settings_that_contradict_each_other_are_named(check: Check, config: dic
 )
 def test_what_may_be_right_elsewhere_is_only_a_warning(check: Check, config: dict[str, Any], line: str) -> None:
     assert line in [found[: len(line)] for found in check(config)]
+
+
+def test_a_file_of_a_local_model_that_is_a_pointer_of_git_lfs_is_named(check: Check, tmp_path: Path) -> None:
+    folder = shutil.copytree(minilm_folder(), tmp_path / "model")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    [line] = [found for found in check(model("source", str(folder))) if "pointer" in found]
+    assert "model.safetensors is a pointer of Git LFS, not the file itself; fetch the files" in line
 
 
 def test_an_ingress_without_a_bound_on_what_waits_is_warned_about(check: Check) -> None:

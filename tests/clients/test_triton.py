@@ -236,7 +236,7 @@ async def test_a_grpc_stream_answers_each_request(grpc_address: str, model: str)
 
 
 def test_grpcs_own_health_service_answers_beside_it(grpc_address: str, model: str) -> None:
-    """With HAProxy and Serve between, where the application runs; of `grpcio-health-checking`, see test_others.py."""
+    """With HAProxy and Serve between, where the application runs; test_frameworks.py has `grpcio-health-checking`."""
     with grpc.insecure_channel(grpc_address) as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check")
         watch = channel.unary_stream("/grpc.health.v1.Health/Watch")

@@ -255,7 +255,7 @@ BAD = {
 }
 FOUND_BY_CHECK = {
     "damaged tokenizer": "tokenizer.json cannot be read as JSON",
-    "unsupported": "modules.json has the module Mystery",
+    "unsupported": "modules.json names some.where.Mystery",
 }
 
 

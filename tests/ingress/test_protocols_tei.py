@@ -275,7 +275,7 @@ async def test_a_query_and_documents_may_be_empty_but_there_must_be_some(client:
 async def test_rerank_takes_documents_and_answers_as_v1_rerank_does(
     client: httpx.AsyncClient, service: FakeService
 ) -> None:
-    """As vLLM and Infinity do, for whose clients (LiteLLM has both) `/rerank` is the path."""
+    """As vLLM does, for whose clients (LiteLLM's is one) `/rerank` is the path."""
     service.task = "rerank"
     body = {"query": "q", "documents": ["a", {"text": "b"}, "c"], "top_n": 2, "return_documents": True}
     told = await post(client, "/v1/rerank", body)

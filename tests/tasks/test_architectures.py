@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve_app.config import ModelConfig
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, IncompleteModelError
 from serve_app.tasks.card import read_card
 from serve_app.types import ModelCard
 
@@ -138,6 +138,12 @@ MULTIMODAL = {"architectures": ["Gemma3ForConditionalGeneration"], "vision_confi
 def test_a_multimodal_model_is_refused_as_such_whatever_it_is_to_be_served_for(tmp_path: Path, task: Any) -> None:
     with pytest.raises(ConfigError, match=r"Gemma3ForConditionalGeneration is a multimodal model .*vision_config"):
         card(tmp_path, task=task, **MULTIMODAL)
+
+
+def test_a_broken_tokenizer_file_is_an_incomplete_model(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(IncompleteModelError, match=r"tokenizer\.json"):
+        card(tmp_path)
 
 
 def test_relative_positions_limit_only_where_nothing_else_does(tmp_path: Path) -> None:

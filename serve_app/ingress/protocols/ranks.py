@@ -1,7 +1,7 @@
 """A query and the texts to put in order, as Text Embeddings Inference, Cohere and those that follow them take them.
 
-`texts` are answered in the shape of Text Embeddings Inference, `documents` in that of Cohere, Jina, vLLM and Infinity,
-whose clients read no other.
+`texts` are answered in the shape of Text Embeddings Inference, `documents` in that of Cohere, Jina and vLLM, whose
+clients read no other.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import pytest
 from serve_app.config import IngressSettings
 from serve_app.ingress.body import parse_body
 from serve_app.ingress.protocols.fields import Body
-from serve_app.ingress.protocols.huggingface.spans import EntityParameters
 from serve_app.ingress.protocols.open_inference.http import InferBody
 from serve_app.ingress.protocols.openai.chat import ChatBody
+from serve_app.ingress.protocols.task_options import EntityFields
 from tests.ingress.edge import FakeService, client_of
 from tests.ingress.test_openapi import DOCUMENT, POSTS, body_schema_of
 
@@ -107,7 +107,7 @@ HOSTILE = {
         InferBody,
         b'{"inputs":[{"name":"a","datatype":"BYTES","shape":[%s]}]}' % b",".join([b"-1"] * 300_000),
     ),
-    "labels": (EntityParameters, b'{"ignore_labels":[%s]}' % b",".join([b"1"] * 500_000)),
+    "labels": (EntityFields, b'{"ignore_labels":[%s]}' % b",".join([b"1"] * 500_000)),
     "parts": (ChatBody, b'{"messages":[{"role":"user","content":[%s]}]}' % b",".join([b"{}"] * 300_000)),
     "turns": (ChatBody, b'{"messages":[%s]}' % b",".join([b"{}"] * 300_000)),
 }

@@ -77,20 +77,16 @@ class EmbedSparseBody(PromptFields, InferenceBody):
         return self.request(request_id, model, "sparse-embedding", self.inputs, options)
 
 
-class SimilarityParameters(PromptFields):
-    """How the sentences are encoded."""
-
-
 class SimilarityBody(InferenceBody):
     """Sentences to compare."""
 
     model_config = documented(inputs={"source_sentence": "What is Deep Learning?", "sentences": ["What is a replica?"]})
 
     inputs: Similarity
-    parameters: SimilarityParameters | None = None
+    parameters: PromptFields | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        parameters = self.parameters or SimilarityParameters()
+        parameters = self.parameters or PromptFields()
         inputs = (self.inputs.source_sentence, *self.inputs.sentences)
         return parameters.request(request_id, model, "similarity", inputs, SimilarityOptions(parameters.prompt_name))
 

@@ -28,22 +28,18 @@ class FeatureFields(EmbeddingFields):
     )
 
 
-class FeatureParameters(FeatureFields):
-    """The same."""
-
-
 class FeatureBody(FeatureFields, TaskBody):
     """Texts to embed, or sentences to compare."""
 
     model_config = documented(inputs="What is Deep Learning?", normalize=True)
 
     inputs: InputsOrSimilarity
-    parameters: FeatureParameters | None = Field(
+    parameters: FeatureFields | None = Field(
         None, description="The same options again, where a client nests them; those beside `inputs` win."
     )
 
     def to_request(self, request_id: str, model: str) -> Request:
-        nested = self.parameters or FeatureParameters()
+        nested = self.parameters or FeatureFields()
         prompt_name = _first(self.prompt_name, nested.prompt_name)
         texts = self.over(nested)
         if isinstance(self.inputs, SimilarityInputs):
@@ -60,20 +56,16 @@ class FeatureBody(FeatureFields, TaskBody):
         return encode(answer.output)
 
 
-class SparseParameters(PromptFields):
-    """Options of a sparse embedding."""
-
-
 class SparseBody(PromptFields, TaskBody):
     """Texts to embed in as many dimensions as the vocabulary has."""
 
     model_config = documented(inputs="What is Deep Learning?")
 
     inputs: Inputs
-    parameters: SparseParameters | None = None
+    parameters: PromptFields | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        nested = self.parameters or SparseParameters()
+        nested = self.parameters or PromptFields()
         options = SparseEmbeddingOptions(_first(self.prompt_name, nested.prompt_name))
         return self.over(nested).request(request_id, model, "sparse-embedding", self.inputs, options)
 

@@ -91,14 +91,10 @@ class TextGenerationOutput(BaseModel):
     details: dict[str, Any] | None = None
 
 
-class NestedGenerateFields(GenerateFields):
-    """What `generate` is asked."""
-
-
 class Seq2SeqParameters(Seq2SeqFields, GenerationParameters):
     """As of transformers' pipelines; what `generate_parameters` say wins."""
 
-    generate_parameters: NestedGenerateFields | None = None
+    generate_parameters: GenerateFields | None = None
     truncation: Literal["do_not_truncate", "longest_first", "only_first", "only_second"] | None = Field(
         None, description="do_not_truncate refuses texts that are too long; any other cuts them."
     )

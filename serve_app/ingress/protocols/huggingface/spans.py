@@ -34,10 +34,6 @@ class EntityBody(BaseModel):
     end: int
 
 
-class EntityParameters(EntityFields):
-    """As of transformers' pipeline."""
-
-
 class TokenClassificationBody(EntityTextFields, TaskBody):
     """Texts to find entities in."""
 
@@ -46,10 +42,10 @@ class TokenClassificationBody(EntityTextFields, TaskBody):
     )
 
     inputs: Texts
-    parameters: EntityParameters | None = None
+    parameters: EntityFields | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        chosen = self.parameters or EntityParameters()
+        chosen = self.parameters or EntityFields()
         texts = self.over(chosen)
         return texts.request(request_id, model, "token-classification", self.inputs.values, chosen.options())
 
@@ -75,20 +71,16 @@ class FillBody(BaseModel):
     sequence: str
 
 
-class FillMaskParameters(FillMaskFields):
-    """As of transformers' pipeline."""
-
-
 class FillMaskBody(LongTextFields, TaskBody):
     """Texts with masks to fill."""
 
     model_config = documented(inputs="Paris is the [MASK] of France.", parameters={"top_k": 3})
 
     inputs: Texts
-    parameters: FillMaskParameters | None = None
+    parameters: FillMaskFields | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        chosen = self.parameters or FillMaskParameters()
+        chosen = self.parameters or FillMaskFields()
         return self.over(chosen).request(request_id, model, "fill-mask", self.inputs.values, chosen.options())
 
     def write(self, request: Request, answer: Answer) -> bytes:
@@ -145,20 +137,16 @@ Questions = Annotated[
 ]
 
 
-class QuestionParameters(QuestionFields):
-    """As of transformers' pipeline, lengths in tokens."""
-
-
 class QuestionAnsweringBody(LongTextFields, TaskBody):
     """Questions about texts."""
 
     model_config = documented(inputs={"question": "Where do I live?", "context": "My name is Sarah, I live in London."})
 
     inputs: Questions
-    parameters: QuestionParameters | None = None
+    parameters: QuestionFields | None = None
 
     def to_request(self, request_id: str, model: str) -> Request:
-        chosen = self.parameters or QuestionParameters()
+        chosen = self.parameters or QuestionFields()
         texts = self.over(chosen)
         return texts.request(request_id, model, "question-answering", self.inputs.values, chosen.options())
 

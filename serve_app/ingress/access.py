@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from serve_app.errors import ForbiddenError, QuotaExceededError, UnauthorizedError
 from serve_app.ingress.keys import Key, KeyRing, Role, presented_keys
+from serve_app.types import Priority
 
 
 class Bucket:
@@ -45,6 +46,10 @@ class Account:
     key: Key
     requests: Bucket | None
     tokens: Bucket | None
+
+    @property
+    def priority(self) -> Priority:
+        return self.key.priority
 
     def enter(self) -> None:
         """Count one request. Raises QuotaExceededError, and then counts nothing."""

@@ -91,7 +91,7 @@ class Door:
             visit.timeout_s = asked_timeout_s(visit.headers[TIMEOUT], visit.timeout_s)
         if PRIORITY in visit.headers:
             visit.priority = asked_priority(visit.headers[PRIORITY])
-        if visit.account is not None and visit.account.key.priority == "bulk":
+        if visit.account is not None and visit.account.priority == "bulk":
             visit.priority = "bulk"
         most = room_for(visit.priority, visit.settings.max_concurrent_requests)
         self._place(visit, self._requests, most, "requests are under way")

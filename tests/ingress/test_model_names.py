@@ -135,7 +135,7 @@ async def test_where_that_is_not_one_model_the_error_names_them(
     tasks: dict[str, str], path: str, status: int, told: str
 ) -> None:
     async with client_of(FakeService(*tasks, tasks=tasks)) as client:
-        answer = await client.post(path, json={"query": "a", "texts": ["b"], "inputs": "a"})
+        answer = await client.post(path, json={"query": "a", "texts": ["b"]} if path == "/rerank" else {"inputs": "a"})
     assert answer.status_code == status
     assert told in answer.text
 

@@ -521,6 +521,8 @@ async def test_what_the_grpc_service_tells(service: FakeService) -> None:
 class OneKey:
     """A guard, and the account of the one key that it knows."""
 
+    priority = "interactive"
+
     def __init__(self) -> None:
         self.requests = self.tokens = 0
 

@@ -68,13 +68,26 @@ class Response:
 
     def __init__(self, pieces: AsyncGenerator[Any, None]) -> None:
         self._pieces = pieces
+        self._next: asyncio.Future[Any] | None = None
         self._closing: asyncio.Future[None] | None = None
 
     async def __anext__(self) -> Any:
-        return crossed(await self._pieces.__anext__())
+        self._next = asyncio.ensure_future(_step(self._pieces))
+        return crossed(await self._next)
 
     def cancel(self) -> None:
-        self._closing = asyncio.ensure_future(self._pieces.aclose())
+        self._closing = asyncio.ensure_future(self._close())
+
+    async def _close(self) -> None:
+        """A generator can be closed only when none of its steps is under way."""
+        if self._next is not None and not self._next.done():
+            self._next.cancel()
+            await asyncio.wait((self._next,))
+        await self._pieces.aclose()
+
+
+async def _step(pieces: AsyncGenerator[Any, None]) -> Any:
+    return await anext(pieces)
 
 
 async def _received(answer: Any) -> Any:

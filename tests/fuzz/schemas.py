@@ -33,7 +33,7 @@ class Valid:
             return rng.choice(schema["enum"])
         for several in ("anyOf", "oneOf"):
             if several in schema:
-                return self.value(rng.choice(schema[several]), rng, canary, depth + 1)
+                return self.value(self._one_of(schema, several, rng), rng, canary, depth + ("type" not in schema))
         kind = schema.get("type")
         if kind == "object":
             return self._object(schema, rng, canary, depth)
@@ -42,6 +42,17 @@ class Valid:
             length = rng.randint(least, min(schema.get("maxItems", least + 3), least + 3))
             return [self.value(schema.get("items", {}), rng, canary, depth + 1) for _ in range(length)]
         return self._scalar(kind, schema, rng, canary)
+
+    def _one_of(self, schema: Schema, several: str, rng: Random) -> Schema:
+        """One of the alternatives, with what the schema says beside them; an object lacks what the others require."""
+        chosen = self.resolved(rng.choice(schema[several]))
+        if schema.get("type") != "object":
+            return chosen
+        own = {*chosen.get("required", ())}
+        others = {name for each in schema[several] for name in each.get("required", ())} - own
+        properties = {name: each for name, each in schema["properties"].items() if name not in others}
+        rest = {key: value for key, value in schema.items() if key != several}
+        return {**rest, "properties": properties, "required": [*schema.get("required", ()), *own]}
 
     def _object(self, schema: Schema, rng: Random, canary: str, depth: int) -> Any:
         required = schema.get("required", ())

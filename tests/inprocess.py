@@ -124,7 +124,7 @@ def running(models: Sequence[ModelConfig], root: Path, **settings: Any) -> Itera
     started: Future[tuple[uvicorn.Server, asyncio.AbstractEventLoop]] = Future()
     listener = _listening()
     work = _run(models, cache, IngressSettings.model_validate(settings), listener, started)
-    thread = threading.Thread(target=asyncio.run, args=(work,), name="application")
+    thread = threading.Thread(daemon=True, target=asyncio.run, args=(work,), name="application")
     with mock.patch.dict(os.environ), in_a_replica(), contextlib.closing(listener):
         thread.start()
         server, loop = started.result(timeout=120)

@@ -64,7 +64,7 @@ def test_a_token_in_a_file_is_sent_and_stands_in_no_environment(
 
 
 def in_thread(work: Callable[[], object]) -> threading.Thread:
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)  # a test that fails must not keep the run from ending
     thread.start()
     return thread
 

@@ -104,7 +104,7 @@ def test_of_racing_writers_each_finds_one_complete_copy(tmp_path: Path) -> None:
         paths.append(publish(store))
         ready.append(store.is_ready("m", "r"))
 
-    threads = [threading.Thread(target=write) for _ in range(8)]
+    threads = [threading.Thread(daemon=True, target=write) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -236,7 +236,7 @@ def test_processes_that_write_one_marker_at_once_do_not_meet(tmp_path: Path, mon
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=write) for _ in range(4)]
+    threads = [threading.Thread(daemon=True, target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -56,7 +56,7 @@ def grpc_edge(task: str = "embedding") -> Iterator[str]:
         await ended.wait()
         await server.stop(None)
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), name="grpc-edge")
+    thread = threading.Thread(daemon=True, target=asyncio.run, args=(serve(),), name="grpc-edge")
     thread.start()
     address, loop, ended = ready.get(timeout=30)
     try:

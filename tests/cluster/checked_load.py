@@ -58,7 +58,9 @@ def checked_load(base_url: str, asks: Mapping[str, Ask], per_second: float) -> I
     """Each of `asks` is sent `per_second` times a second, whether or not the requests before have been answered."""
     load = Load({name: Seen() for name in asks}, time.monotonic())
     ended = threading.Event()
-    thread = threading.Thread(target=asyncio.run, args=(_run(base_url, asks, load, per_second, ended),), name="load")
+    thread = threading.Thread(
+        daemon=True, target=asyncio.run, args=(_run(base_url, asks, load, per_second, ended),), name="load"
+    )
     thread.start()
     try:
         yield load

@@ -231,7 +231,7 @@ class Watch:
         self.models: set[str] = set()
         self._url, self._ended = base_url, threading.Event()
         self._threads = [
-            threading.Thread(target=self._look, args=(path,)) for path in ("/info", "/v1/models", "/ready")
+            threading.Thread(daemon=True, target=self._look, args=(path,)) for path in ("/info", "/v1/models", "/ready")
         ]
 
     def _look(self, path: str) -> None:

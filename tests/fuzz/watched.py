@@ -41,7 +41,7 @@ def watched(loop: asyncio.AbstractEventLoop) -> Iterator[Spent]:
     gc.collect()
     gc.freeze()
     beating = asyncio.run_coroutine_threadsafe(_beat(spent, over), loop)
-    looking = threading.Thread(target=_look, args=(spent, over), name="looking")
+    looking = threading.Thread(daemon=True, target=_look, args=(spent, over), name="looking")
     looking.start()
     try:
         yield spent

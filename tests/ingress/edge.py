@@ -293,7 +293,7 @@ async def served(app: ASGIApp) -> AsyncIterator[tuple[str, int]]:
 def served_in_thread(app: App) -> Iterator[str]:
     """Base URL of a real HTTP server in a thread, for clients that block."""
     server, listener = _server(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="edge")
+    thread = threading.Thread(daemon=True, target=server.run, kwargs={"sockets": [listener]}, name="edge")
     thread.start()
     try:
         host, port = listener.getsockname()

@@ -141,7 +141,7 @@ class Node:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Node]:
-        thread = threading.Thread(target=self._server.serve_forever)
+        thread = threading.Thread(daemon=True, target=self._server.serve_forever)
         thread.start()
         try:
             yield self

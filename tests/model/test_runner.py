@@ -112,7 +112,7 @@ def test_thread_that_runs_has_the_configured_share_of_the_cores(tmp_path: Path, 
         runner.run(batch_of(random_sequences([5], seed=0)))
         seen.append(torch.get_num_threads())
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(daemon=True, target=work)
     thread.start()
     thread.join()
     assert seen == [1]

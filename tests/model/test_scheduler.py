@@ -173,7 +173,7 @@ def test_closing_fails_what_waits_refuses_what_comes_and_ends_take():
 def test_take_wakes_up_when_work_arrives():
     scheduler = Scheduler(LIMITS)
     got: list[list[Part] | None] = []
-    thread = threading.Thread(target=lambda: got.append(scheduler.take()))
+    thread = threading.Thread(daemon=True, target=lambda: got.append(scheduler.take()))
     thread.start()
     one = job([10])
     scheduler.submit(one)

@@ -94,7 +94,7 @@ def test_of_several_threads_the_one_that_has_computed_longest_counts(clock: Cloc
             entered.set()
             go.wait(30)
 
-    thread = threading.Thread(target=hang)
+    thread = threading.Thread(daemon=True, target=hang)
     thread.start()
     assert entered.wait(10)
     clock.now += 20

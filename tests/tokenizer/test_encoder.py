@@ -274,7 +274,7 @@ def test_threads_with_different_truncation_get_what_one_thread_gets(minilm: Enco
             if sequences(batch) != sequences(serial[index]) or (batch.truncated != serial[index].truncated).any():
                 wrong.append(index)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(kinds))]
+    threads = [threading.Thread(daemon=True, target=work, args=(i,)) for i in range(len(kinds))]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -221,7 +221,7 @@ def test_threads_with_different_windows_get_what_one_thread_gets(tmp_path: Path)
     def work(index: int) -> None:
         wrong.extend(index for _ in range(50) if sequences(encoder.encode([requests[index]])) != serial[index])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(requests))]
+    threads = [threading.Thread(daemon=True, target=work, args=(i,)) for i in range(len(requests))]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -64,6 +64,10 @@ TextInput: TypeAlias = str | TextPair | TokenIds | Chat
 
 Side: TypeAlias = Literal["left", "right"]
 Priority: TypeAlias = Literal["interactive", "bulk"]
+
+BULK_EVERY = 4
+"""While requests of both priorities wait, bulk ones have every 4th turn: they never starve."""
+
 LongTexts: TypeAlias = Literal["truncate", "error", "windows"]
 """What becomes of a text that is longer than the model takes: cut, refused, or read in overlapping windows."""
 

@@ -25,14 +25,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from serve_app.types import Priority
+from serve_app.types import BULK_EVERY, Priority
 
 HOLD_SHARE = 0.2
 """Of a batch's usual time, from being let go to its last answer: so long may a small group be held for more to come."""
 MOST_HOLD_S = 0.05
-BULK_EVERY = 4
-"""So many groups are let go until one is of bulk requests, while others wait all the time."""
-
 _SMOOTHING = 0.2
 """Weight of the newest batch in the usual time."""
 

@@ -18,10 +18,7 @@ import numpy as np
 from serve_app.errors import DeadlineExceededError, InputTooLongError, OverloadedError, ServeAppError, UnavailableError
 from serve_app.model.rows import SequenceRows
 from serve_app.model.speed import Speed
-from serve_app.types import HeadArguments, Priority, TokenBatch
-
-BULK_EVERY = 4
-"""While both classes wait, every 4th batch is led by bulk: it never starves, interactive keeps most of the device."""
+from serve_app.types import BULK_EVERY, HeadArguments, Priority, TokenBatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from serve_app.ingress.gate import BULK_EVERY, MOST_HOLD_S, Gate, GateLimits, Group
-from serve_app.types import Priority
+from serve_app.ingress.gate import MOST_HOLD_S, Gate, GateLimits, Group
+from serve_app.types import BULK_EVERY, Priority
 
 WIDE = GateLimits(max_groups=2, max_requests=100, max_characters=10_000)
 

@@ -44,6 +44,7 @@ from serve_app.model.recovery import Breaker, is_device_broken
 from serve_app.model.speed import Speed
 from serve_app.model.watchdog import Watchdog
 from serve_app.outputs import FinishReason, GeneratedPiece
+from serve_app.types import BULK_EVERY
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,6 @@ IDLE_AFTER_S = 1.0
 
 LOGITS_AT_ONCE = 1 << 22
 """Of rows of beams that are looked through together, which takes some 12 bytes of memory each."""
-
-BULK_EVERY = 4
-"""So many answers are begun until one is of a bulk request, while others wait all the time."""
 
 BEAMS_BY_STEPS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 

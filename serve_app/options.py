@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from serve_app.errors import InvalidInputError
+
+OPTION_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+"""What the name of an option looks like. Nothing else that a client made up comes back to it in an error."""
 
 DEFAULT_TEMPLATE = "This example is {}."
 

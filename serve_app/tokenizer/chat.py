@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from serve_app.errors import InvalidInputError
+from serve_app.options import OPTION_NAME
 from serve_app.tasks.card import has_chat_template
 from serve_app.types import Chat
-
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
 class ChatTemplate:
@@ -80,7 +78,7 @@ class ChatTemplate:
         for name, value in variables.items():
             if value is None or name in read or (value is False and name not in made):
                 continue
-            what = f"`{name}`" if _NAME.fullmatch(name) else "a variable of that name"
+            what = f"`{name}`" if OPTION_NAME.fullmatch(name) else "a variable of that name"
             raise InvalidInputError(
                 f"chat_template_kwargs: the model's chat template does not read {what}; leave it out. It reads: "
                 f"{', '.join(sorted(read)) or 'none'}"

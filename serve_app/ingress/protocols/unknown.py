@@ -6,11 +6,11 @@ for is dropped without a word.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from serve_app.errors import InvalidInputError
+from serve_app.options import OPTION_NAME
 
 HARMLESS = frozenset(
     (
@@ -82,9 +82,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Values that change nothing, by field. Null changes nothing in any field."""
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-"""What the name of an option looks like. Nothing else that a client made up comes back to it in an error."""
-
 
 def refuse(
     unknown: Mapping[str, Any], known: Iterable[str], where: str = "", neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL
@@ -103,7 +100,7 @@ def refusal(name: str, known: Iterable[str], where: str = "") -> InvalidInputErr
     """What is wrong with a field that is not supported, and which are."""
     place = f"{where}." if where else ""
     supported = f"supported are: {', '.join(sorted(known))}"
-    if _NAME.fullmatch(name):
+    if OPTION_NAME.fullmatch(name):
         return InvalidInputError(f"`{place}{name}`: is not supported here; leave it out. {supported.capitalize()}")
     part = f"`{where}` has" if where else "the body has"
     return InvalidInputError(f"{part} a field whose name is not known here; leave it out. {supported.capitalize()}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -16,8 +14,8 @@ from serve_app.ingress.draining import Draining
 from serve_app.ingress.keys import KeyRing
 from serve_app.ingress.protocols.open_inference import grpc as edge
 from serve_app.ingress.protocols.open_inference import health
-from serve_app.ingress.protocols.open_inference.grpc import add_to_server
 from tests.ingress.edge import FakeService
+from tests.ingress.test_grpc_edge import called
 from tests.ingress.test_protocols_open_inference import Context, Servicer
 
 SERVING, NOT_SERVING, UNKNOWN = health.SERVING, health.NOT_SERVING, health.SERVICE_UNKNOWN
@@ -25,19 +23,6 @@ SERVING, NOT_SERVING, UNKNOWN = health.SERVING, health.NOT_SERVING, health.SERVI
 
 def asking(service: str) -> Any:
     return health.HealthCheckRequest(service=service)
-
-
-@asynccontextmanager
-async def served(servicer: Servicer) -> AsyncIterator[grpc.aio.Channel]:
-    server = grpc.aio.server()
-    add_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield channel
-    finally:
-        await server.stop(None)
 
 
 def check(channel: grpc.aio.Channel) -> Any:
@@ -65,14 +50,14 @@ def service() -> FakeService:
 
 @pytest.mark.parametrize("name", ["", "inference.GRPCInferenceService", "tiny", "large", "some-org/tiny"])
 async def test_the_server_and_each_model_serve_as_long_as_they_are_ready(service: FakeService, name: str) -> None:
-    async with served(Servicer(service)) as channel:
+    async with called(service) as channel:
         assert (await check(channel)(asking(name))).status == SERVING
         service.unready = "its replicas are lost"
         assert (await check(channel)(asking(name))).status == NOT_SERVING
 
 
 async def test_a_model_that_is_not_served_is_not_found(service: FakeService) -> None:
-    async with served(Servicer(service)) as channel:
+    async with called(service) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await check(channel)(asking("absent"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -83,7 +68,7 @@ async def test_a_server_without_models_does_not_serve() -> None:
     service = FakeService()
     service.models = ()
     service.unready = "no model is deployed yet"
-    async with served(Servicer(service)) as channel:
+    async with called(service) as channel:
         assert (await check(channel)(asking(""))).status == NOT_SERVING
         assert (await check(channel)(asking("tiny"))).status == NOT_SERVING
 
@@ -105,7 +90,7 @@ async def test_no_key_is_asked_and_the_places_are_those_of_questions(
 
 
 async def test_bytes_that_are_no_message_are_refused(service: FakeService) -> None:
-    async with served(Servicer(service)) as channel:
+    async with called(service) as channel:
         for kind, name in ((channel.unary_unary, "Check"), (channel.unary_stream, "Watch")):
             call = kind(f"/grpc.health.v1.Health/{name}")(b"\xff\xff\xff")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -117,7 +102,7 @@ async def test_a_watch_tells_every_change_and_nothing_else(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(edge, "WATCH_S", 0.01)
-    async with served(Servicer(service)) as channel:
+    async with called(service) as channel:
         call = watch(channel)(asking("late"))
         assert (await call.read()).status == UNKNOWN
         service.models = ("tiny", "late")

@@ -76,12 +76,13 @@ class StockTokenizer:
         )
 
 
-def read_stock_tokenizer(path: Path) -> StockTokenizer:
+def read_stock_tokenizer(path: Path, *, here: bool = False) -> StockTokenizer:
     """What the tokenizer of the model in `path` says. Takes seconds where transformers is not loaded.
 
-    Raises IncompleteModelError if no tokenizer can be made of the files.
+    `here` is for a process that is about to load transformers in any case. Raises IncompleteModelError if no tokenizer
+    can be made of the files.
     """
-    if "transformers" in sys.modules:
+    if here or "transformers" in sys.modules:
         return _described(path)
     arguments = [sys.executable, "-c", _CHILD, json.dumps(sys.path), str(path)]
     try:

@@ -11,6 +11,7 @@ from typing import Any
 from serve_app.errors import InvalidInputError
 from serve_app.options import OPTION_NAME
 from serve_app.tasks.card import has_chat_template
+from serve_app.tasks.stock_tokenizer import load_stock_tokenizer
 from serve_app.types import Chat
 
 
@@ -27,11 +28,7 @@ class ChatTemplate:
         """What the first conversation would have to wait for."""
         with self._loading:
             if self._tokenizer is None and self._exists:
-                from transformers import AutoTokenizer
-
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    str(self._folder), local_files_only=True, trust_remote_code=False
-                )
+                self._tokenizer = load_stock_tokenizer(self._folder)
 
     def render(self, chat: Chat) -> str:
         """The conversation up to where the model's answer begins.

@@ -42,11 +42,12 @@ class TokenizerReplica:
         path = await ensure_local(model, cache)
         self._version = await version_here(path, model, cache)
         card = await asyncio.to_thread(read_card, path, model, self._version.revision)
-        stock = await asyncio.to_thread(read_stock_tokenizer, path)
+        converses = card.can_chat and card.task == "text-generation"  # whose template is rendered by transformers
+        stock = await asyncio.to_thread(read_stock_tokenizer, path, here=converses)
         self._card = stock.completed(card)
         self._encoder = await asyncio.to_thread(encoder_of, path, card.max_input_tokens, stock.answering(card.task))
         check_pairs(card, self._encoder)
-        if self._card.can_chat and self._card.task == "text-generation":
+        if converses:
             await asyncio.to_thread(self._encoder.load_chat_template)
         self._metrics = ReplicaMetrics()
         self._begun: dict[int, float] = {}
